@@ -1,0 +1,27 @@
+"""The operations of EQUISeg: public functions, argument checks, registration, autograd.
+
+Features are tokens, channels last: `[B, L, C]` with `L = height * width`, or modality-major
+`[M, B, L, C]`; every change of layout is a view. One file per operation, named as in
+`equiseg_fast.reference`, which has the formulas.
+"""
+
+from ._backend import explain, use_backend
+from .attention import attention
+from .depthwise import depthwise_conv_gelu
+from .guided_gate import guided_gate
+from .losses import upsample_cross_entropy
+from .pooling_mixer import pooling_mixer
+from .prototypes import class_prototypes
+from .query_hub import query_hub
+
+__all__ = [
+    "attention",
+    "class_prototypes",
+    "depthwise_conv_gelu",
+    "explain",
+    "guided_gate",
+    "pooling_mixer",
+    "query_hub",
+    "upsample_cross_entropy",
+    "use_backend",
+]

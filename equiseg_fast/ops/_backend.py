@@ -1,0 +1,120 @@
+"""Which implementation of an operation runs, and why.
+
+Three backends compute the same mathematics: `"triton"` (our fused kernels), `"torch"` (the fastest
+composition of stock PyTorch operators) and `"reference"` (`equiseg_fast.reference`). `"auto"` takes
+triton on a GPU when it can, else torch. A choice is made, in this order, by the `backend` argument,
+an active `use_backend(...)`, the environment variable EQUISEG_FAST_BACKEND, and `"auto"`.
+An explicit choice never falls back: what it cannot do it refuses, with the reasons.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+BACKENDS = ("triton", "torch", "reference")
+CHOICES = (*BACKENDS, "auto")
+
+# Plain module globals, read once: the compiler guards on them instead of breaking the graph.
+TRITON_INSTALLED = find_spec("triton") is not None
+INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
+_default = os.environ.get("EQUISEG_FAST_BACKEND", "auto")
+
+Reasons = list[str]
+NO_KERNEL = "this operation has no Triton kernel yet"
+
+
+def _check_choice(choice: str, source: str) -> str:
+    if choice not in CHOICES:
+        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}; got {choice!r}")
+    return choice
+
+
+_check_choice(_default, "EQUISEG_FAST_BACKEND")
+
+
+@contextmanager
+def use_backend(backend: str) -> Iterator[None]:
+    """Choose the backend of every operation called inside the `with` block, in all threads.
+
+    backend: "triton", "torch", "reference" or "auto". Raises ValueError on any other name.
+    """
+    global _default
+    previous, _default = _default, _check_choice(backend, "backend")
+    try:
+        yield
+    finally:
+        _default = previous
+
+
+def triton_reasons(*tensors: Tensor) -> Reasons:
+    """Why the Triton kernels cannot take these tensors at all; empty when they can."""
+    reasons = []
+    if not TRITON_INSTALLED:
+        reasons.append("triton is not installed")
+    device = tensors[0].device.type
+    if device != "cuda" and not (INTERPRET and device == "cpu"):
+        reasons.append(
+            f"the tensors are on {device!r}, the kernels need 'cuda' "
+            "(or the CPU with TRITON_INTERPRET=1 set before equiseg_fast is imported)"
+        )
+    if device == "cuda" and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+        reasons.append("the GPU is older than compute capability 8.0")
+    allowed = (torch.float32, torch.float16, torch.bfloat16)
+    reasons.extend(
+        f"dtype {dtype} is not one of float32, float16, bfloat16"
+        for dtype in dict.fromkeys(t.dtype for t in tensors if t.is_floating_point())
+        if dtype not in allowed
+    )
+    return reasons
+
+
+def resolve(op: str, requested: str | None, device: torch.device, reasons: Reasons) -> str:
+    """The backend that runs `op`: reasons are those against the Triton kernel.
+
+    Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
+    """
+    choice = _default if requested is None else _check_choice(requested, "backend")
+    if choice == "auto":
+        return "triton" if device.type == "cuda" and not reasons else "torch"
+    if choice == "triton" and reasons:
+        raise ValueError(f"backend 'triton' cannot run {op}: " + "; ".join(reasons))
+    return choice
+
+
+# op name -> function of the op's own arguments that returns the reasons against Triton
+_REASONS: dict[str, Callable[..., Reasons]] = {}
+
+
+def register_reasons(op: str, function: Callable[..., Reasons]) -> None:
+    _REASONS[op] = function
+
+
+def explain(op: str, *args: object, **kwargs: object) -> str:
+    """Say in words which backend `op` would take for these arguments, and why not another.
+
+    op: the name of a public operation, e.g. "attention"; args and kwargs as for the call itself.
+    Nothing is computed. Raises ValueError for an unknown operation.
+    """
+    if op not in _REASONS:
+        raise ValueError(f"op must be one of {', '.join(sorted(_REASONS))}; got {op!r}")
+    requested = kwargs.pop("backend", None)
+    choice = _default if requested is None else str(requested)
+    reasons = _REASONS[op](*args, **kwargs)
+    device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
+    try:
+        chosen = f"{op} runs on backend {resolve(op, choice, device, reasons)!r}"
+    except ValueError as error:
+        chosen = f"{op} raises ValueError: {error}"
+    against = ["usable"] if not reasons else reasons
+    return "\n".join(
+        [
+            f"{chosen} (choice {choice!r}, device {str(device)!r})",
+            *(f"  triton: {reason}" for reason in against),
+            "  torch: usable",
+            "  reference: usable",
+        ]
+    )

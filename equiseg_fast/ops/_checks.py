@@ -1,0 +1,73 @@
+"""Argument checks with one message style: the argument, what came, what is allowed.
+
+Only metadata is looked at, so nothing waits for the device and the compiler sees no branch on data.
+"""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+
+def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: str) -> None:
+    """x is a tensor of one of the dtypes whose rank is the number of names in `shape`.
+
+    shape: the documented shape, e.g. "[B, L, C]". Raises TypeError or ValueError.
+    """
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
+    if x.dtype not in dtypes:
+        allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+        raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
+    if x.dim() != shape.count(",") + 1:
+        raise ValueError(f"{name} must have shape {shape}; got {list(x.shape)}")
+
+
+def check_shape(name: str, x: Tensor, expected: tuple[int, ...], shape: str) -> None:
+    """x has exactly the expected shape; `shape` names it for the message."""
+    if tuple(x.shape) != expected:
+        raise ValueError(f"{name} must have shape {shape} = {list(expected)}; got {list(x.shape)}")
+
+
+def check_same(**tensors: Tensor) -> None:
+    """All tensors share the dtype and device of the first."""
+    (first_name, first), *rest = tensors.items()
+    for name, x in rest:
+        if x.dtype != first.dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {x.dtype}")
+    check_same_device(**tensors)
+
+
+def check_same_device(**tensors: Tensor | None) -> None:
+    """All tensors (None is passed over) are on the device of the first."""
+    given: Mapping[str, Tensor] = {n: x for n, x in tensors.items() if x is not None}
+    (first_name, first), *rest = given.items()
+    for name, x in rest:
+        if x.device != first.device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {first.device}; got {x.device}"
+            )
+
+
+def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
+    """The token axis of x (second to last) holds height * width tokens, both positive."""
+    for label, value in (("height", height), ("width", width)):
+        if value < 1:
+            raise ValueError(f"{label} must be at least 1; got {value}")
+    if x.shape[-2] != height * width:
+        raise ValueError(
+            f"{name} must have height * width = {height} * {width} = {height * width} tokens; "
+            f"got {x.shape[-2]} in shape {list(x.shape)}"
+        )
+
+
+def check_present(present: Tensor | None, x: Tensor) -> None:
+    """present is a bool mask [M, B] on the device of x [M, B, ...]."""
+    if present is None:
+        return
+    check_tensor("present", present, (torch.bool,), "[M, B]")
+    check_shape("present", present, tuple(x.shape[:2]), "[M, B]")
+    check_same_device(x=x, present=present)

@@ -1,0 +1,244 @@
+"""Softmax attention for tall queries and short, spatially reduced keys."""
+
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equiseg_fast import reference
+
+from . import _backend, _checks
+from ._registry import autocast, needs_grad, reference_gradients, register
+
+MAX_HEAD_DIM = 128
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Softmax attention, `softmax(scale * q k^T) v`, without the score matrix in memory.
+
+    q: `[B, Lq, H, D]` queries. Modalities, images and primaries all go into B: one launch.
+    k, v: `[B, Lk, H, D]` keys and values, Lk >= 1. All three share one dtype (float32, float16,
+        bfloat16; float64 on the torch and reference backends) and device; any strides.
+    scale: factor of the scores, 1/sqrt(D) by default.
+    return_lse: also return the natural logarithm of the softmax denominator, `[B, H, Lq]` fp32
+        (fp64 for fp64 inputs), which is differentiable too.
+    backend: "triton" (D <= 128), "torch", "reference", "auto"; None takes the current default.
+
+    Returns `[B, Lq, H, D]` in the dtype of q. Products accumulate in fp32; fp32 inputs are
+    multiplied in true fp32 unless `torch.backends.cuda.matmul.allow_tf32` is set. The backward is
+    deterministic. Under autocast the inputs are cast to its dtype. Raises TypeError or ValueError
+    naming the argument on bad input. Source: SegFormer (arXiv 2105.15203), section 3.1.
+    """
+    _check(q, k, v)
+    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    q, k, v = autocast(q, k, v)
+    chosen = _backend.resolve("attention", backend, q.device, _reasons(q, k, v))
+    if chosen == "reference":
+        return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
+    if chosen == "torch":
+        return _stock(q, k, v, scale, return_lse)
+    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    apply = _Attention.apply if needs_grad(q, k, v) else _FORWARD
+    out, lse = apply(q, k, v, scale, allow_tf32)
+    return (out, lse) if return_lse else out
+
+
+def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
+    for name, x, shape in (
+        ("q", q, "[B, Lq, H, D]"),
+        ("k", k, "[B, Lk, H, D]"),
+        ("v", v, "[B, Lk, H, D]"),
+    ):
+        _checks.check_tensor(name, x, _checks.FLOATING, shape)
+    _checks.check_same(q=q, k=k, v=v)
+    batch, _, heads, dim = q.shape
+    if heads < 1 or dim < 1:
+        raise ValueError(f"q must have at least one head and channel; got shape {list(q.shape)}")
+    if k.shape[1] < 1:
+        raise ValueError(f"k must have at least one key; got shape {list(k.shape)}")
+    _checks.check_shape("k", k, (batch, k.shape[1], heads, dim), "[B, Lk, H, D]")
+    _checks.check_shape("v", v, tuple(k.shape), "[B, Lk, H, D] (that of k)")
+
+
+def _reasons(q: Tensor, k: Tensor, v: Tensor, **_: object) -> _backend.Reasons:
+    reasons = _backend.triton_reasons(q, k, v)
+    if q.shape[-1] > MAX_HEAD_DIM:
+        reasons.append(f"head dimension {q.shape[-1]} is larger than {MAX_HEAD_DIM}")
+    return reasons
+
+
+_backend.register_reasons("attention", _reasons)
+
+
+def _stock(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    """The fastest composition of stock operators for the device and dtype."""
+    # On the CPU the backward of scaled_dot_product_attention gains nothing from 16-bit matrix
+    # units; matmul, softmax, matmul is up to 3 times faster there.
+    half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
+    if return_lse or half_training:
+        return _matmul_softmax(q, k, v, scale, return_lse)
+    heads_first = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+
+
+def _matmul_softmax(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
+) -> Tensor | tuple[Tensor, Tensor]:
+    # The scale goes into q, which is far smaller than the scores.
+    q, k, v = (x.transpose(1, 2) for x in (q * scale, k, v))
+    scores = q @ k.transpose(-1, -2)
+    out = (scores.softmax(dim=-1) @ v).transpose(1, 2)
+    if return_lse:
+        return out, scores.to(reference.statistics_dtype(q)).logsumexp(dim=-1)
+    return out
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from equiseg_fast.kernels.attention import attention_fwd
+
+    return attention_fwd(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from equiseg_fast.kernels.attention import attention_bwd
+
+    return attention_bwd(*args)
+
+
+def _stock_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
+    out, lse = reference.attention(q, k, v, scale=scale, return_lse=True)
+    return out.contiguous(), lse
+
+
+def _stock_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    allow_tf32: bool,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dtype = reference.statistics_dtype(q)
+    scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * scale
+    weights = (scores - lse[..., None]).exp()
+    grad = grad_out.to(dtype)
+    delta = (grad * out.to(dtype)).sum(-1).transpose(1, 2)
+    if grad_lse is not None:
+        delta = delta - grad_lse
+    grad_weights = torch.einsum("bqhd,bkhd->bhqk", grad, v.to(dtype))
+    grad_scores = weights * (grad_weights - delta[..., None]) * scale
+    return (
+        torch.einsum("bhqk,bkhd->bqhd", grad_scores, k.to(dtype)).to(q.dtype).contiguous()
+        if needs_dq
+        else q.new_empty(0),
+        torch.einsum("bhqk,bqhd->bkhd", grad_scores, q.to(dtype)).to(k.dtype).contiguous()
+        if needs_dk
+        else k.new_empty(0),
+        torch.einsum("bhqk,bqhd->bkhd", weights, grad).to(v.dtype).contiguous()
+        if needs_dv
+        else v.new_empty(0),
+    )
+
+
+def _fake_forward(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, dim = q.shape
+    return (
+        q.new_empty((batch, queries, heads, dim)),
+        q.new_empty((batch, heads, queries), dtype=reference.statistics_dtype(q)),
+    )
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    allow_tf32: bool,
+    needs_dq: bool,
+    needs_dk: bool,
+    needs_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((q, k, v), (needs_dq, needs_dk, needs_dv), strict=True)
+    dq, dk, dv = (x.new_empty(x.shape if needed else (0,)) for x, needed in wanted)
+    return dq, dk, dv
+
+
+_FORWARD = register(
+    "attention_fwd",
+    "(Tensor q, Tensor k, Tensor v, float scale, bool allow_tf32) -> (Tensor out, Tensor lse)",
+    triton=_triton_forward,
+    stock=_stock_forward,
+    fake=_fake_forward,
+)
+_BACKWARD = register(
+    "attention_bwd",
+    "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    "float scale, bool allow_tf32, bool needs_dq, bool needs_dk, bool needs_dv) "
+    "-> (Tensor dq, Tensor dk, Tensor dv)",
+    triton=_triton_backward,
+    stock=_stock_backward,
+    fake=_fake_backward,
+)
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd over the two registered operations; double backward through the reference."""
+
+    @staticmethod
+    def forward(
+        q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
+    ) -> tuple[Tensor, Tensor]:
+        return _FORWARD(q, k, v, scale, allow_tf32)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        q, k, v, ctx.scale, ctx.allow_tf32 = inputs
+        ctx.save_for_backward(q, k, v, *output)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
+        q, k, v, out, lse = ctx.saved_tensors
+        if grad_out is None and grad_lse is None:
+            return None, None, None, None, None
+        if grad_out is None:
+            grad_out = torch.zeros_like(out)
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                partial(reference.attention, scale=ctx.scale, return_lse=True),
+                (q, k, v),
+                (grad_out, grad_lse),
+            )
+        else:
+            grads = _BACKWARD(
+                grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.allow_tf32,
+                *ctx.needs_input_grad[:3],
+            )  # fmt: skip
+        wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
+        return *(grad if needed else None for grad, needed in wanted), None, None
