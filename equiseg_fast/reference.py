@@ -394,9 +394,12 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     flat, valid = loss.flatten(), valid.flatten()
     hard = valid & (flat > -log(thresh))
     least = valid.sum() // min_kept_ratio
-    order = flat.detach().masked_fill(~valid, float("-inf")).argsort(descending=True)
-    rank = torch.empty_like(order).scatter_(0, order, torch.arange(len(flat), device=loss.device))
-    keep = torch.where(hard.sum() >= least, hard, valid & (rank < least))
+    ranked = flat.detach().masked_fill(~valid, float("-inf"))
+    # `least` is known to the device only, but is never more than this.
+    largest = ranked.topk(len(flat) // min_kept_ratio).indices
+    rank = torch.arange(len(largest), device=loss.device)
+    hardest = torch.zeros_like(valid).scatter(0, largest, rank < least)
+    keep = torch.where(hard.sum() >= least, hard, hardest)
     return torch.where(keep, flat, 0.0).sum() / keep.sum().clamp(min=1)
 
 

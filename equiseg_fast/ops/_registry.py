@@ -5,6 +5,7 @@ compiler, clean under opcheck, and cheaper to call than the decorators built on 
 """
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -46,10 +47,22 @@ def register(
     return getattr(torch.ops.equiseg_fast, name).default
 
 
+def autocast_is_on(device: str) -> bool:
+    """Whether autocast is enabled for this type of device."""
+    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+
+
+def without_autocast(device: str) -> AbstractContextManager[None]:
+    """A context in which nothing is cast, for statistics that are fp32 by definition."""
+    if torch.amp.is_autocast_available(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
+
+
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast cast fp32 and half-precision inputs to its dtype; fp64 stays as it is."""
     device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)

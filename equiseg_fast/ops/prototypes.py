@@ -5,6 +5,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
+from ._registry import without_autocast
 
 
 def class_prototypes(
@@ -43,9 +44,10 @@ def class_prototypes(
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     _backend.resolve("class_prototypes", backend, x.device, _reasons(x))
-    return reference.class_prototypes(
-        x, labels, num_classes, height, width, ignore_index=ignore_index
-    )
+    with without_autocast(x.device.type):
+        return reference.class_prototypes(
+            x, labels, num_classes, height, width, ignore_index=ignore_index
+        )
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:

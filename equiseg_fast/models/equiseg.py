@@ -1,0 +1,279 @@
+"""EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiseg_fast import reference
+from equiseg_fast.nn import (
+    CrossModalBlock,
+    PrototypeLoss,
+    SegmentationHead,
+    SelfGuidedGate,
+    init_module,
+)
+from equiseg_fast.ops import guided_gate, upsample_cross_entropy
+from equiseg_fast.ops._layout import to_map
+
+from .config import EQUISegConfig, drop_path_rates
+from .inputs import Images, Present, check_labels, check_mask, present_names, stack_images
+from .mix_transformer import MixTransformer
+
+STRIDE = 32
+
+
+class StageOutput(NamedTuple):
+    """What one stage leaves behind, for M modalities and B images of L = height * width tokens."""
+
+    features: Tensor
+    """Output of the cross-modal block before the gate, `[M, B, L, C]`."""
+    fused: Tensor
+    """What the head sees, `[B, L, C]`."""
+    contributions: Tensor
+    """Weight of each modality in the fused map, `[M, B, C]` fp32, summing to 1 over M."""
+    size: tuple[int, int]
+    """(height, width)."""
+
+
+class EQUISeg(nn.Module):
+    """Semantic segmentation from any number of sensors, any of which may be absent.
+
+    All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of
+    the query hub belong to one modality. Stage by stage: patch embedding and transformer blocks
+    (`encoder`), cross-modal block (`fusion`), gate (`gates`); then `head` on the fused maps.
+    """
+
+    def __init__(self, config: EQUISegConfig) -> None:
+        super().__init__()
+        self.config = config
+        encoders = [
+            MixTransformer(
+                config.variant,
+                drop_path=config.drop_path,
+                ln_eps_embed=config.ln_eps_embed,
+                ln_eps_block=config.ln_eps_block,
+            )
+            for _ in range(1 if config.share_encoder else len(config.modalities))
+        ]
+        self.encoder = encoders[0] if config.share_encoder else nn.ModuleList(encoders)
+        self.fusion = nn.ModuleList()
+        self.gates = nn.ModuleList()
+        if len(config.modalities) > 1:
+            for s, dim in enumerate(config.dims):
+                self.fusion.append(self._fusion_block(s))
+                if config.gate:
+                    self.gates.append(
+                        SelfGuidedGate(
+                            dim, config.gate_reduction, config.gate_rho, config.gate_tau
+                        )
+                    )
+        self.head = SegmentationHead(
+            config.dims, config.head_dim, config.num_classes, config.head_dropout, config.fold_head
+        )
+        self.head.apply(init_module)
+        self.prototype_loss = PrototypeLoss(
+            config.num_classes, config.sgm_tau, config.ignore_index
+        )
+
+    @classmethod
+    def from_name(
+        cls,
+        variant: str,
+        *,
+        modalities: Sequence[str] = ("rgb", "depth", "event", "lidar"),
+        num_classes: int = 25,
+        **fields: object,
+    ) -> "EQUISeg":
+        """A freshly initialised model, e.g. `EQUISeg.from_name("b2", modalities=("rgb", "depth"))`.
+
+        fields: further fields of `EQUISegConfig`.
+        """
+        config = EQUISegConfig(
+            variant=variant, modalities=tuple(modalities), num_classes=num_classes, **fields
+        )  # type: ignore[arg-type]
+        return cls(config)
+
+    def forward(self, images: Images, present: Present = None) -> Tensor:
+        """Logits `[B, num_classes, H, W]` at the size of the input.
+
+        images: mapping name -> `[B, 3, H, W]`, or a tensor `[M, B, 3, H, W]` in the order of
+            `config.modalities`; normalised, floating, on the model's device. Sizes that are no
+            multiple of 32 are padded with zeros and cropped again.
+        present: what is there: None for everything, a set of names (the others may be missing
+            from images and cost nothing), or a bool mask `[M, B]` per image. The values of what is
+            absent never matter. A mask on the CPU is checked; one on a GPU is not read back, and
+            an image without any modality gets NaN there.
+
+        Raises TypeError or ValueError naming what is wrong.
+        """
+        x, mask, subset = self._inputs(images, present)
+        stages, padded = self._stages(x, mask, subset)
+        height, width = x.shape[-2:]
+        logits = F.interpolate(
+            self._head(stages), size=padded, mode="bilinear", align_corners=False
+        )
+        return logits[..., :height, :width]
+
+    def stages(self, images: Images, present: Present = None) -> list[StageOutput]:
+        """Features, fused map and modality contributions of the four stages (of padded images).
+
+        Arguments as for `forward`. With a set of names, M counts the present modalities only.
+        """
+        return self._stages(*self._inputs(images, present))[0]
+
+    def loss(
+        self,
+        images: Images,
+        labels: Tensor,
+        present: Present = None,
+        *,
+        generator: torch.Generator | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Training loss: total and its named parts, all fp32 scalars.
+
+        labels: `[B, H, W]` integer, 0..num_classes - 1 or `config.ignore_index`. generator: draws
+        the teachers of the self-guided loss (and of modality dropout); None is PyTorch's own.
+
+        parts: "seg", the OHEM cross-entropy at label resolution, and "sgm", the mean over stages
+        of the prototype self-distillation; total = seg + sgm_weight * sgm.
+        """
+        config = self.config
+        x, mask, subset = self._inputs(images, present)
+        check_labels(labels, x, config.num_classes, config.ignore_index)
+        if self.training and config.modality_dropout > 0.0:
+            x = self._drop_modalities(x, mask, generator)
+        stages, (height, width) = self._stages(x, mask, subset)
+        padding = (0, width - labels.shape[-1], 0, height - labels.shape[-2])
+        labels = F.pad(labels, padding, value=config.ignore_index)
+
+        per_pixel = upsample_cross_entropy(
+            self._head(stages), labels, ignore_index=config.ignore_index
+        )
+        seg = reference.ohem(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
+        sgm = torch.zeros_like(seg)
+        if x.shape[0] > 1 and config.sgm_stages:
+            order = _permutation(x.shape[0], x.device, generator)
+            losses = [
+                self.prototype_loss(
+                    stages[s - 1].features, labels, *stages[s - 1].size, order, present=mask
+                )
+                for s in config.sgm_stages
+            ]
+            sgm = torch.stack(losses).mean()
+        return seg + config.sgm_weight * sgm, {"seg": seg, "sgm": sgm}
+
+    def _fusion_block(self, s: int) -> CrossModalBlock:
+        config = self.config
+        block = CrossModalBlock(
+            config.dims[s],
+            len(config.modalities),
+            config.cross_heads[s],
+            config.cross_sr[s],
+            ppx_depth=config.ppx_depth,
+            ppx_ratio=config.ppx_ratio[s],
+            drop_path=drop_path_rates(config.drop_path, config.depths)[s][-1],
+            output_projection=config.cross_proj,
+        )
+        return block.apply(init_module)
+
+    def _inputs(
+        self, images: Images, present: Present
+    ) -> tuple[Tensor, Tensor | None, list[int] | None]:
+        """Images `[M, B, 3, H, W]`, mask `[M, B]` or None, and which modalities these M are."""
+        names = self.config.modalities
+        subset = present_names(present, names)
+        zero = self.config.missing == "zero"
+        needed = range(len(names)) if subset is None or zero else subset
+        x = stack_images(images, names, needed, self.head.linear_pred.weight)
+        if subset is not None and not zero:
+            return x, None, None if len(subset) == len(names) else subset
+        if present is None:
+            return x, None, None
+        if subset is not None:
+            mask = torch.tensor([i in subset for i in needed])[:, None].expand(*x.shape[:2])
+        else:
+            mask = present
+            check_mask(mask, *x.shape[:2])
+        mask = mask.to(x.device, non_blocking=True)
+        x = x.masked_fill(~mask[:, :, None, None, None], 0.0)
+        return x, None if zero else mask, None
+
+    def _stages(
+        self, x: Tensor, mask: Tensor | None, subset: list[int] | None
+    ) -> tuple[list[StageOutput], tuple[int, int]]:
+        """The four stages, and the padded size of the images."""
+        modalities, batch = x.shape[:2]
+        padding = (0, -x.shape[-1] % STRIDE, 0, -x.shape[-2] % STRIDE)
+        maps = F.pad(x.flatten(0, 1), padding)
+        padded = tuple(maps.shape[-2:])
+        maps = maps.contiguous(memory_format=torch.channels_last)
+        outputs = []
+        for s in range(4):
+            embedded, encoded, size = self._encode(s, maps, modalities, subset)
+            if modalities == 1:
+                ones = encoded.new_ones((1, batch, encoded.shape[-1]), dtype=torch.float32)
+                outputs.append(StageOutput(encoded, encoded[0], ones, size))
+                branches = encoded
+            else:
+                source = embedded if self.config.aux_source == "embed" else encoded
+                f = self.fusion[s](source, encoded, *size, present=mask, subset=subset)
+                branches, fused, weights = self._balance(s, f, mask)
+                outputs.append(StageOutput(f, fused, weights, size))
+            maps = to_map(branches.flatten(0, 1), *size)
+        return outputs, padded
+
+    def _encode(
+        self, s: int, maps: Tensor, modalities: int, subset: list[int] | None
+    ) -> tuple[Tensor, Tensor, tuple[int, int]]:
+        """Stage s: maps `[M * B, C, H, W]` -> embedded and encoded `[M, B, L, C]`, (h, w)."""
+        if self.config.share_encoder:
+            tokens, h, w = self.encoder.embed(s, maps)
+            encoded = self.encoder.encode(s, tokens, h, w)
+        else:
+            chosen = range(len(self.encoder)) if subset is None else subset
+            pairs = []
+            for index, rows in zip(chosen, maps.chunk(modalities), strict=True):
+                tokens, h, w = self.encoder[index].embed(s, rows)
+                pairs.append((tokens, self.encoder[index].encode(s, tokens, h, w)))
+            tokens, encoded = (torch.cat(x) for x in zip(*pairs, strict=True))
+        shape = (modalities, -1)
+        return tokens.unflatten(0, shape), encoded.unflatten(0, shape), (h, w)
+
+    def _balance(self, s: int, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+        """Gate of stage s: f `[M, B, L, C]` -> branches, fused map, contributions `[M, B, C]`."""
+        config = self.config
+        equal = torch.zeros((*f.shape[:2], f.shape[-1]), dtype=torch.float32, device=f.device)
+        equal = equal.to(reference.statistics_dtype(f))
+        logits = self.gates[s].logits(f, present=mask) if config.gate else equal
+        if config.fuse == "gate":
+            branches, fused = guided_gate(f, logits, present=mask, rho=config.gate_rho)
+            return branches, fused, reference.gate_weights(logits, present=mask)
+        branches, _ = guided_gate(f, logits, present=mask, rho=config.gate_rho)
+        _, fused = guided_gate(f, equal, present=mask)
+        return branches, fused, reference.gate_weights(equal, present=mask)
+
+    def _head(self, stages: Sequence[StageOutput]) -> Tensor:
+        return self.head([s.fused for s in stages], [s.size for s in stages])
+
+    def _drop_modalities(
+        self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None
+    ) -> Tensor:
+        """With probability `modality_dropout` zero all images outside a random non-empty subset."""
+        modalities = x.shape[0]
+        device = x.device if generator is None else generator.device
+        draw = torch.randint(1, 2**modalities, (), generator=generator, device=device)
+        drop = torch.rand((), generator=generator, device=device) < self.config.modality_dropout
+        bits = draw >> torch.arange(modalities, device=device) & 1
+        keep = ((bits == 1) | ~drop).to(x.device)[:, None]
+        if mask is not None:
+            # Never take the last sensor of an image.
+            keep = keep | ~(keep & mask).any(dim=0)
+        return x.masked_fill(~keep[:, :, None, None, None], 0.0)
+
+
+def _permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
+    source = device if generator is None else generator.device
+    return torch.randperm(n, generator=generator, device=source).to(device, non_blocking=True)

@@ -1,0 +1,111 @@
+"""What EQUISeg accepts, checked once at the door."""
+
+from collections.abc import Collection, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from equiseg_fast.ops import _checks
+from equiseg_fast.ops._registry import autocast_is_on
+
+Images = Mapping[str, Tensor] | Tensor
+Present = Tensor | Collection[str] | None
+
+
+def stack_images(
+    images: Images, names: Sequence[str], needed: Sequence[int], like: Tensor
+) -> Tensor:
+    """The needed modalities as one tensor `[len(needed), B, 3, H, W]`.
+
+    images: mapping name -> `[B, 3, H, W]`, or a tensor `[M, B, 3, H, W]` in the order of names.
+    like: a parameter of the model, whose device the images must have, and whose dtype unless
+    autocast is on. Raises TypeError or ValueError naming what is wrong.
+    """
+    if isinstance(images, Tensor):
+        _checks.check_tensor("images", images, _checks.FLOATING, "[M, B, 3, H, W]")
+        if images.shape[0] != len(names):
+            raise ValueError(
+                f"images must have M = {len(names)} modalities ({', '.join(names)}); "
+                f"got shape {list(images.shape)}"
+            )
+        _check_image("images", images, like)
+        return images if len(needed) == len(names) else images[list(needed)]
+    if not isinstance(images, Mapping):
+        raise TypeError(f"images must be a mapping or a tensor; got {type(images).__name__}")
+    if unknown := [name for name in images if name not in names]:
+        raise ValueError(f"images has unknown modality {unknown[0]!r}; allowed: {', '.join(names)}")
+    if missing := [names[i] for i in needed if names[i] not in images]:
+        raise ValueError(
+            f"images lacks modality {missing[0]!r}; give it, or name the present ones in `present`"
+        )
+    chosen = {names[i]: images[names[i]] for i in needed}
+    first_name, first = next(iter(chosen.items()))
+    for name, x in chosen.items():
+        label = f"images[{name!r}]"
+        _checks.check_tensor(label, x, _checks.FLOATING, "[B, 3, H, W]")
+        _check_image(label, x, like)
+        shape = f"[B, 3, H, W] (that of images[{first_name!r}])"
+        _checks.check_shape(label, x, tuple(first.shape), shape)
+    return torch.stack(list(chosen.values()))
+
+
+def _check_image(label: str, x: Tensor, like: Tensor) -> None:
+    if x.shape[-3] != 3:
+        raise ValueError(f"{label} must have 3 channels; got shape {list(x.shape)}")
+    if min(x.shape[-2:]) < 1:
+        raise ValueError(f"{label} must not be empty; got shape {list(x.shape)}")
+    if x.device != like.device:
+        raise ValueError(f"{label} must be on the model's device {like.device}; got {x.device}")
+    if x.dtype != like.dtype and not autocast_is_on(x.device.type):
+        raise TypeError(f"{label} must have the model's dtype {like.dtype}; got {x.dtype}")
+
+
+def present_names(present: Present, names: Sequence[str]) -> list[int] | None:
+    """Indices of the modalities named in `present`, in order; None if it is no set of names."""
+    if present is None or isinstance(present, Tensor):
+        return None
+    if isinstance(present, str) or not isinstance(present, Collection):
+        raise TypeError(
+            f"present must be a bool mask [M, B] or a set of names; got {type(present).__name__}"
+        )
+    if unknown := [name for name in present if name not in names]:
+        raise ValueError(
+            f"present has unknown modality {unknown[0]!r}; allowed: {', '.join(names)}"
+        )
+    if not present:
+        raise ValueError("present must name at least one modality; all are absent")
+    return [i for i, name in enumerate(names) if name in present]
+
+
+def check_mask(present: Tensor, modalities: int, batch: int) -> None:
+    """present is a bool mask `[M, B]` with at least one modality per image.
+
+    The values are looked at only where that waits for nothing: on the CPU, outside the compiler.
+    """
+    _checks.check_tensor("present", present, (torch.bool,), "[M, B]")
+    _checks.check_shape("present", present, (modalities, batch), "[M, B]")
+    if present.device.type == "cpu" and not torch.compiler.is_compiling():
+        absent = (~present.any(dim=0)).nonzero().flatten().tolist()
+        if absent:
+            raise ValueError(
+                f"present must keep at least one modality of every image; image {absent[0]} has none"
+            )
+
+
+def check_labels(labels: Tensor, images: Tensor, num_classes: int, ignore_index: int) -> None:
+    """labels is integer `[B, H, W]`, as large as the images `[M, B, 3, H, W]`, and in range.
+
+    The values are looked at only where that waits for nothing: on the CPU, outside the compiler.
+    """
+    _checks.check_tensor("labels", labels, _checks.INTEGER, "[B, H, W]")
+    shape = (images.shape[1], *images.shape[-2:])
+    _checks.check_shape("labels", labels, shape, "[B, H, W] (that of the images)")
+    _checks.check_same_device(images=images, labels=labels)
+    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
+        values = labels.long()
+        wrong = values[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
+        if len(wrong):
+            raise ValueError(
+                f"labels must be 0..{num_classes - 1} or {ignore_index} (ignored); "
+                f"got {wrong[0].item()}"
+            )

@@ -1,0 +1,82 @@
+"""Mix Transformer, the encoder of SegFormer (arXiv 2105.15203)."""
+
+import torch
+from torch import Tensor, nn
+
+from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
+from equiseg_fast.ops._layout import to_map
+
+from .config import HEADS, SR_RATIOS, VARIANTS, check_variant, drop_path_rates
+
+
+class TransformerBlock(nn.Module):
+    """Pre-norm efficient self-attention, then Mix-FFN, both residual."""
+
+    def __init__(
+        self, dim: int, heads: int, sr_ratio: int, drop_path: float, eps_embed: float, eps: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=eps)
+        self.attn = EfficientSelfAttention(dim, heads, sr_ratio, eps=eps_embed)
+        self.norm2 = nn.LayerNorm(dim, eps=eps)
+        self.mlp = MixFFN(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width."""
+        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
+        return x + self.drop_path(self.mlp(self.norm2(x), height, width))
+
+
+class MixTransformer(nn.Module):
+    """Four stages of patch embedding, transformer blocks and LayerNorm, at strides 4, 8, 16, 32.
+
+    variant: "b0" to "b5"; in_channels of the images; drop_path of the last block, growing from 0;
+    ln_eps_embed: LayerNorm eps behind convolutions; ln_eps_block: in blocks and at stage ends.
+    Parameter names are those of the published checkpoints (`patch_embed1`, `block1`, `norm1`, ..).
+    """
+
+    def __init__(
+        self,
+        variant: str = "b0",
+        *,
+        in_channels: int = 3,
+        drop_path: float = 0.1,
+        ln_eps_embed: float = 1e-5,
+        ln_eps_block: float = 1e-6,
+    ) -> None:
+        super().__init__()
+        self.dims, depths = VARIANTS[check_variant(variant)]
+        rates = drop_path_rates(drop_path, depths)
+        for s in range(4):
+            dim = self.dims[s]
+            kernel, stride, previous = (3, 2, self.dims[s - 1]) if s else (7, 4, in_channels)
+            embed = PatchEmbed(previous, dim, kernel, stride, eps=ln_eps_embed)
+            blocks = nn.ModuleList(
+                TransformerBlock(dim, HEADS[s], SR_RATIOS[s], rate, ln_eps_embed, ln_eps_block)
+                for rate in rates[s]
+            )
+            setattr(self, f"patch_embed{s + 1}", embed)
+            setattr(self, f"block{s + 1}", blocks)
+            setattr(self, f"norm{s + 1}", nn.LayerNorm(dim, eps=ln_eps_block))
+        self.apply(init_module)
+
+    def embed(self, stage: int, x: Tensor) -> tuple[Tensor, int, int]:
+        """Stage 0..3: map `[R, C, H, W]` -> tokens `[R, L, dim]` and their (height, width)."""
+        return getattr(self, f"patch_embed{stage + 1}")(x)
+
+    def encode(self, stage: int, x: Tensor, height: int, width: int) -> Tensor:
+        """Stage 0..3: blocks and final LayerNorm, tokens `[R, L, dim]` -> `[R, L, dim]`."""
+        for block in getattr(self, f"block{stage + 1}"):
+            x = block(x, height, width)
+        return getattr(self, f"norm{stage + 1}")(x)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Images `[R, C, H, W]` -> four maps `[R, dim_s, H_s, W_s]` in channels-last memory."""
+        x = x.contiguous(memory_format=torch.channels_last)
+        maps = []
+        for stage in range(4):
+            tokens, height, width = self.embed(stage, x)
+            x = to_map(self.encode(stage, tokens, height, width), height, width)
+            maps.append(x)
+        return maps

@@ -1,0 +1,18 @@
+"""Initialisation of SegFormer (arXiv 2105.15203), as its authors' code means it."""
+
+from math import prod, sqrt
+
+from torch import nn
+
+
+def init_module(module: nn.Module) -> None:
+    """For `Module.apply`: linear layers truncated normal 0.02, convolutions by fan-out, biases 0."""
+    if isinstance(module, nn.Linear):
+        nn.init.trunc_normal_(module.weight, std=0.02)
+    elif isinstance(module, nn.Conv1d | nn.Conv2d):
+        fan_out = prod(module.kernel_size) * module.out_channels // module.groups
+        nn.init.normal_(module.weight, std=sqrt(2 / fan_out))
+    else:
+        return
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)

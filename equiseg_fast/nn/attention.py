@@ -1,0 +1,58 @@
+"""Attention with spatially reduced keys and values: within a modality and across modalities."""
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from equiseg_fast.ops import attention
+from equiseg_fast.ops._layout import to_map, to_tokens
+
+
+class CrossModalAttention(nn.Module):
+    """Queries from one sequence, keys and values from another of the same size.
+
+    dim: channels; heads: number of heads (divides dim); sr_ratio: the keys are reduced by a
+    convolution of this kernel and stride, then LayerNorm (1: neither exists); eps of that norm.
+    Parameter names are SegFormer's: `q`, `kv` (K rows first, then V), `proj`, `sr`, `norm`.
+    """
+
+    def __init__(self, dim: int, heads: int, sr_ratio: int = 1, eps: float = 1e-5) -> None:
+        super().__init__()
+        if dim % heads:
+            raise ValueError(f"dim must be a multiple of heads = {heads}; got {dim}")
+        self.heads = heads
+        self.sr_ratio = sr_ratio
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
+        if sr_ratio > 1:
+            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+            self.norm = nn.LayerNorm(dim, eps=eps)
+
+    def forward(self, x: Tensor, source: Tensor, height: int, width: int) -> Tensor:
+        """x, source `[R, L, dim]`, L = height * width -> `[R, L, dim]`."""
+        if self.sr_ratio > 1:
+            source = self.norm(self._reduce(source, height, width))
+        q = self.q(x).unflatten(-1, (self.heads, -1))
+        k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return self.proj(attention(q, k, v).flatten(2))
+
+    def _reduce(self, x: Tensor, height: int, width: int) -> Tensor:
+        r = self.sr_ratio
+        if height % r or width % r:
+            return to_tokens(self.sr(to_map(x, height, width)))
+        # Kernel equals stride, so the convolution is one matrix product over patches, which beats
+        # every strided convolution measured.
+        patches = x.unflatten(1, (height // r, r, width // r, r)).transpose(2, 3)
+        weight = self.sr.weight.permute(0, 2, 3, 1).flatten(1)
+        return F.linear(patches.flatten(3).flatten(1, 2), weight, self.sr.bias)
+
+    def extra_repr(self) -> str:
+        return f"heads={self.heads}, sr_ratio={self.sr_ratio}"
+
+
+class EfficientSelfAttention(CrossModalAttention):
+    """Efficient self-attention of SegFormer (arXiv 2105.15203), section 3.1."""
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:  # type: ignore[override]
+        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width."""
+        return super().forward(x, x, height, width)

@@ -1,0 +1,72 @@
+"""Cross-modal Transformer Block (CMTB) of one stage, behind the encoder."""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from equiseg_fast.reference import has_others
+
+from .attention import CrossModalAttention
+from .pooling_mixer import ParallelPoolingMixer
+from .query_hub import SelfQueryHub
+
+
+class CrossModalBlock(nn.Module):
+    """Every modality as primary attends to what the others have to say, all in one batch.
+
+    dim: channels; modalities: number of score nets; heads, sr_ratio: of the cross-attention;
+    ppx_depth, ppx_ratio, drop_path: of the pooling mixers. Weights but the score nets are shared
+    by all modalities. Source: EQUISeg (arXiv 2509.24505), CMTB.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        modalities: int,
+        heads: int,
+        sr_ratio: int,
+        *,
+        ppx_depth: int = 1,
+        ppx_ratio: int = 8,
+        drop_path: float = 0.0,
+        output_projection: bool = True,
+    ) -> None:
+        super().__init__()
+        self.query_hub = SelfQueryHub(dim, modalities)
+        self.mixer = nn.ModuleList(
+            ParallelPoolingMixer(dim, ppx_ratio, drop_path) for _ in range(ppx_depth)
+        )
+        self.mixer_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = CrossModalAttention(dim, heads, sr_ratio)
+        if not output_projection:
+            self.attn.proj = nn.Identity()
+
+    def forward(
+        self,
+        embedded: Tensor,
+        encoded: Tensor,
+        height: int,
+        width: int,
+        *,
+        present: Tensor | None = None,
+        subset: Sequence[int] | None = None,
+    ) -> Tensor:
+        """embedded (source of the hub) and encoded `[M, B, L, dim]` -> `[M, B, L, dim]`.
+
+        present `[M, B]` bool; subset: which score nets serve the M modalities, None for all. A
+        modality that is alone keeps its encoding.
+        """
+        hub = self.query_hub(embedded, height, width, present=present, subset=subset)
+        others = rows = None
+        if present is not None:
+            others = has_others(present)
+            rows = (present & others).flatten()
+        source = hub.flatten(0, 1)
+        for block in self.mixer:
+            source = block(source, height, width, rows)
+        source = self.mixer_norm(source)
+        update = self.attn(encoded.flatten(0, 1), source, height, width).view_as(encoded)
+        if others is not None:
+            update = torch.where(others[:, :, None, None], update, 0.0)
+        return encoded + update
