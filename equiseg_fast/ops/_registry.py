@@ -69,23 +69,34 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def needs_grad(*tensors: Tensor) -> bool:
-    """Whether autograd would record an operation on these tensors."""
+    """Whether the call has to go through the `autograd.Function`.
+
+    Yes if autograd would record it, and under any transform of `torch.func`: only the Function
+    refuses those it has no rule for, the bare operation would compute without derivatives.
+    """
+    if torch._C._are_functorch_transforms_active():
+        return True
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
 def reference_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
-) -> tuple[Tensor, ...]:
+) -> tuple[Tensor | None, ...]:
     """Gradients of `function` at the inputs, as a graph that can be differentiated again.
 
-    function takes the inputs and returns one tensor per cotangent; a cotangent may be None. This
-    is the double backward of every operation: its first backward, done over in the reference.
+    function takes the inputs and returns one tensor per cotangent; a cotangent may be None. Inputs
+    that need no gradient get None. This is the double backward of every operation: its first
+    backward, done over in the reference.
     """
     # Views stand for the inputs: if one input was computed from another, only the direct
     # dependence of the operation itself may be differentiated here.
-    leaves = [x.view_as(x) if x.requires_grad else x.detach().requires_grad_() for x in inputs]
-    outputs = function(*leaves)
+    views = [x.view_as(x) for x in inputs]
+    outputs = function(*views)
     pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None]
-    return torch.autograd.grad(
-        [y for y, _ in pairs], leaves, [g for _, g in pairs], create_graph=True
+    wanted = [x for x in views if x.requires_grad]
+    gradients = iter(
+        torch.autograd.grad(
+            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True
+        )
     )
+    return tuple(next(gradients) if x.requires_grad else None for x in views)

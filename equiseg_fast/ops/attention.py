@@ -13,6 +13,7 @@ from . import _backend, _checks
 from ._registry import autocast, needs_grad, reference_gradients, register
 
 MAX_HEAD_DIM = 128
+_KEYS = "[B, Lk, H, D]"
 
 
 def attention(
@@ -39,9 +40,11 @@ def attention(
     deterministic. Under autocast the inputs are cast to its dtype. Raises TypeError or ValueError
     naming the argument on bad input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
+    for name, x, shape in (("q", q, "[B, Lq, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS)):
+        _checks.check_tensor(name, x, _checks.FLOATING, shape)
+    q, k, v = autocast(q, k, v)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
-    q, k, v = autocast(q, k, v)
     chosen = _backend.resolve("attention", backend, q.device, _reasons(q, k, v))
     if chosen == "reference":
         return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
@@ -54,20 +57,14 @@ def attention(
 
 
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
-    for name, x, shape in (
-        ("q", q, "[B, Lq, H, D]"),
-        ("k", k, "[B, Lk, H, D]"),
-        ("v", v, "[B, Lk, H, D]"),
-    ):
-        _checks.check_tensor(name, x, _checks.FLOATING, shape)
     _checks.check_same(q=q, k=k, v=v)
     batch, _, heads, dim = q.shape
     if heads < 1 or dim < 1:
         raise ValueError(f"q must have at least one head and channel; got shape {list(q.shape)}")
     if k.shape[1] < 1:
         raise ValueError(f"k must have at least one key; got shape {list(k.shape)}")
-    _checks.check_shape("k", k, (batch, k.shape[1], heads, dim), "[B, Lk, H, D]")
-    _checks.check_shape("v", v, tuple(k.shape), "[B, Lk, H, D] (that of k)")
+    _checks.check_shape("k", k, (batch, k.shape[1], heads, dim), _KEYS)
+    _checks.check_shape("v", v, tuple(k.shape), f"{_KEYS} (that of k)")
 
 
 def _reasons(q: Tensor, k: Tensor, v: Tensor, **_: object) -> _backend.Reasons:
@@ -96,13 +93,12 @@ def _stock(
 def _matmul_softmax(
     q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
+    dtype = reference.statistics_dtype(q) if return_lse else q.dtype
     # The scale goes into q, which is far smaller than the scores.
-    q, k, v = (x.transpose(1, 2) for x in (q * scale, k, v))
+    q, k, v = (x.transpose(1, 2) for x in (q.to(dtype) * scale, k.to(dtype), v))
     scores = q @ k.transpose(-1, -2)
-    out = (scores.softmax(dim=-1) @ v).transpose(1, 2)
-    if return_lse:
-        return out, scores.to(reference.statistics_dtype(q)).logsumexp(dim=-1)
-    return out
+    out = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
+    return (out, scores.logsumexp(dim=-1)) if return_lse else out
 
 
 def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,491 @@
+"""EQUISeg as a whole: published sizes, agreement with SegFormer, and the invariants of fusion."""
+
+from functools import cache
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
+
+from equiseg_fast import reference
+from equiseg_fast.models import EQUISeg, EQUISegConfig, MixTransformer
+
+NAMES = ("rgb", "depth", "event", "lidar")
+
+
+def parameters(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def randomise(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Random values everywhere, so that nothing hides behind zeros, ones or equal weights."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, tensor in model.state_dict().items():
+            if tensor.is_floating_point():
+                noise = torch.randn(tensor.shape, generator=generator, dtype=tensor.dtype)
+                if name.endswith("running_var"):
+                    tensor.copy_(1 + 0.2 * noise.abs())
+                else:
+                    tensor.add_(0.1 * noise)
+    return model
+
+
+@cache
+def small_model(modalities: tuple[str, ...] = NAMES, **fields: object) -> EQUISeg:
+    model = EQUISeg.from_name("b0", modalities=modalities, num_classes=7, **fields)
+    return randomise(model).double().eval()
+
+
+def images(batch: int = 2, height: int = 64, width: int = 96, modalities: int = 4) -> Tensor:
+    return torch.randn(modalities, batch, 3, height, width, dtype=torch.float64)
+
+
+class TestSizes:
+    @pytest.mark.parametrize(
+        ("variant", "total", "stages"),
+        [
+            ("b0", 3_319_392, (164_096, 255_296, 930_080, 1_969_920)),
+            ("b1", 13_151_424, (639_488, 1_006_208, 3_682_880, 7_822_848)),
+            ("b2", 24_196_288, (954_368, 1_938_048, 10_308_160, 10_995_712)),
+            ("b3", 44_072_128, (954_368, 1_938_048, 30_184_000, 10_995_712)),
+            ("b4", 60_842_688, (954_368, 3_801_728, 45_090_880, 10_995_712)),
+            ("b5", 81_443_008, (954_368, 2_869_888, 66_623_040, 10_995_712)),
+        ],
+    )
+    def test_encoder_parameters(self, variant: str, total: int, stages: tuple[int, ...]) -> None:
+        with torch.device("meta"):
+            encoder = MixTransformer(variant)
+        assert parameters(encoder) == total
+        parts = ("patch_embed", "block", "norm")
+        assert stages == tuple(
+            sum(parameters(getattr(encoder, f"{part}{s}")) for part in parts) for s in (1, 2, 3, 4)
+        )
+
+    @pytest.mark.parametrize(
+        ("variant", "modalities", "classes", "total"),
+        [
+            ("b0", 1, 25, 3_720_569),
+            ("b0", 2, 25, 5_390_733),
+            ("b0", 3, 25, 5_396_369),
+            ("b0", 4, 25, 5_402_005),
+            ("b0", 3, 19, 5_394_827),
+            ("b2", 1, 25, 25_785_049),
+            ("b2", 2, 25, 32_321_261),
+            ("b2", 3, 25, 32_332_529),
+            ("b2", 4, 25, 32_343_797),
+            ("b2", 3, 19, 32_329_451),
+        ],
+    )
+    def test_model_parameters(
+        self, variant: str, modalities: int, classes: int, total: int
+    ) -> None:
+        with torch.device("meta"):
+            model = EQUISeg.from_name(variant, modalities=NAMES[:modalities], num_classes=classes)
+        assert parameters(model) == total
+
+    @pytest.mark.parametrize(
+        ("variant", "classes", "width", "total"),
+        [
+            ("b0", 25, None, 401_177),
+            ("b0", 150, None, 433_302),
+            ("b0", 19, None, 399_635),
+            ("b2", 25, None, 1_588_761),
+            ("b2", 25, 768, 3_169_561),
+            ("b2", 150, 768, 3_265_686),
+        ],
+    )
+    def test_head_parameters(
+        self, variant: str, classes: int, width: int | None, total: int
+    ) -> None:
+        with torch.device("meta"):
+            model = EQUISeg.from_name(variant, num_classes=classes, decoder_dim=width)
+        assert parameters(model.head) == total
+
+    @pytest.mark.parametrize(
+        ("variant", "rows"),
+        [
+            (
+                "b0",
+                [
+                    (1_412, 22_083, 64, 69_856, 808),
+                    (2_820, 78_979, 128, 82_368, 3_152),
+                    (7_044, 246_723, 320, 205_920, 19_400),
+                    (11_268, 615_939, 512, 263_168, 49_472),
+                ],
+            ),
+            (
+                "b2",
+                [
+                    (2_820, 78_979, 128, 278_976, 3_152),
+                    (5_636, 297_219, 256, 328_576, 12_448),
+                    (14_084, 954_243, 640, 821_440, 77_200),
+                    (22_532, 2_411_523, 1_024, 1_050_624, 197_248),
+                ],
+            ),
+        ],
+    )
+    def test_fusion_parameters(self, variant: str, rows: list[tuple[int, ...]]) -> None:
+        with torch.device("meta"):
+            model = EQUISeg.from_name(variant)
+        for block, gate, row in zip(model.fusion, model.gates, rows, strict=True):
+            parts = (block.query_hub, block.mixer, block.mixer_norm, block.attn, gate)
+            assert tuple(map(parameters, parts)) == row
+
+    @pytest.mark.parametrize(
+        ("variant", "size", "modalities", "classes", "gmac"),
+        [
+            ("b0", 512, 4, 25, 24.932),
+            ("b0", 1024, 4, 25, 174.622),
+            ("b0", 1024, 3, 19, 135.526),
+            ("b2", 512, 4, 25, 124.044),
+            ("b2", 1024, 4, 25, 732.932),
+            ("b2", 1024, 3, 19, 567.926),
+        ],
+    )
+    def test_multiply_adds(
+        self, variant: str, size: int, modalities: int, classes: int, gmac: float
+    ) -> None:
+        assert self._gmac(variant, size, modalities, classes) == pytest.approx(gmac, abs=2e-3)
+
+    @pytest.mark.parametrize(("variant", "saved"), [("b0", 17.18), ("b2", 68.72)])
+    def test_folded_head_saves(self, variant: str, saved: float) -> None:
+        folded = self._gmac(variant, 1024, 4, 25, fold_head=True)
+        assert self._gmac(variant, 1024, 4, 25) - folded == pytest.approx(saved, rel=2e-2)
+
+    @staticmethod
+    def _gmac(
+        variant: str, size: int, modalities: int, classes: int, fold_head: bool = False
+    ) -> float:
+        with torch.device("meta"), torch.no_grad():
+            model = EQUISeg.from_name(
+                variant, modalities=NAMES[:modalities], num_classes=classes, fold_head=fold_head
+            ).eval()
+            with FlopCounterMode(display=False) as counter:
+                model(torch.empty(modalities, 1, 3, size, size))
+        return counter.get_total_flops() / 2e9
+
+
+class TestSegformer:
+    """The encoder against `transformers`, with the same random weights in both."""
+
+    RENAMES = (
+        ("patch_embed{s}.proj", "patch_embeddings.proj"),
+        ("patch_embed{s}.norm", "patch_embeddings.layer_norm"),
+        ("norm{s}", "layer_norm"),
+    )
+    BLOCK_RENAMES = (
+        ("norm1", "layernorm_before"),
+        ("norm2", "layernorm_after"),
+        ("attn.q", "attention.q_proj"),
+        ("attn.proj", "attention.o_proj"),
+        ("attn.sr", "attention.sequence_reduction.sequence_reduction"),
+        ("attn.norm", "attention.sequence_reduction.layer_norm"),
+        ("mlp.fc1", "mlp.fc1"),
+        ("mlp.dwconv.dwconv", "mlp.dwconv.dwconv"),
+        ("mlp.fc2", "mlp.fc2"),
+    )
+
+    def _load(self, ours: MixTransformer, theirs: dict[str, Tensor]) -> None:
+        state = {}
+        for kind in ("weight", "bias"):
+            for s in range(4):
+                for a, b in self.RENAMES:
+                    state[f"{a.format(s=s + 1)}.{kind}"] = theirs[f"stages.{s}.{b}.{kind}"]
+                for j in range(len(getattr(ours, f"block{s + 1}"))):
+                    here, there = f"block{s + 1}.{j}.", f"stages.{s}.blocks.{j}."
+                    for a, b in self.BLOCK_RENAMES:
+                        if f"{there}{b}.{kind}" in theirs:
+                            state[f"{here}{a}.{kind}"] = theirs[f"{there}{b}.{kind}"]
+                    pair = [theirs[f"{there}attention.{x}_proj.{kind}"] for x in "kv"]
+                    state[f"{here}attn.kv.{kind}"] = torch.cat(pair)
+        ours.load_state_dict(state, strict=True)
+
+    @pytest.mark.parametrize("variant", ["b0", "b2"])
+    def test_every_stage_agrees(self, variant: str) -> None:
+        transformers = pytest.importorskip("transformers", reason="transformers not installed")
+        dims = EQUISegConfig(variant=variant).dims
+        depths = EQUISegConfig(variant=variant).depths
+        config = transformers.SegformerConfig(hidden_sizes=list(dims), depths=list(depths))
+        theirs = randomise(transformers.SegformerModel(config)).eval()
+        # transformers builds every LayerNorm with eps 1e-5
+        ours = MixTransformer(variant, ln_eps_embed=1e-5, ln_eps_block=1e-5).eval()
+        self._load(ours, theirs.state_dict())
+        x = torch.randn(2, 3, 64, 96)
+        with torch.no_grad():
+            expected = theirs(x, output_hidden_states=True).hidden_states
+            actual = ours(x)
+        for a, b in zip(actual, expected[-4:], strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
+
+
+class TestFusion:
+    def test_order_of_modalities_does_not_matter(self) -> None:
+        model, x = small_model(), images()
+        order = [2, 0, 3, 1]
+        permuted = EQUISeg(EQUISegConfig(modalities=[NAMES[i] for i in order], num_classes=7))
+        state = model.state_dict()
+        for name in state:
+            if ".query_hub." in name:
+                state[name] = state[name][order]
+        permuted.double().eval().load_state_dict(state)
+        torch.testing.assert_close(permuted(x[order]), model(x), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e30])
+    def test_values_of_absent_images_do_not_matter(self, value: float) -> None:
+        model, x = small_model(), images()
+        mask = torch.tensor([[True, True], [False, True], [True, False], [False, True]])
+        poisoned = x.masked_fill(~mask[:, :, None, None, None], value)
+        assert torch.equal(model(poisoned, mask), model(x, mask))
+
+    def test_absent_images_get_no_gradient_and_spoil_none(self) -> None:
+        model, x = small_model(), images(height=32, width=32)
+        mask = torch.tensor([[True, True], [False, True], [True, False], [True, True]])
+        x = x.masked_fill(~mask[:, :, None, None, None], float("nan")).requires_grad_()
+        labels = torch.randint(0, 7, (2, 32, 32))
+        total, _ = model.loss(x, labels, mask)
+        grads = torch.autograd.grad(total, [x, *model.parameters()], allow_unused=True)
+        assert all(g is None or bool(g.isfinite().all()) for g in grads)
+        assert not grads[0][~mask].any()
+        assert grads[0][mask].abs().sum() > 0
+
+    @pytest.mark.parametrize("keep", [(0, 1, 2), (1, 3), (2,), (0, 1, 2, 3)])
+    def test_masked_model_is_the_model_of_the_subset(self, keep: tuple[int, ...]) -> None:
+        model, x = small_model(), images()
+        names = tuple(NAMES[i] for i in keep)
+        subset = EQUISeg(EQUISegConfig(modalities=names, num_classes=7)).double().eval()
+        state = {k: v for k, v in model.state_dict().items() if k in subset.state_dict()}
+        for name in state:
+            if ".query_hub." in name:
+                state[name] = state[name][list(keep)]
+        subset.load_state_dict(state)
+        expected = subset(x[list(keep)])
+        mask = torch.zeros(4, 2, dtype=torch.bool)
+        mask[list(keep)] = True
+        torch.testing.assert_close(model(x, mask), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model(x, set(names)), expected, rtol=1e-10, atol=1e-10)
+
+    def test_every_image_has_its_own_mask(self) -> None:
+        model, x = small_model(), images()
+        mask = torch.tensor([[True, False], [True, True], [False, True], [False, False]])
+        together = model(x, mask)
+        for b in range(2):
+            alone = model(x[:, b : b + 1], mask[:, b : b + 1])
+            torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-10, atol=1e-10)
+
+    def test_one_modality_alone_is_finite_and_differentiable(self) -> None:
+        model, x = small_model(), images(height=32, width=32)
+        mask = torch.zeros(4, 2, dtype=torch.bool)
+        mask[1] = True
+        total, parts = model.loss(x, torch.randint(0, 7, (2, 32, 32)), mask)
+        assert total.isfinite()
+        assert parts["sgm"] == 0
+        grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
+        assert all(g is None or bool(g.isfinite().all()) for g in grads)
+
+    def test_gate_starts_as_the_mean(self) -> None:
+        model = EQUISeg(EQUISegConfig(num_classes=7)).double().eval()
+        for stage in model.stages(images()):
+            torch.testing.assert_close(stage.fused, stage.features.mean(dim=0))
+            torch.testing.assert_close(
+                stage.contributions, torch.full_like(stage.contributions, 0.25)
+            )
+
+    def test_zeroed_images_are_present(self) -> None:
+        zero, mask = small_model(missing="zero"), small_model()
+        x = images()
+        blank = x.clone()
+        blank[1] = 0
+        torch.testing.assert_close(zero(x, {"rgb", "event", "lidar"}), mask(blank))
+
+    def test_encoded_source_and_separate_encoders_and_mean_fusion(self) -> None:
+        x = images(height=32, width=32)
+        base = small_model()(x)
+        for fields in ({"aux_source": "encoded"}, {"fuse": "mean"}, {"gate": False}):
+            assert not torch.allclose(small_model(**fields)(x), base)
+        separate = small_model(share_encoder=False)
+        assert parameters(separate.encoder) == 4 * parameters(small_model().encoder)
+        for encoder in separate.encoder:
+            encoder.load_state_dict(small_model().encoder.state_dict())
+        state = small_model().state_dict()
+        for part in (separate.fusion, separate.gates, separate.head):
+            prefix = next(n for n, m in separate.named_children() if m is part) + "."
+            part.load_state_dict(
+                {k.removeprefix(prefix): v for k, v in state.items() if k.startswith(prefix)}
+            )
+        torch.testing.assert_close(separate(x), base, rtol=1e-10, atol=1e-10)
+
+
+class TestHead:
+    def test_folded_equals_published(self) -> None:
+        model, x = small_model(), images()
+        stages = model.stages(x)
+        features, sizes = [s.fused for s in stages], [s.size for s in stages]
+        expected = reference.segmentation_head(features, sizes, model.head.state_dict())
+        torch.testing.assert_close(model.head(features, sizes), expected, rtol=0, atol=1e-12)
+        model.head.fold = False
+        try:
+            published = model.head(features, sizes)
+        finally:
+            model.head.fold = True
+        torch.testing.assert_close(published, expected, rtol=0, atol=1e-12)
+
+    def test_folded_trains_like_published(self) -> None:
+        x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))
+        fields = {"drop_path": 0.0, "head_dropout": 0.0}
+        grads = []
+        for fold in (True, False):
+            model = small_model(fold_head=fold, **fields).train()
+            order = torch.Generator().manual_seed(0)
+            total, _ = model.loss(x, labels, generator=order)
+            grads.append(torch.autograd.grad(total, list(model.parameters())))
+        for a, b in zip(*grads, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9)
+
+
+class TestTraining:
+    def test_mixer_statistics_leave_absent_rows_out(self) -> None:
+        fields = {"drop_path": 0.0, "head_dropout": 0.0}
+        x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))
+        mask = torch.ones(4, 2, dtype=torch.bool)
+        mask[3] = False
+        full = randomise(EQUISeg(EQUISegConfig(num_classes=7, **fields))).double().train()
+        names = NAMES[:3]
+        subset = EQUISeg(EQUISegConfig(modalities=names, num_classes=7, **fields)).double().train()
+        state = {
+            k: v[:3] if ".query_hub." in k else v
+            for k, v in full.state_dict().items()
+            if k in subset.state_dict()
+        }
+        subset.load_state_dict(state)
+        # An order without the absent modality splits the present ones alike.
+        for model, args in ((full, (x, labels, mask)), (subset, (x[:3], labels))):
+            model.loss(*args)
+        for name, value in subset.state_dict().items():
+            if "running" in name:
+                torch.testing.assert_close(full.state_dict()[name], value, rtol=1e-9, atol=1e-12)
+
+    def test_teachers_get_exactly_no_gradient(self) -> None:
+        prototypes = torch.randn(4, 2, 7, 8, dtype=torch.float64, requires_grad=True)
+        counts = torch.ones(2, 7, dtype=torch.long)
+        present = torch.ones(4, 2, dtype=torch.bool)
+        teacher = reference.split_teachers(present, torch.tensor([2, 0, 1, 3]))
+        reference.prototype_kl(prototypes, counts, teacher).backward()
+        assert teacher[:, 0].tolist() == [True, False, True, False]
+        assert not prototypes.grad[teacher].any()
+        assert prototypes.grad[~teacher].abs().min() > 0
+
+    def test_modality_dropout_zeroes_a_non_empty_subset(self) -> None:
+        model = EQUISeg(EQUISegConfig(num_classes=7, modality_dropout=0.99))
+        x = torch.ones(4, 2, 3, 32, 32)
+        mask = torch.tensor([[True, False], [False, True], [False, False], [False, False]])
+        generator = torch.Generator().manual_seed(0)
+        patterns = set()
+        for _ in range(60):
+            kept = model._drop_modalities(x, None, generator)[:, :, 0, 0, 0].bool()
+            assert kept.any(dim=0).all()
+            assert (kept[:, 0] == kept[:, 1]).all()
+            patterns.add(tuple(kept[:, 0].tolist()))
+            masked = model._drop_modalities(x, mask, generator)[:, :, 0, 0, 0].bool()
+            assert (masked & mask).any(dim=0).all()
+        assert len(patterns) > 8
+
+    def test_loss_falls_on_one_batch(self) -> None:
+        torch.manual_seed(1)
+        model = EQUISeg(EQUISegConfig(num_classes=4, drop_path=0.0, head_dropout=0.0)).train()
+        x = torch.randn(4, 2, 3, 64, 64)
+        labels = (x[0, :, 0] > 0).long() + 2 * (torch.arange(64) > 31)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=2e-3)
+        losses = []
+        for _ in range(12):
+            optimizer.zero_grad()
+            total, _ = model.loss(x, labels)
+            total.backward()
+            optimizer.step()
+            losses.append(float(total))
+        assert losses[-1] < 0.8 * losses[0]
+
+    def test_labels_of_the_padding_are_ignored(self) -> None:
+        model = small_model()
+        x, labels = images(height=40, width=50), torch.randint(0, 7, (2, 40, 50))
+        padded = torch.nn.functional.pad(x, (0, 14, 0, 24))
+        padded_labels = torch.nn.functional.pad(labels, (0, 14, 0, 24), value=255)
+        first, _ = model.loss(x, labels, generator=torch.Generator().manual_seed(3))
+        second, _ = model.loss(padded, padded_labels, generator=torch.Generator().manual_seed(3))
+        torch.testing.assert_close(first, second)
+
+
+class TestInputs:
+    @pytest.mark.parametrize(("height", "width"), [(64, 96), (40, 50), (33, 65), (7, 5), (1, 1)])
+    def test_any_size_is_padded_and_cropped(self, height: int, width: int) -> None:
+        model, x = small_model(), images(height=height, width=width)
+        logits = model(x)
+        assert logits.shape == (2, 7, height, width)
+        pad = (0, -width % 32, 0, -height % 32)
+        full = model(torch.nn.functional.pad(x, pad))
+        assert torch.equal(logits, full[..., :height, :width])
+
+    def test_mapping_and_tensor_agree(self) -> None:
+        model, x = small_model(), images()
+        mapping = dict(reversed(list(zip(NAMES, x, strict=True))))
+        assert torch.equal(model(mapping), model(x))
+        del mapping["depth"]
+        present = {"rgb", "event", "lidar"}
+        assert torch.equal(model(mapping, present), model(x, present))
+
+    def test_bad_inputs_are_refused_by_name(self) -> None:
+        model, x = small_model(), images()
+        labels = torch.zeros(2, 64, 96, dtype=torch.long)
+        mapping = dict(zip(NAMES, x, strict=True))
+        none = torch.zeros(4, 2, dtype=torch.bool)
+        cases = [
+            (lambda: model(x[:3]), ValueError, r"images must have M = 4 .*got shape \[3, 2"),
+            (lambda: model(x[0]), ValueError, r"images must have shape \[M, B, 3, H, W\]"),
+            (lambda: model(x[:, :, :2]), ValueError, "images must have 3 channels"),
+            (lambda: model(x[..., :0]), ValueError, "images must not be empty"),
+            (lambda: model(x.float()), TypeError, "images must have the model's dtype"),
+            (lambda: model(x.long()), TypeError, "images must have dtype float64"),
+            (lambda: model(x.to("meta")), ValueError, "images must be on the model's device cpu"),
+            (lambda: model(7), TypeError, "images must be a mapping or a tensor; got int"),
+            (lambda: model({**mapping, "radar": x[0]}), ValueError, "unknown modality 'radar'"),
+            (lambda: model({"rgb": x[0]}), ValueError, "images lacks modality 'depth'"),
+            (
+                lambda: model({**mapping, "depth": x[0, :, :, :32]}),
+                ValueError,
+                r"images\['depth'\] must have shape",
+            ),
+            (lambda: model(x, set()), ValueError, "all are absent"),
+            (lambda: model(x, {"radar"}), ValueError, "present has unknown modality 'radar'"),
+            (lambda: model(x, "rgb"), TypeError, "present must be a bool mask"),
+            (lambda: model(x, none), ValueError, "image 0 has none"),
+            (lambda: model(x, none.float()), TypeError, "present must have dtype bool"),
+            (lambda: model(x, none[:3]), ValueError, r"present must have shape \[M, B\]"),
+            (lambda: model.loss(x, labels[:1]), ValueError, "labels must have shape"),
+            (lambda: model.loss(x, labels.float()), TypeError, "labels must have dtype int64"),
+            (lambda: model.loss(x, labels + 7), ValueError, r"labels must be 0\.\.6 or 255.*got 7"),
+            (lambda: model.loss(x, labels - 1), ValueError, "got -1"),
+        ]
+        for call, error, message in cases:
+            with pytest.raises(error, match=message):
+                call()
+
+    @pytest.mark.parametrize(
+        ("fields", "message"),
+        [
+            ({"variant": "b9"}, "variant must be one of b0"),
+            ({"modalities": ()}, "modalities must be 1 to 8 names"),
+            ({"modalities": ("a", "a")}, "modalities must be unique"),
+            ({"num_classes": 0}, "num_classes must be 1 to 256; got 0"),
+            ({"cross_sr": (8, 4, 2)}, "cross_sr must be four positive numbers"),
+            ({"fuse": "sum"}, "fuse must be one of gate, mean; got 'sum'"),
+            ({"drop_path": 1.0}, r"drop_path must be in \[0, 1\)"),
+            ({"sgm_stages": (0,)}, "sgm_stages must be stages 1 to 4"),
+        ],
+    )
+    def test_bad_configurations_are_refused(self, fields: dict, message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            EQUISegConfig(**fields)
+
+    def test_config_is_frozen(self) -> None:
+        with pytest.raises(AttributeError):
+            EQUISegConfig().variant = "b1"  # type: ignore[misc]
