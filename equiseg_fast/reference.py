@@ -170,7 +170,7 @@ def batch_norm(
     """
     stats = x.to(statistics_dtype(x))
     w = torch.ones_like(stats[:, :1, :1]) if rows is None else rows.to(stats.dtype)[:, None, None]
-    count = w.sum() * x.shape[1]
+    count = w.sum().clamp(min=1) * x.shape[1]
     mean = (stats * w).sum((0, 1)) / count
     var = ((stats - mean).square() * w).sum((0, 1)) / count
     return ((stats - mean) * (var + eps).rsqrt()).to(x.dtype) * weight + bias
@@ -258,7 +258,7 @@ def guided_gate(
     x = _only_present(x, present)
     g = gate_weights(logits, present=present)[:, :, None, :]
     number = _all_present(x, present).sum(dim=0)[:, None, None]
-    branches = x * (1 + rho * (number * g - 1)).to(x.dtype)
+    branches = (x * (1 + rho * (number * g - 1))).to(x.dtype)
     return branches, (x * g).sum(dim=0).to(x.dtype)
 
 
@@ -336,7 +336,7 @@ def prototype_kl(
     difference = torch.where(use, log_target - log_student, 0.0)
     divergence = (log_target.exp() * difference).sum(dim=-2).mean(dim=-1, keepdim=True)
     per_image = (divergence * student).sum(dim=0) / student.sum(dim=0).clamp(min=1)
-    return tau**2 * per_image.mean()
+    return tau**2 * per_image.sum() / max(len(per_image), 1)
 
 
 # ---- decode head and segmentation loss ----------------------------------------------------------
@@ -424,6 +424,8 @@ def cross_modal_block(
     a spatial reduction, `sr.*` and `norm.*`. A modality that is alone keeps its encoding.
     """
     modalities, channels = encoded.shape[0], encoded.shape[-1]
+    encoded, hub = _only_present(encoded, present), _only_present(hub, present)
+    present = _all_present(encoded, present)
     source = rearrange(hub, "m b l c -> (m b) l c")
     if "sr.weight" in p:
         source = spatial_reduction(source, p["sr.weight"], p["sr.bias"], height, width)
@@ -434,5 +436,5 @@ def cross_modal_block(
     y = attention(rearrange(q, "n l (h d) -> n l h d", h=heads), k, v)
     y = F.linear(rearrange(y, "n l h d -> n l (h d)"), p["proj.weight"], p["proj.bias"])
     y = rearrange(y, "(m b) l c -> m b l c", m=modalities)
-    keep = has_others(_all_present(encoded, present))[:, :, None, None]
+    keep = (present & has_others(present))[:, :, None, None]
     return encoded + torch.where(keep, y, 0.0)

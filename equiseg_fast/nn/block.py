@@ -57,16 +57,17 @@ class CrossModalBlock(nn.Module):
         present `[M, B]` bool; subset: which score nets serve the M modalities, None for all. A
         modality that is alone keeps its encoding.
         """
-        hub = self.query_hub(embedded, height, width, present=present, subset=subset)
-        others = rows = None
+        keep = rows = None
         if present is not None:
-            others = has_others(present)
-            rows = (present & others).flatten()
+            encoded = encoded.masked_fill(~present[:, :, None, None], 0.0)
+            keep = present & has_others(present)
+            rows = keep.flatten()
+        hub = self.query_hub(embedded, height, width, present=present, subset=subset)
         source = hub.flatten(0, 1)
         for block in self.mixer:
             source = block(source, height, width, rows)
         source = self.mixer_norm(source)
         update = self.attn(encoded.flatten(0, 1), source, height, width).view_as(encoded)
-        if others is not None:
-            update = torch.where(others[:, :, None, None], update, 0.0)
+        if keep is not None:
+            update = torch.where(keep[:, :, None, None], update, 0.0)
         return encoded + update

@@ -53,10 +53,11 @@ class TokenBatchNorm(nn.BatchNorm2d):
         return ((stats - mean) * scale + self.bias).to(x.dtype)
 
     def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        momentum = torch.where(count > 0, self.momentum, 0.0)
+        dtype = self.running_mean.dtype
+        momentum = self.momentum * (count > 0).to(dtype)
         unbiased = var * count / (count - 1).clamp(min=1)
-        self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
-        self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        self.running_mean.lerp_(mean.to(dtype), momentum)
+        self.running_var.lerp_(unbiased.to(dtype), momentum)
         self.num_batches_tracked.add_(1)
 
 

@@ -1,0 +1,172 @@
+"""What tests do to memory: strange strides, equal bits, NaN poison. Public as `testing`."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from typing import Any
+from unittest import mock
+
+import torch
+from torch import Tensor
+from torch.utils._device import _device_constructors
+
+LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "expanded")
+
+
+def with_layout(x: Tensor, layout: str, *, unit_last_stride: bool = False) -> Tensor:
+    """The values of `x` in another memory layout, in memory of their own.
+
+    Args:
+        x: any shape and dtype.
+        layout: "contiguous"; "transposed" (the last two dimensions swapped in memory);
+            "channels_last" (the second dimension is the innermost in memory); "sliced" (a window
+            that starts inside a larger allocation, at an odd offset, every second element of the
+            last dimension; the memory around it is NaN, or 1 if not floating); "expanded" (the
+            last dimension has stride 0 and repeats its first value).
+        unit_last_stride: keep the last stride at 1. "transposed" then swaps the two dimensions
+            before the last, "sliced" takes neighbours, and "expanded" repeats along the first
+            dimension longer than 1.
+
+    Raises:
+        ValueError: an unknown layout, or one that `x` has too few dimensions for.
+    """
+    if layout not in LAYOUTS:
+        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    needs = {"transposed": 2, "channels_last": 3, "sliced": 1, "expanded": 1}.get(layout, 0)
+    needs += unit_last_stride and layout in ("transposed", "expanded")
+    if x.dim() < needs or (unit_last_stride and layout == "channels_last"):
+        raise ValueError(
+            f"layout {layout!r} with unit_last_stride={unit_last_stride} is impossible or needs"
+            f" at least {needs} dimensions, got shape {tuple(x.shape)}"
+        )
+    x = x.detach()
+    if layout == "transposed":
+        a, b = (-3, -2) if unit_last_stride else (-2, -1)
+        return x.transpose(a, b).clone(memory_format=torch.contiguous_format).transpose(a, b)
+    if layout == "channels_last":
+        return x.movedim(1, -1).clone(memory_format=torch.contiguous_format).movedim(-1, 1)
+    if layout == "sliced":
+        step = 1 if unit_last_stride else 2
+        padded = [n + 1 for n in x.shape[:-1]] + [step * x.shape[-1] + 3]
+        around = torch.full(padded, float("nan") if x.is_floating_point() else 1, dtype=x.dtype)
+        window = around.to(x.device)[tuple(slice(1, None) for _ in x.shape[:-1])]
+        window = window[..., 1 : 1 + step * x.shape[-1] : step]
+        return window.copy_(x)
+    if layout == "expanded" and x.numel():
+        longer = [i for i, n in enumerate(x.shape[:-1]) if n > 1]
+        dim = (longer or [0])[0] if unit_last_stride else x.dim() - 1
+        return x.narrow(dim, 0, 1).clone(memory_format=torch.contiguous_format).expand(x.shape)
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def random_normal(
+    shape: Sequence[int],
+    dtype: torch.dtype = torch.float32,
+    *,
+    seed: int,
+    layout: str = "contiguous",
+    unit_last_stride: bool = False,
+    scale: float = 1.0,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """Normal random numbers of their own generator: the same values on every device and, but for
+    "expanded", in every layout.
+
+    Args:
+        shape: any shape.
+        dtype: a floating dtype; values are drawn in fp32 and rounded once.
+        seed: of the generator of this tensor alone.
+        layout, unit_last_stride: see `with_layout`.
+        scale: standard deviation.
+        device: where the tensor goes.
+
+    Raises:
+        ValueError: as `with_layout`.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    values = (torch.randn(tuple(shape), generator=generator) * scale).to(device, dtype)
+    return with_layout(values, layout, unit_last_stride=unit_last_stride)
+
+
+def storage_bytes(x: Tensor) -> Tensor:
+    """The whole allocation under `x` as uint8 `[bytes]`, the memory around a view included."""
+    return torch.empty(0, dtype=torch.uint8, device=x.device).set_(x.untyped_storage())
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors hold the same bits: NaN equals NaN, and -0.0 is not 0.0."""
+    if a.shape != b.shape or a.dtype != b.dtype:
+        return False
+    return torch.equal(
+        a.contiguous().flatten().view(torch.uint8), b.contiguous().flatten().view(torch.uint8)
+    )
+
+
+def assert_deterministic(fn: Callable[[], Any], repeats: int = 20) -> None:
+    """Asserts that `fn()`, which returns a tensor or a sequence of tensors, gives the same bits
+    `repeats` times.
+
+    Raises:
+        AssertionError: naming the repeat and the output that differs.
+        ValueError: fewer than 2 repeats.
+    """
+    if repeats < 2:
+        raise ValueError(f"repeats must be at least 2, got {repeats}")
+    # Cloned, because a function that hands out one buffer again and again agrees with itself.
+    first = [x.clone() for x in _as_tuple(fn())]
+    for repeat in range(1, repeats):
+        again = _as_tuple(fn())
+        if len(again) != len(first):
+            raise AssertionError(f"repeat {repeat}: {len(again)} outputs, first {len(first)}")
+        for i, (a, b) in enumerate(zip(first, again, strict=True)):
+            if not same_bits(a, b):
+                raise AssertionError(
+                    f"repeat {repeat}: output {i} {tuple(b.shape)} {b.dtype} differs from the"
+                    f" first run"
+                )
+
+
+def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+@contextmanager
+def nan_poison(modules: Sequence[str] = ("equiseg_fast.kernels",)) -> Iterator[None]:
+    """Fills what `modules` (and modules below them) allocate without values with NaN, so that an
+    output element that no program writes is seen.
+
+    Covers floating tensors from `torch.empty`, `torch.empty_like`, `torch.empty_strided`,
+    `Tensor.new_empty` and `Tensor.new_empty_strided`, called directly in the code of these modules,
+    from any thread. It does not see integer and bool tensors, names bound before it was entered
+    (`from torch import empty`), allocations of other modules, of C++ and of compiled graphs, and
+    stores beyond the end of a tensor.
+    """
+
+    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        @wraps(allocate)
+        def wrapper(*args: Any, **kwargs: Any) -> Tensor:
+            caller = sys._getframe(1).f_globals.get("__name__", "")
+            made = allocate(*args, **kwargs)
+            if made.is_floating_point() and f"{caller}.".startswith(prefixes):
+                made.detach().fill_(float("nan"))
+            return made
+
+        return wrapper
+
+    prefixes = tuple(f"{module}." for module in modules)
+    # `with torch.device(..)` collects the constructors it redirects on first use, and keeps them:
+    # collected in here, they would be the wrappers.
+    _device_constructors()
+    with ExitStack() as patches:
+        for owner, names in (
+            (torch, ("empty", "empty_like", "empty_strided")),
+            (Tensor, ("new_empty", "new_empty_strided")),
+        ):
+            for name in names:
+                patches.enter_context(
+                    mock.patch.object(owner, name, poisoned(getattr(owner, name)))
+                )
+        yield

@@ -1,0 +1,44 @@
+"""What every test gets: the Triton interpreter where there is no GPU, a seed, poisoned memory."""
+
+import importlib.util
+import os
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+HAS_CUDA = torch.cuda.is_available()
+
+if not HAS_CUDA:
+    # Triton reads the variable while it is imported; set later, kernels that call tl.sum fail.
+    if "triton" in sys.modules:
+        raise RuntimeError("triton was imported before tests/conftest.py could ask to interpret")
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+from equiseg_fast.testing import nan_poison  # noqa: E402  (after the lines above)
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    from equiseg_fast import _interpreter
+
+    _interpreter.install()
+
+# Tensors here are tiny: on a busy machine threads that wait for one another cost up to 100 times
+# what they save.
+torch.set_num_threads(1)
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not HAS_CUDA:
+        pytest.skip("needs a CUDA device, and torch sees none")
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(42)
+
+
+@pytest.fixture(autouse=True)
+def _poisoned_allocations() -> Iterator[None]:
+    with nan_poison():
+        yield
