@@ -1,4 +1,4 @@
-"""`python -m equiseg_fast.env`: versions, devices, and which backends are usable; for bug reports."""
+"""`python -m equiseg_fast.env`: versions, devices, usable backends; for bug reports."""
 
 import os
 import platform

@@ -12,6 +12,7 @@ decode head; CMNeXt (arXiv 2303.01480) for the query hub and the pooling mixer.
 
 from collections.abc import Mapping, Sequence
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -49,7 +50,7 @@ def _all_present(x: Tensor, present: Tensor | None) -> Tensor:
 
 def attention(
     q: Tensor, k: Tensor, v: Tensor, *, scale: float | None = None, return_lse: bool = False
-) -> Tensor | tuple[Tensor, Tensor]:
+) -> Any:
     """Softmax attention, `softmax(scale * q k^T) v`.
 
     q `[B, Lq, H, D]`, k and v `[B, Lk, H, D]` -> `[B, Lq, H, D]`, and with `return_lse` the
@@ -70,9 +71,7 @@ def spatial_reduction(
     return _to_tokens(F.conv2d(_to_map(x, height, width), weight, bias, stride=weight.shape[-1]))
 
 
-def depthwise_conv_gelu(
-    x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int
-) -> Tensor:
+def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """3x3 depthwise convolution (zero padding 1), bias and exact GELU on tokens.
 
     x `[B, L, C]`, weight `[C, 1, 3, 3]`, bias `[C]` -> `[B, L, C]`.
@@ -361,10 +360,9 @@ def segmentation_head(
         y = _to_map(F.linear(features[s - 1], weight, bias), *sizes[s - 1])
         maps.append(F.interpolate(y, size=sizes[0], mode="bilinear", align_corners=False))
     y = F.conv2d(torch.cat(maps, dim=1), p["linear_fuse.conv.weight"])
-    bn = {name: p[f"linear_fuse.bn.{name}"] for name in ("running_mean", "running_var")}
-    y = F.batch_norm(
-        y, **bn, weight=p["linear_fuse.bn.weight"], bias=p["linear_fuse.bn.bias"], eps=eps
-    )
+    names = ("running_mean", "running_var", "weight", "bias")
+    mean, var, weight, bias = (p[f"linear_fuse.bn.{name}"] for name in names)
+    y = F.batch_norm(y, mean, var, weight, bias, eps=eps)
     return F.conv2d(F.relu(y), p["linear_pred.weight"], p["linear_pred.bias"])
 
 
@@ -433,8 +431,8 @@ def cross_modal_block(
     q = F.linear(rearrange(encoded, "m b l c -> (m b) l c"), p["q.weight"], p["q.bias"])
     kv = F.linear(source, p["kv.weight"], p["kv.bias"])
     k, v = rearrange(kv, "n l (two h d) -> two n l h d", two=2, h=heads)
-    y = attention(rearrange(q, "n l (h d) -> n l h d", h=heads), k, v)
-    y = F.linear(rearrange(y, "n l h d -> n l (h d)"), p["proj.weight"], p["proj.bias"])
+    context = attention(rearrange(q, "n l (h d) -> n l h d", h=heads), k, v)
+    y = F.linear(rearrange(context, "n l h d -> n l (h d)"), p["proj.weight"], p["proj.bias"])
     y = rearrange(y, "(m b) l c -> m b l c", m=modalities)
     keep = (present & has_others(present))[:, :, None, None]
     return encoded + torch.where(keep, y, 0.0)

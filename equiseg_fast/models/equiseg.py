@@ -1,7 +1,7 @@
 """EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -66,17 +66,13 @@ class EQUISeg(nn.Module):
                 self.fusion.append(self._fusion_block(s))
                 if config.gate:
                     self.gates.append(
-                        SelfGuidedGate(
-                            dim, config.gate_reduction, config.gate_rho, config.gate_tau
-                        )
+                        SelfGuidedGate(dim, config.gate_reduction, config.gate_rho, config.gate_tau)
                     )
         self.head = SegmentationHead(
             config.dims, config.head_dim, config.num_classes, config.head_dropout, config.fold_head
         )
         self.head.apply(init_module)
-        self.prototype_loss = PrototypeLoss(
-            config.num_classes, config.sgm_tau, config.ignore_index
-        )
+        self.prototype_loss = PrototypeLoss(config.num_classes, config.sgm_tau, config.ignore_index)
 
     @classmethod
     def from_name(
@@ -85,7 +81,7 @@ class EQUISeg(nn.Module):
         *,
         modalities: Sequence[str] = ("rgb", "depth", "event", "lidar"),
         num_classes: int = 25,
-        **fields: object,
+        **fields: Any,
     ) -> "EQUISeg":
         """A freshly initialised model, e.g. `EQUISeg.from_name("b2", modalities=("rgb", "depth"))`.
 
@@ -93,7 +89,7 @@ class EQUISeg(nn.Module):
         """
         config = EQUISegConfig(
             variant=variant, modalities=tuple(modalities), num_classes=num_classes, **fields
-        )  # type: ignore[arg-type]
+        )
         return cls(config)
 
     def forward(self, images: Images, present: Present = None) -> Tensor:
@@ -195,6 +191,7 @@ class EQUISeg(nn.Module):
         if subset is not None:
             mask = torch.tensor([i in subset for i in needed])[:, None].expand(*x.shape[:2])
         else:
+            assert isinstance(present, Tensor)
             mask = present
             check_mask(mask, *x.shape[:2])
         mask = mask.to(x.device, non_blocking=True)
@@ -208,7 +205,7 @@ class EQUISeg(nn.Module):
         modalities, batch = x.shape[:2]
         padding = (0, -x.shape[-1] % STRIDE, 0, -x.shape[-2] % STRIDE)
         maps = F.pad(x.flatten(0, 1), padding)
-        padded = tuple(maps.shape[-2:])
+        padded = (maps.shape[-2], maps.shape[-1])
         maps = maps.contiguous(memory_format=torch.channels_last)
         outputs = []
         for s in range(4):

@@ -88,7 +88,7 @@ def check_mask(present: Tensor, modalities: int, batch: int) -> None:
         absent = (~present.any(dim=0)).nonzero().flatten().tolist()
         if absent:
             raise ValueError(
-                f"present must keep at least one modality of every image; image {absent[0]} has none"
+                f"present must keep a modality of every image; image {absent[0]} has none"
             )
 
 

@@ -40,7 +40,7 @@ class CrossModalBlock(nn.Module):
         self.mixer_norm = nn.LayerNorm(dim, eps=1e-6)
         self.attn = CrossModalAttention(dim, heads, sr_ratio)
         if not output_projection:
-            self.attn.proj = nn.Identity()
+            self.attn.proj = nn.Identity()  # type: ignore[assignment]
 
     def forward(
         self,

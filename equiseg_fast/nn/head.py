@@ -67,7 +67,7 @@ class SegmentationHead(nn.Module):
         slices = self.linear_fuse.conv.weight.flatten(1).chunk(4, dim=1)[::-1]
         projections = self._projections()
         bias = sum(f @ p.bias for f, p in zip(slices, projections, strict=True))
-        maps = []
+        maps: list[Tensor] = []
         for x, size, f, p in zip(features, sizes, slices, projections, strict=True):
             y = F.linear(x, f @ p.weight, bias if not maps else None)
             maps.append(_upsample(to_map(y, *size), sizes[0]))

@@ -38,10 +38,11 @@ class SelfQueryHub(nn.Module):
 
         present `[M, B]` bool; subset: which score nets serve the M modalities of x, None for all.
         """
-        nets = (self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias)
+        nets = [self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias]
         if subset is not None:
-            nets = tuple(p[list(subset)] for p in nets)
-        return query_hub(x, *nets, height, width, present=present)
+            nets = [p[list(subset)] for p in nets]
+        dw_weight, dw_bias, pw_weight, pw_bias = nets
+        return query_hub(x, dw_weight, dw_bias, pw_weight, pw_bias, height, width, present=present)
 
     def extra_repr(self) -> str:
         modalities, dim = self.dw_bias.shape

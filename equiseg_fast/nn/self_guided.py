@@ -33,8 +33,8 @@ class SelfGuidedGate(nn.Module):
         with without_autocast(x.device.type):
             descriptors = reference.gate_descriptors(x, present=present)
             layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            weights = (p.to(descriptors.dtype) for p in layers)
-            return reference.gate_logits(descriptors, *weights, tau=self.tau)
+            w1, b1, w2, b2 = (p.to(descriptors.dtype) for p in layers)
+            return reference.gate_logits(descriptors, w1, b1, w2, b2, tau=self.tau)
 
     def forward(self, x: Tensor, *, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """x `[M, B, L, dim]` -> branches `[M, B, L, dim]` and fused `[B, L, dim]`."""
@@ -78,9 +78,7 @@ class PrototypeLoss(nn.Module):
         if here is None:
             here = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
         teacher = reference.split_teachers(here, order)
-        return reference.prototype_kl(
-            prototypes, counts, teacher, present=present, tau=self.tau
-        )
+        return reference.prototype_kl(prototypes, counts, teacher, present=present, tau=self.tau)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, tau={self.tau}, ignore_index={self.ignore_index}"

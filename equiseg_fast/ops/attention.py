@@ -1,7 +1,7 @@
 """Softmax attention for tall queries and short, spatially reduced keys."""
 
 from functools import partial
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,26 @@ MAX_HEAD_DIM = 128
 _KEYS = "[B, Lk, H, D]"
 
 
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[False] = ...,
+    backend: str | None = ...,
+) -> Tensor: ...
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    scale: float | None = ...,
+    return_lse: Literal[True],
+    backend: str | None = ...,
+) -> tuple[Tensor, Tensor]: ...
 def attention(
     q: Tensor,
     k: Tensor,
@@ -86,8 +106,8 @@ def _stock(
     half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
     if return_lse or half_training:
         return _matmul_softmax(q, k, v, scale, return_lse)
-    heads_first = (x.transpose(1, 2) for x in (q, k, v))
-    return F.scaled_dot_product_attention(*heads_first, scale=scale).transpose(1, 2)
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
 
 
 def _matmul_softmax(
