@@ -38,7 +38,7 @@ class SelfQueryHub(nn.Module):
 
         present `[M, B]` bool; subset: which score nets serve the M modalities of x, None for all.
         """
-        nets = [self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias]
+        nets: list[Tensor] = [self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias]
         if subset is not None:
             nets = [p[list(subset)] for p in nets]
         dw_weight, dw_bias, pw_weight, pw_bias = nets
