@@ -1,13 +1,16 @@
-"""Repairs of Triton's interpreter (`TRITON_INTERPRET=1`), which runs kernels on NumPy arrays without a GPU.
+"""Repairs of Triton's interpreter (`TRITON_INTERPRET=1`), which runs kernels on NumPy arrays
+without a GPU.
 
-NumPy has no bfloat16, so the interpreter keeps such values as `uint16` bit patterns, and computes on the patterns: a
-`tl.dot` of bf16 operands is wrong by a factor of 10^9, arithmetic is noise, and the conversion from fp32 truncates
-where a GPU rounds to nearest even. Triton up to 3.6 also cannot use a runtime value as a loop bound with NumPy 2.4.
-None of this says anything about a kernel, and all of it hides what would.
+NumPy has no bfloat16, so the interpreter keeps such values as `uint16` bit patterns, and computes
+on the patterns: a `tl.dot` of bf16 operands is wrong by a factor of 10^9, arithmetic is noise, and
+the conversion from fp32 truncates where a GPU rounds to nearest even. Triton up to 3.6 also cannot
+use a runtime value as a loop bound with NumPy 2.4. None of this says anything about a kernel, and
+all of it hides what would.
 
-`install()` widens bf16 operands to fp32, which is exact, computes there, and rounds results to nearest even once. It
-changes nothing but Triton's `InterpreterBuilder` and one helper next to it, touches no compiled kernel, and may be
-called any number of times. What stays missing: bf16 atomics, libdevice, inline assembly.
+`install()` widens bf16 operands to fp32, which is exact, computes there, and rounds results to
+nearest even once. It changes nothing but Triton's `InterpreterBuilder` and one helper next to it,
+touches no compiled kernel, and may be called any number of times. What stays missing: bf16 atomics,
+libdevice, inline assembly.
 """
 
 from __future__ import annotations
@@ -31,7 +34,7 @@ _INSTALLED = "_equiseg_fast_repairs"
 
 
 def float32_to_bfloat16_bits(x: np.ndarray) -> np.ndarray:
-    """Bit patterns (uint16) of fp32 values rounded to bf16: nearest, ties to even; NaN becomes 0x7fc0."""
+    """Bit patterns (uint16) of fp32 values rounded to bf16, ties to even; NaN becomes 0x7fc0."""
     bits = np.ascontiguousarray(x, dtype=np.float32).view(np.uint32).reshape(np.shape(x))
     odd = (bits >> np.uint32(16)) & np.uint32(1)
     rounded = ((bits + (np.uint32(0x7FFF) + odd)) >> np.uint32(16)).astype(np.uint16)
@@ -69,9 +72,14 @@ def install() -> None:
             if not any(is_bfloat16(a) for a in args):
                 return method(self, *args)
             result = method(self, *(widen(a) for a in args))
-            # The accumulator of a dot has its own type, and comparisons give booleans: those stay as they are.
+            # The accumulator of a dot has its own type, and comparisons give booleans: those stay
+            # as they are.
             handles = [a for a in args if isinstance(a, handle)]
-            return narrow(result) if is_bfloat16(handles[-1]) and result.data.dtype == np.float32 else result
+            return (
+                narrow(result)
+                if is_bfloat16(handles[-1]) and result.data.dtype == np.float32
+                else result
+            )
 
         return repaired
 
@@ -81,7 +89,9 @@ def install() -> None:
         src = widen(src)
         if dst_type.scalar != tl.bfloat16:
             return original_cast(self, src, dst_type)
-        return narrow(src if src.dtype.scalar == tl.float32 else original_cast(self, src, tl.float32))
+        return narrow(
+            src if src.dtype.scalar == tl.float32 else original_cast(self, src, tl.float32)
+        )
 
     def create_fp_to_fp(self: Any, src: Any, dst_type: Any, rounding_mode: Any) -> Any:
         if is_bfloat16(src) or dst_type.scalar == tl.bfloat16:

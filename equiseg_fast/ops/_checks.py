@@ -37,7 +37,9 @@ def check_same(**tensors: Tensor) -> None:
     (first_name, first), *rest = tensors.items()
     for name, x in rest:
         if x.dtype != first.dtype:
-            raise TypeError(f"{name} must have the dtype of {first_name}, {first.dtype}; got {x.dtype}")
+            raise TypeError(
+                f"{name} must have the dtype of {first_name}, {first.dtype}; got {x.dtype}"
+            )
     check_same_device(**tensors)
 
 

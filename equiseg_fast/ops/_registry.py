@@ -95,8 +95,6 @@ def reference_gradients(
     pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None]
     wanted = [x for x in views if x.requires_grad]
     gradients = iter(
-        torch.autograd.grad(
-            [y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True
-        )
+        torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
     )
     return tuple(next(gradients) if x.requires_grad else None for x in views)

@@ -1,0 +1,178 @@
+"""What every kernel file shares: launching, the facts about a device, and small jit helpers.
+
+Nothing here knows an operation. Kernel files import this module and `_configs`, and nothing else of
+the package.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+INTERPRET: bool = bool(triton.knobs.runtime.interpret)
+"""True when kernels run in Triton's interpreter. Read once: `triton.jit` decides at decoration."""
+
+LOG2E: float = math.log2(math.e)
+
+# The interpreter swaps functions of `triton.language` for the time of a launch, for the whole
+# process.
+_INTERPRETER_LOCK = threading.RLock()
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *args: Any,
+    num_warps: int,
+    num_stages: int,
+    **constexprs: Any,
+) -> None:
+    """Run `kernel[grid](*args, **constexprs)` on the device of the first tensor among `args`.
+
+    fp-fusion is asked for explicitly: the default of Triton 3.10 is off, which costs one more issue
+    slot per score.
+    """
+    anchor = next(a for a in args if isinstance(a, torch.Tensor))
+    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if INTERPRET:
+        with _INTERPRETER_LOCK:
+            kernel[grid](*args, **constexprs, **options)
+        return
+    with torch.cuda.device_of(anchor):
+        kernel[grid](*args, **constexprs, **options)
+
+
+@functools.cache
+def _cuda_facts(index: int) -> tuple[int, int]:
+    properties = torch.cuda.get_device_properties(index)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """(architecture, multiprocessors), for example (90, 132); (0, 8) when interpreting."""
+    if INTERPRET or device.type != "cuda":
+        return 0, 8
+    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+
+
+def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
+    """`x`, or a contiguous copy if its last stride is not 1, which all kernels assume."""
+    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+
+
+def strides(x: torch.Tensor) -> tuple[int, ...]:
+    """Strides of all dimensions but the last, 0 for dimensions of size 1.
+
+    The stride of such a dimension is arbitrary, and Triton would compile another kernel for every
+    value it treats specially (1, or not a multiple of 16).
+    """
+    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
+
+
+@dataclass(frozen=True)
+class OfflineEntry:
+    """One specialisation that a launcher can ask for: all that compiling it without a GPU takes.
+
+    `types` maps every argument to Triton's name of its type ("*bf16", "i32", "fp32", "constexpr");
+    `aligned` names the arguments that are multiples of 16 (addresses in bytes). `dots` is the
+    precision class of the matrix products or "none"; `scores` is the number of scores in one trip
+    through the hot loop (0: there is no such loop).
+    """
+
+    kernel: Any
+    case: str
+    types: dict[str, str]
+    aligned: frozenset[str]
+    constexprs: dict[str, Any]
+    num_warps: int
+    num_stages: int
+    dots: str
+    scores: int
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__.strip("_").removesuffix("_kernel")
+
+    @property
+    def label(self) -> str:
+        """Unique among the entries of one architecture."""
+        sizes = (v for n, v in self.constexprs.items() if n.startswith("BLOCK") and n != "BLOCK_D")
+        tile = "x".join(map(str, sizes))
+        return f"{self.name} {self.case} {tile} w{self.num_warps} s{self.num_stages}"
+
+
+def offline_entry(
+    kernel: Any,
+    case: str,
+    pointers: Mapping[str, str],
+    constexprs: Mapping[str, Any],
+    num_warps: int,
+    num_stages: int,
+    dots: str = "none",
+    scores: int = 0,
+) -> OfflineEntry:
+    """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
+
+    `pointers` maps arguments to dtypes and may name more than the kernel has. All pointers and all
+    integers that the kernel specialises count as multiples of 16.
+    """
+    types = {}
+    for parameter in kernel.params:
+        name = parameter.name
+        if parameter.is_constexpr:
+            types[name] = "constexpr"
+        elif name in pointers:
+            types[name] = "*" + pointers[name]
+        else:
+            types[name] = "fp32" if name.startswith("scale") else "i32"
+    wanted = {name for name, kind in types.items() if kind == "constexpr"}
+    if wanted != set(constexprs):
+        # On a GPU the launch would fail in the same way; the interpreter does not look.
+        raise TypeError(f"{kernel.__name__} takes {sorted(wanted)}, got {sorted(constexprs)}")
+    aligned = frozenset(
+        p.name for p in kernel.params if types[p.name][0] in "*i" and not p.do_not_specialize
+    )
+    return OfflineEntry(
+        kernel, case, types, aligned, dict(constexprs), num_warps, num_stages, dots, scores
+    )
+
+
+@triton.jit
+def tile_of_program(n_tiles, BLOCK: tl.constexpr, H):
+    """(first row of the tile, batch-head, batch, head) for a grid (tiles * batch * H, ...), int64.
+
+    Tiles run fastest, so that programs that share keys run together and find them in the cache.
+    Divisions are done in 32 bits: in 64 they are calls of a hundred instructions.
+    """
+    i_bh = tl.program_id(0) // n_tiles
+    i_row = (tl.program_id(0) % n_tiles).to(tl.int64) * BLOCK
+    return i_row, i_bh.to(tl.int64), (i_bh // H).to(tl.int64), (i_bh % H).to(tl.int64)
+
+
+@triton.jit
+def load_tile(
+    p, o_row, o_col, stride, m_row, m_col, MASK_ROW: tl.constexpr, MASK_COL: tl.constexpr
+):
+    """The tile `p[o_row, o_col]` with unit column stride, zero where a wanted mask is false.
+
+    A mask that is not wanted is not applied at all: an all-true mask still costs predicates in a
+    hot loop.
+    """
+    p_tile = p + o_row[:, None] * stride + o_col[None, :]
+    if MASK_ROW and MASK_COL:
+        b = tl.load(p_tile, mask=m_row[:, None] & m_col[None, :], other=0.0)
+    elif MASK_ROW:
+        b = tl.load(p_tile, mask=m_row[:, None], other=0.0)
+    elif MASK_COL:
+        b = tl.load(p_tile, mask=m_col[None, :], other=0.0)
+    else:
+        b = tl.load(p_tile)
+    return b

@@ -1,0 +1,507 @@
+"""Launch configurations as a function of the architecture, the precision and the padded head
+dimension.
+
+Pure Python, no Triton: nothing is measured or searched when a model runs, so the same input gives
+the same bits. The numbers come from compiling every entry offline (`python -m benchmarks
+resources`): the largest tiles without spilled registers and within the shared memory of the
+architecture, with the tensor-core instruction of that architecture (wgmma wants at least 64 rows
+per group of four warps).
+
+Architectures are `major * 10 + minor` of the compute capability; 0 stands for Triton's interpreter,
+where time is the number of programs times operations, so tiles are large and only as small as lets
+loops be exercised by short inputs.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+INTERPRETER = 0
+
+HALF, TF32, IEEE = "half", "tf32", "ieee"
+PRECISIONS = (HALF, TF32, IEEE)
+"""16-bit operands; fp32 operands rounded to TF32; fp32 operands multiplied as fp32."""
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""Padded head dimensions."""
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """`block_m` queries by `block_n` keys per step, and the warps and pipeline stages for them.
+
+    `lean` kernels contain their products once: no separate anchor or last block. Where operands
+    pass through registers, each further copy of a product keeps them there for longer (spills of
+    kilobytes were seen), and the few instructions per score that a lean kernel has on top vanish
+    beside the products. Only the forward and the dQ kernel know the difference.
+    """
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+    lean: bool = False
+
+    def launch(self) -> dict[str, int]:
+        """The launch options."""
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+
+
+def precision_class(itemsize: int, allow_tf32: bool) -> str:
+    """The class of a floating dtype of `itemsize` bytes."""
+    if itemsize == 2:
+        return HALF
+    return TF32 if allow_tf32 else IEEE
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest supported tile width that holds `head_dim`."""
+    for padded in HEAD_DIMS:
+        if 1 <= head_dim <= padded:
+            return padded
+    raise ValueError(f"head_dim must be between 1 and {HEAD_DIMS[-1]}, got {head_dim}")
+
+
+def _operands_in_shared_memory(arch: int) -> bool:
+    """Whether matrix products read their operands from shared memory (wgmma, tcgen05).
+
+    Elsewhere (mma.sync) operands live in registers, which are then too few for the head dimension
+    128 unless tiles are narrow and the loop is the lean one.
+    """
+    return arch in (90, 100)
+
+
+def _has_mma_sync(arch: int) -> bool:
+    """Whether operands of matrix products pass through registers, as on all but sm_90 to sm_110."""
+    return arch < 90 or arch >= 120
+
+
+def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig:
+    """Tiles of the forward kernel; the loop runs over keys.
+
+    Eight warps on 128 x 64 scores stay within 128 registers up to a head dimension of 64 on sm_90:
+    two programs share a multiprocessor, and one computes exponentials while the other multiplies.
+    """
+    if arch == INTERPRETER:
+        return TileConfig(128, 64, 4, 1)
+    if precision == IEEE:
+        return _ieee_config(head_dim)
+    if head_dim == 128 and _has_mma_sync(arch):
+        return TileConfig(64, 64 if precision == HALF else 32, 8, 2, lean=True)
+    if precision == TF32:
+        return TileConfig(64, {16: 64, 32: 64, 64: 32, 128: 16}[head_dim], 4, 2)
+    return TileConfig(128, 64, 8, 3 if head_dim <= 32 else 2)
+
+
+def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfig:
+    """Tiles of the kernel for dK and dV; the loop runs over queries."""
+    if arch == INTERPRETER:
+        return TileConfig(64, 64, 4, 1)
+    if precision == IEEE:
+        if head_dim <= 64:
+            return TileConfig(32, 32, 4 if head_dim <= 32 else 8, 1)
+        return TileConfig(16, 32, 8, 1)
+    if precision == TF32:
+        if head_dim <= 32:
+            return TileConfig(32, 64, 4, 2)
+        if _has_mma_sync(arch):
+            return TileConfig(32, 32, 4 if head_dim == 64 else 8, 2)
+        return TileConfig(32 if head_dim == 64 else 16, 64, 4, 2)
+    if _has_mma_sync(arch) and head_dim >= 64:
+        return TileConfig(32, 128, 8, 2) if head_dim == 64 else TileConfig(64, 64, 8, 2)
+    return TileConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
+
+
+def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
+    """Tiles of the kernel for dQ; the loop runs over keys."""
+    if arch == INTERPRETER:
+        return TileConfig(128, 64, 4, 1)
+    if precision == IEEE:
+        return _ieee_config(head_dim)
+    if head_dim == 128 and _has_mma_sync(arch):
+        if precision == TF32:
+            return TileConfig(32, 32, 4, 2, lean=True)
+        return TileConfig(64, 64, 8, 2, lean=True)
+    if precision == TF32:
+        return TileConfig(64, 32, 4, 2)
+    return TileConfig(128, 64, 8, 2)
+
+
+def _ieee_config(head_dim: int) -> TileConfig:
+    if head_dim <= 32:
+        return TileConfig(64, 32, 4, 1, lean=True)
+    return TileConfig(32, 32, 4 if head_dim == 64 else 8, 1, lean=True)
+
+
+def delta_rows(arch: int) -> int:
+    """Rows of one program of the delta kernel."""
+    return 256 if arch == INTERPRETER else 32
+
+
+REDUCE_BLOCK = 1024
+"""Elements of one program of the kernel that adds the partial dK and dV."""
+
+_MIN_CHUNK = 4
+_MAX_SPLITS = 64
+_PROGRAM_OVERHEAD = 3
+_REDUCTION_OVERHEAD = 2
+
+
+def query_splits(programs: int, query_blocks: int, processors: int) -> tuple[int, int]:
+    """How to cut the query loop of the dK/dV kernel: (splits, query blocks per split).
+
+    `programs` (key blocks times batch times heads) may be far below the number of multiprocessors,
+    because the keys are few; then every program would walk a very long chain of queries while most
+    of the device idles. The estimate is waves times (chain + fixed cost of a program), plus the
+    second pass where there is one, in units of one query block. Splits never are empty and together
+    cover all query blocks.
+    """
+    best = (float("inf"), 1, query_blocks)
+    for wanted in range(1, min(_MAX_SPLITS, max(1, query_blocks // _MIN_CHUNK)) + 1):
+        chunk = -(-query_blocks // wanted)
+        splits = -(-query_blocks // chunk)
+        waves = -(-programs * splits // processors)
+        cost = waves * (chunk + _PROGRAM_OVERHEAD) + (_REDUCTION_OVERHEAD if splits > 1 else 0)
+        best = min(best, (cost, splits, chunk))
+    return best[1], best[2]
+
+
+QUERY_HUB_MODALITIES = 8
+"""The most modalities that the query hub takes: a byte holds two of them."""
+
+
+@dataclass(frozen=True)
+class MapTile:
+    """`block_h` rows by `block_w` columns of tokens by `block_c` channels."""
+
+    block_h: int
+    block_w: int
+    block_c: int
+    num_warps: int
+
+    def count(self, height: int, width: int) -> int:
+        """Tiles of a map."""
+        return -(-height // self.block_h) * -(-width // self.block_w)
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_H": self.block_h, "BLOCK_W": self.block_w, "BLOCK_C": self.block_c}
+
+
+@dataclass(frozen=True)
+class TokenTile:
+    """`block_l` consecutive tokens by `block_c` channels."""
+
+    block_l: int
+    block_c: int
+    num_warps: int
+
+    def blocks(self) -> dict[str, int]:
+        return {"BLOCK_L": self.block_l, "BLOCK_C": self.block_c}
+
+
+def _power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << max(0, n - 1).bit_length()
+
+
+def channel_block(channels: int, largest: int = 64) -> int:
+    """The widest block of channels, 32 to `largest`, that wastes the fewest in the last block."""
+    blocks = [b for b in (32, 64, 128) if b <= max(32, largest)]
+    return min(blocks, key=lambda b: (-(-channels // b) * b, -b))
+
+
+def _map_tile(tokens: int, block_c: int, num_warps: int) -> MapTile:
+    """Square, or twice as wide as high: the fewest neighbours outside."""
+    block_h = 1 << (tokens.bit_length() - 1) // 2
+    return MapTile(block_h, tokens // block_h, block_c, num_warps)
+
+
+def _hub_warps(channels: int) -> int:
+    """Warps of a tile of 2048 elements: addresses that are not aligned take twice the registers."""
+    return 8 if channels % 16 else 4
+
+
+def query_hub_fwd_config(arch: int, channels: int) -> MapTile:
+    """Tiles of the forward kernel.
+
+    Up to 128 channels they hold all of them and compute the scores too. Beyond, they stream blocks
+    of channels, and the scores come from a kernel with the tiles of `query_hub_score_config`.
+    """
+    if channels > 128:
+        return query_hub_score_config(arch, channels)
+    if arch == INTERPRETER:
+        return MapTile(8, 16, _power_of_two(channels), 4)
+    block_c = max(16, _power_of_two(channels))
+    return _map_tile(2048 // block_c, block_c, _hub_warps(channels))
+
+
+def query_hub_score_config(arch: int, channels: int) -> MapTile:
+    """Tiles of the kernel that computes scores alone."""
+    if arch == INTERPRETER:
+        return MapTile(8, 16, 128, 4)
+    block_c = channel_block(channels)
+    return _map_tile(2048 // block_c, block_c, _hub_warps(channels))
+
+
+def query_hub_bwd_score_config(arch: int, channels: int) -> TokenTile:
+    """Tiles of the backward kernel that sums over channels; the loop runs over them."""
+    if arch == INTERPRETER:
+        return TokenTile(128, 128, 4)
+    block_c = channel_block(channels)
+    return TokenTile(2048 // block_c, block_c, _hub_warps(channels))
+
+
+def query_hub_dx_config(arch: int, channels: int) -> TokenTile:
+    """Tiles of the kernel for dx."""
+    return query_hub_bwd_score_config(arch, channels)
+
+
+def query_hub_dweight_config(arch: int, channels: int) -> TokenTile:
+    """Tiles of the kernel for dweight; the loop runs over tokens, nine sums stay in registers."""
+    if arch == INTERPRETER:
+        return TokenTile(64, 128, 4)
+    block_c = channel_block(channels)
+    return TokenTile(1024 // block_c, block_c, 4)
+
+
+_PROGRAMS_PER_PROCESSOR = 4
+
+
+def token_chunks(programs: int, token_blocks: int, processors: int) -> tuple[int, int]:
+    """How to share out a sum over blocks of tokens: (chunks, blocks per chunk).
+
+    `programs` is the number of independent sums. Chunks never are empty and together cover all.
+    """
+    wanted = max(1, -(-_PROGRAMS_PER_PROCESSOR * processors // programs))
+    chunk = -(-token_blocks // min(wanted, token_blocks))
+    return -(-token_blocks // chunk), chunk
+
+
+GATE_MODALITIES = 8
+"""The most modalities that the gate takes: it holds all of them at once."""
+
+GATE_SUM_TILE = (32, 16)
+"""Chunks and channels of one step of the kernel that adds up the gradient of the gate's logits."""
+
+
+def padded_modalities(modalities: int) -> int:
+    """How many modalities a tile of the gate has room for."""
+    return _power_of_two(modalities)
+
+
+def _gate_tile(arch: int, modalities: int, channels: int, elements: int) -> TokenTile:
+    """The tile of one modality, when the tiles of all modalities together have `elements`."""
+    if arch == INTERPRETER:
+        return TokenTile(64, 64, 4)
+    block_c = channel_block(channels)
+    return TokenTile(elements // (padded_modalities(modalities) * block_c), block_c, 4)
+
+
+def guided_gate_fwd_config(arch: int, modalities: int, channels: int) -> TokenTile:
+    """Tiles of the forward kernel: enough tokens to keep all modalities of one in one thread."""
+    return _gate_tile(arch, modalities, channels, 4096)
+
+
+def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> TokenTile:
+    """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
+    return _gate_tile(arch, modalities, channels, 2048)
+
+
+PROTOTYPE_CLASSES = 256
+"""The most classes that the prototypes take: one program holds the sums of all of them."""
+
+CLASS_SUMS_STAGES = 3
+"""Pipeline stages of the kernel that adds up the features of every class."""
+
+CLASS_MEANS_TILE = (16, 128)
+"""Chunks and elements of one step of the kernel that divides sums of classes by their counts."""
+
+
+def padded_classes(arch: int, num_classes: int) -> int:
+    """Rows of the one-hot matrix: wgmma and tcgen05 multiply at least 64, mma.sync 16."""
+    return max(64 if arch in (90, 100) else 16, _power_of_two(num_classes))
+
+
+def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int) -> TokenTile:
+    """Tiles of the kernel that adds up the features of every class; the loop runs over tokens."""
+    if arch == INTERPRETER:
+        return TokenTile(64, 64, 4)
+    classes = padded_classes(arch, num_classes)
+    many, wide = classes > 64, itemsize == 4
+    block_l = 16 if wide and classes > 128 else 32 if wide or many else 64
+    return TokenTile(block_l, 32 if wide and many else channel_block(channels), 8 if many else 4)
+
+
+def class_gather_config(arch: int, channels: int) -> TokenTile:
+    """Tiles of the kernel that hands the gradients of prototypes to their tokens."""
+    if arch == INTERPRETER:
+        return TokenTile(128, 64, 4)
+    block_c = channel_block(channels, largest=128)
+    return TokenTile(4096 // block_c, block_c, 4)
+
+
+@dataclass(frozen=True)
+class RowTile:
+    """`block_w` tokens of one row by `block_c` channels; the loop runs down the rows of a strip."""
+
+    block_w: int
+    block_c: int
+    num_warps: int
+
+
+def _mixer_tile(arch: int, channels: int, elements: int, num_warps: int) -> RowTile:
+    if arch == INTERPRETER:
+        return RowTile(32, 64, 4)
+    block_c = channel_block(channels)
+    return RowTile(elements // block_c, block_c, num_warps)
+
+
+def pooling_mixer_conv_config(arch: int, channels: int) -> RowTile:
+    """Tiles of the 7x7 convolution: beside 49 weights a thread has room for two elements."""
+    return _mixer_tile(arch, channels, 256, 4)
+
+
+def pooling_mixer_pool_config(arch: int, channels: int) -> RowTile:
+    """Tiles of the pools: 24 sums in the making; four elements a thread make loads of 16 bytes."""
+    return _mixer_tile(arch, channels, 512, 4)
+
+
+def pooling_mixer_dweight_config(arch: int, channels: int) -> RowTile:
+    """Tiles of the gradients of the weights: 50 sums, 7 rows and 7 shifts."""
+    return _mixer_tile(arch, channels, 256, 4)
+
+
+def pooling_mixer_reduce_config(arch: int) -> tuple[int, int]:
+    """Partial sums and numbers of one step of the kernel that adds the gradients of the weights."""
+    return (8, 1024) if arch == INTERPRETER else (32, 32)
+
+
+_MIXER_INTERPRETER_ROWS = 16
+_MIXER_RESIDENT = 3
+_MIXER_OVERHEAD = 8
+
+
+@functools.cache
+def pooling_mixer_rows(arch: int, columns: int, height: int, half: int, processors: int) -> int:
+    """The rows of a strip of an image of `height` rows, where `columns` programs work abreast.
+
+    A strip also walks through the `half` rows before and after it: long strips waste less, short
+    ones fill the device. The estimate is waves times (rows walked + fixed cost of a program).
+    """
+    if arch == INTERPRETER:
+        return min(height, _MIXER_INTERPRETER_ROWS)
+    best = (float("inf"), height)
+    for wanted in range(1, -(-height // 8) + 1):
+        rows = -(-height // wanted)
+        strips = columns * -(-height // rows)
+        waves = -(-strips // (processors * _MIXER_RESIDENT))
+        best = min(best, (waves * (rows + 2 * half + _MIXER_OVERHEAD), rows))
+    return best[1]
+
+
+def pooling_mixer_chunks(strips: int, blocks: int, processors: int) -> tuple[int, int]:
+    """How to share out a sum over strips for `blocks` channel blocks: (programs, strips each)."""
+    wanted = max(1, -(-2 * _MIXER_RESIDENT * processors // blocks))
+    chunk = -(-strips // min(wanted, strips))
+    return -(-strips // chunk), chunk
+
+
+CLASS_PITCH = 16
+"""Classes of a row of logits are padded to a multiple of this, so that Triton loads vectors."""
+
+_CLASS_BLOCK = 32
+_RESIDENT = 12
+_MAX_STRIP = 8
+
+
+def _class_tile(arch: int, block_k: int, elements: int) -> TileConfig:
+    if arch == INTERPRETER:
+        return TileConfig(64, block_k, 4, 1)
+    return TileConfig(max(1, elements // block_k), block_k, 2, 1)
+
+
+def losses_fwd_config(arch: int, classes: int) -> TileConfig:
+    """`block_m` cells by all classes (`block_n`)."""
+    block_k = max(CLASS_PITCH, 1 << (classes - 1).bit_length())
+    return _class_tile(arch, block_k, 512)
+
+
+def losses_bwd_config(arch: int, classes: int) -> TileConfig:
+    """`block_m` columns by a block of classes (`block_n`)."""
+    return _class_tile(arch, CLASS_PITCH if classes <= CLASS_PITCH else _CLASS_BLOCK, 512)
+
+
+def losses_lines(arch: int, programs: int, lines: int, processors: int) -> int:
+    """Pixel lines of its cells that a forward program walks over: fewer where programs are few."""
+    if arch == INTERPRETER:
+        return lines
+    parts = max(1, processors * _RESIDENT // programs)
+    return -(-lines // min(parts, lines))
+
+
+def losses_strip(columns: int, rows: int, config: TileConfig, processors: int) -> int:
+    """Rows of samples of one backward program; `columns` in all images and class blocks.
+
+    A strip of s rows costs s + 1, and long strips leave processors idle. It changes no result.
+    """
+    costs = []
+    for strip in range(1, min(_MAX_STRIP, rows) + 1):
+        programs = -(-columns * -(-rows // strip) // config.block_m)
+        costs.append((-(-programs // (processors * _RESIDENT)) * (strip + 1), strip))
+    return min(costs)[1]
+
+
+@dataclass(frozen=True)
+class StripConfig:
+    """Programs that walk down strips of `block_w` columns and `block_c` channels.
+
+    By their registers, `resident` of them fit on one multiprocessor.
+    """
+
+    block_w: int
+    block_c: int
+    num_warps: int
+    resident: int
+
+
+def _strip(channels: int, num_warps: int, resident: int) -> StripConfig:
+    block_c = 64 if channels > 32 else 32
+    return StripConfig(512 // block_c, block_c, num_warps, resident)
+
+
+def depthwise_conv_config(arch: int, itemsize: int, channels: int) -> StripConfig:
+    """Strips of the 3x3 depthwise convolution: every thread loads 16 bytes at a time."""
+    if arch == INTERPRETER:
+        return StripConfig(64, 64, 4, 1)
+    return _strip(channels, 2, 6) if itemsize == 2 else _strip(channels, 4, 4)
+
+
+def depthwise_bwd_config(arch: int, channels: int) -> StripConfig:
+    """Strips of its backward: ten sums leave registers for four elements per thread."""
+    if arch == INTERPRETER:
+        return StripConfig(64, 64, 4, 1)
+    return _strip(channels, 4, 3)
+
+
+SUMS_BLOCK_N, SUMS_BLOCK_C = 128, 32
+"""Partial sums and channels that a program of the second pass adds at a time."""
+
+_MIN_STRIP_ROWS = 8
+_STRIP_OVERHEAD = 4
+
+
+def strip_rows(strips: int, height: int, slots: int) -> int:
+    """How many of `height` rows a program walks, where the device holds `slots` programs at once.
+
+    Long walks share the fixed cost (taps, first loads, two more rows) among more rows, short ones
+    fill the device. The estimate is waves times (rows + fixed cost), in units of one row.
+    """
+    best = (float("inf"), 1, height)
+    chunks = 1
+    while chunks == 1 or height >= chunks * _MIN_STRIP_ROWS:
+        rows = -(-height // chunks)
+        waves = -(-strips * -(-height // rows) // slots)
+        best = min(best, (waves * (rows + _STRIP_OVERHEAD), chunks, rows))
+        chunks *= 2
+    return best[2]

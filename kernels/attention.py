@@ -1,0 +1,481 @@
+"""Softmax attention for tall queries and short keys, forward and backward.
+
+    s = scale * q k^T,   p = softmax(s) over keys,   out = p v,   lse = log(sum(exp(s)))
+
+Layout. q, out [B, Lq, H, D], k, v [B, Lk, H, D]: tokens major, so the projections of a transformer
+are used and produced without a transposition. Any strides with a last stride of 1. lse and delta
+[B, H, Lq] fp32.
+
+Saved for the backward: q, k, v, out, lse. With delta = rowsum(grad_out * out) - grad_lse the
+gradients are
+
+    ds = p * (grad_out v^T - delta),   dq = scale ds k,   dk = scale ds^T q,   dv = p^T grad_out.
+
+Work. Forward 4 B H Lq Lk D FLOP and (2 Lq + 2 Lk) B H D elements moved; backward 14 B H Lq Lk D
+FLOP, because dQ and dK/dV are two kernels that both recompute the scores: no atomics and no fp32
+copy of dQ, so repeats are bit-identical.
+
+Anchored softmax. A running maximum costs a reduction, a rescaling of the accumulator and a
+dependent chain in every step. Here the reference of a row is its maximum over the *last* block of
+keys and stays: p = 2^(x - anchor) may exceed 1, which floating point holds as precisely as anything
+below 1. As the anchor is the score of some key, the denominator is at least 1: nothing is lost
+below. If it grows beyond a bound, the tile is computed again with the usual online softmax. The
+bound is 2^15 for fp16, where p is rounded to fp16 for the second product (largest number 65504),
+and 2^40 otherwise: then |out numerator| <= 2^40 max|v| is finite for |v| < 2^87. The ragged rest of
+the keys is part of that last block too, hence the loop itself has no mask and one compiled kernel
+serves every Lq and Lk.
+
+Numbers. Scale and log2(e) are folded into one fused multiply-add per score; accumulation in fp32;
+one rounding at the store. fp32 inputs are multiplied as fp32 unless TF32 is allowed. Any sign of
+scale.
+
+Limits. D <= 128, Lk >= 1. In fp16 a flat row over more than 2^15 keys takes the second path: right,
+but slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._common import (
+    LOG2E,
+    OfflineEntry,
+    device_facts,
+    last_dim_contiguous,
+    launch,
+    load_tile,
+    offline_entry,
+    strides,
+    tile_of_program,
+)
+
+
+@triton.jit
+def _online_softmax(
+    b_q, p_k, p_v, o_n, o_d, m_d, stride_kn, stride_vn, Lk, scale_log2,
+    BLOCK_N: tl.constexpr, PAD_D: tl.constexpr, PRECISION: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """Reference, denominator and numerator of every row over all keys, with a running maximum."""
+    # A finite start keeps rows right whose first keys all score -inf.
+    b_max = tl.full([b_q.shape[0]], -3.0e38, tl.float32)
+    b_l = tl.zeros([b_q.shape[0]], tl.float32)
+    b_acc = tl.zeros([b_q.shape[0], b_q.shape[1]], tl.float32)
+    for i_n in tl.range(0, Lk, BLOCK_N, num_stages=STAGES):
+        m_n = o_n < Lk - i_n
+        b_k = load_tile(p_k, o_n, o_d, stride_kn, m_n, m_d, True, PAD_D)
+        b_v = load_tile(p_v, o_n, o_d, stride_vn, m_n, m_d, True, PAD_D)
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_x = tl.where(m_n[None, :], b_x, -float("inf"))
+        b_new = tl.maximum(b_max, tl.max(b_x, 1))
+        b_p = tl.math.exp2(b_x - b_new[:, None])
+        b_rescale = tl.math.exp2(b_max - b_new)
+        b_l = b_l * b_rescale + tl.sum(b_p, 1)
+        b_acc = tl.dot(
+            b_p.to(b_v.dtype), b_v, b_acc * b_rescale[:, None], input_precision=PRECISION
+        )
+        b_max = b_new
+        p_k += BLOCK_N * stride_kn
+        p_v += BLOCK_N * stride_vn
+    return b_max, b_l, b_acc
+
+
+@triton.jit(do_not_specialize=["H", "Lq", "Lk"])
+def _attention_fwd_kernel(
+    p_q, p_k, p_v, p_o, p_lse,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_om,
+    H, Lq, Lk, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, LEAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks * B * H,): one block of queries against all keys."""
+    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    i_m, i_bh, i_b, i_h = tile_of_program(tl.cdiv(Lq, BLOCK_M), BLOCK_M, H)
+    p_q += i_b * stride_qb + i_h * stride_qh + i_m * stride_qm
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_o += (i_b * Lq + i_m) * stride_om + i_h * HEAD_DIM
+    p_lse += i_bh * Lq + i_m
+
+    o_m, o_n, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m_m, m_d = o_m < Lq - i_m, o_d < HEAD_DIM
+    b_q = load_tile(p_q, o_m, o_d, stride_qm, m_m, m_d, True, PAD_D)
+
+    if LEAN:
+        b_anchor, b_l, b_acc = _online_softmax(
+            b_q, p_k, p_v, o_n, o_d, m_d, stride_kn, stride_vn, Lk, scale_log2,
+            BLOCK_N, PAD_D, PRECISION, None,
+        )  # fmt: skip
+    else:
+        # The last BLOCK_N keys give the anchor; those that the loop below meets again are left out
+        # of the sums.
+        n_loop = (tl.cdiv(Lk, BLOCK_N) - 1) * BLOCK_N
+        i_last = (Lk - BLOCK_N).to(tl.int64)
+        m_n = o_n + i_last >= 0
+        p_kn, p_vn = p_k + i_last * stride_kn, p_v + i_last * stride_vn
+        b_k = load_tile(p_kn, o_n, o_d, stride_kn, m_n, m_d, True, PAD_D)
+        b_v = load_tile(p_vn, o_n, o_d, stride_vn, m_n, m_d, True, PAD_D)
+        b_x = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * scale_log2
+        b_x = tl.where(m_n[None, :], b_x, -float("inf"))
+        b_anchor = tl.max(b_x, 1)
+        b_p = tl.math.exp2(b_x - b_anchor[:, None])
+        b_p = tl.where((o_n + i_last >= n_loop)[None, :], b_p, 0.0)
+        b_l = tl.sum(b_p, 1)
+        b_acc = tl.dot(b_p.to(b_v.dtype), b_v, input_precision=PRECISION)
+
+        p_kn, p_vn = p_k, p_v
+        for _ in tl.range(0, n_loop, BLOCK_N):
+            b_k = load_tile(p_kn, o_n, o_d, stride_kn, m_n, m_d, False, PAD_D)
+            b_v = load_tile(p_vn, o_n, o_d, stride_vn, m_n, m_d, False, PAD_D)
+            b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+            b_p = tl.math.exp2(b_s * scale_log2 - b_anchor[:, None])
+            b_l += tl.sum(b_p, 1)
+            b_acc = tl.dot(b_p.to(b_v.dtype), b_v, b_acc, input_precision=PRECISION)
+            p_kn += BLOCK_N * stride_kn
+            p_vn += BLOCK_N * stride_vn
+
+        BOUND: tl.constexpr = 2.0**15 if p_v.dtype.element_ty == tl.float16 else 2.0**40
+        # Written so that NaN counts as out of bounds.
+        if tl.min((b_l < BOUND).to(tl.int32), 0) == 0:
+            b_anchor, b_l, b_acc = _online_softmax(
+                b_q, p_k, p_v, o_n, o_d, m_d, stride_kn, stride_vn, Lk, scale_log2,
+                BLOCK_N, PAD_D, PRECISION, 1,
+            )  # fmt: skip
+
+    b_o = b_acc * (1.0 / b_l)[:, None]
+    p_tile = p_o + o_m[:, None] * stride_om + o_d[None, :]
+    tl.store(p_tile, b_o.to(p_o.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+    LN2: tl.constexpr = 0.6931471805599453
+    tl.store(p_lse + o_m, (b_anchor + tl.math.log2(b_l)) * LN2, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["H", "Lq"])
+def _attention_bwd_delta_kernel(
+    p_o, p_do, p_dlse, p_delta, stride_om, stride_gb, stride_gm, stride_gh, H, Lq,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, HAS_DLSE: tl.constexpr,
+):  # fmt: skip
+    """Grid (row blocks * B * H,): delta = rowsum(grad_out * out) - grad_lse, as d lse / d s = p."""
+    i_m, i_bh, i_b, i_h = tile_of_program(tl.cdiv(Lq, BLOCK_M), BLOCK_M, H)
+    o_m, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_D)
+    m_m, m_d = o_m < Lq - i_m, o_d < HEAD_DIM
+    p_o += (i_b * Lq + i_m) * stride_om + i_h * HEAD_DIM
+    p_do += i_b * stride_gb + i_h * stride_gh + i_m * stride_gm
+    b_o = load_tile(p_o, o_m, o_d, stride_om, m_m, m_d, True, HEAD_DIM != BLOCK_D).to(tl.float32)
+    b_do = load_tile(p_do, o_m, o_d, stride_gm, m_m, m_d, True, HEAD_DIM != BLOCK_D).to(tl.float32)
+    b_delta = tl.sum(b_o * b_do, 1)
+    i_row = i_bh * Lq + i_m
+    if HAS_DLSE:
+        b_delta -= tl.load(p_dlse + i_row + o_m, mask=m_m, other=0.0)
+    tl.store(p_delta + i_row + o_m, b_delta, mask=m_m)
+
+
+@triton.jit(do_not_specialize=["H", "Lq", "Lk", "chunk"])
+def _attention_bwd_dkdv_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dk, p_dv,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh, stride_split, stride_dn,
+    H, Lq, Lk, chunk, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid (key blocks * B * H, splits): one block of keys against `chunk` queries.
+
+    Scores are held transposed, [keys, queries], so that the products with grad_out and q need no
+    transposition of a computed matrix. Keys past the end only reach rows that are not stored;
+    queries past the end have q = grad_out = delta = lse = 0, so that their p is 1 and their
+    contribution 0.
+    """
+    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    i_n, i_bh, i_b, i_h = tile_of_program(tl.cdiv(Lk, BLOCK_N), BLOCK_N, H)
+    i_s = tl.program_id(1)
+    i_start = i_s * chunk
+    i_stop = tl.minimum(i_start + chunk, Lq)
+    p_q += i_b * stride_qb + i_h * stride_qh + i_start.to(tl.int64) * stride_qm
+    p_do += i_b * stride_gb + i_h * stride_gh + i_start.to(tl.int64) * stride_gm
+    p_k += i_b * stride_kb + i_h * stride_kh + i_n * stride_kn
+    p_v += i_b * stride_vb + i_h * stride_vh + i_n * stride_vn
+    p_lse += i_bh * Lq
+    p_delta += i_bh * Lq
+
+    o_m, o_n, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m_n, m_d = o_n < Lk - i_n, o_d < HEAD_DIM
+    b_k = load_tile(p_k, o_n, o_d, stride_kn, m_n, m_d, True, PAD_D)
+    b_v = load_tile(p_v, o_n, o_d, stride_vn, m_n, m_d, True, PAD_D)
+    b_dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    b_dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    for i_m in tl.range(i_start, i_stop, BLOCK_M):
+        m_m = o_m < Lq - i_m
+        b_q = load_tile(p_q, o_m, o_d, stride_qm, m_m, m_d, True, PAD_D)
+        b_do = load_tile(p_do, o_m, o_d, stride_gm, m_m, m_d, True, PAD_D)
+        b_lse = tl.load(p_lse + i_m + o_m, mask=m_m, other=0.0) * LOG2_E
+        b_delta = tl.load(p_delta + i_m + o_m, mask=m_m, other=0.0)
+        b_s = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        b_p = tl.math.exp2(b_s * scale_log2 - b_lse[None, :])
+        b_dv = tl.dot(b_p.to(b_do.dtype), b_do, b_dv, input_precision=PRECISION)
+        b_dp = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        b_ds = (b_p * (b_dp - b_delta[None, :])).to(b_q.dtype)
+        b_dk = tl.dot(b_ds, b_q, b_dk, input_precision=PRECISION)
+        p_q += BLOCK_M * stride_qm
+        p_do += BLOCK_M * stride_gm
+
+    o_out = i_s.to(tl.int64) * stride_split + (i_b * Lk + i_n) * stride_dn + i_h * HEAD_DIM
+    o_tile = o_n[:, None] * stride_dn + o_d[None, :]
+    m_out = m_n[:, None] & m_d[None, :]
+    tl.store(p_dk + o_out + o_tile, (b_dk * scale).to(p_dk.dtype.element_ty), mask=m_out)
+    tl.store(p_dv + o_out + o_tile, b_dv.to(p_dv.dtype.element_ty), mask=m_out)
+
+
+@triton.jit(do_not_specialize=["splits"])
+def _attention_bwd_reduce_kernel(
+    p_partial_dk, p_partial_dv, p_dk, p_dv, numel, splits, BLOCK: tl.constexpr
+):
+    """Sum over the leading dimension of partials [splits, numel], always in the same order."""
+    o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    m = o < numel
+    b_dk = tl.zeros([BLOCK], tl.float32)
+    b_dv = tl.zeros([BLOCK], tl.float32)
+    for _ in tl.range(0, splits):
+        b_dk += tl.load(p_partial_dk + o, mask=m, other=0.0)
+        b_dv += tl.load(p_partial_dv + o, mask=m, other=0.0)
+        p_partial_dk += numel
+        p_partial_dv += numel
+    tl.store(p_dk + o, b_dk.to(p_dk.dtype.element_ty), mask=m)
+    tl.store(p_dv + o, b_dv.to(p_dv.dtype.element_ty), mask=m)
+
+
+@triton.jit
+def _add_dq_block(
+    b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_n, scale_log2,
+    MASK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    b_s = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+    b_p = tl.math.exp2(b_s * scale_log2 - b_lse[:, None])
+    b_dp = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+    b_ds = b_p * (b_dp - b_delta[:, None])
+    if MASK:
+        b_ds = tl.where(m_n[None, :], b_ds, 0.0)
+    return tl.dot(b_ds.to(b_k.dtype), b_k, b_dq, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=["H", "Lq", "Lk"])
+def _attention_bwd_dq_kernel(
+    p_q, p_k, p_v, p_do, p_lse, p_delta, p_dq,
+    stride_qb, stride_qm, stride_qh, stride_kb, stride_kn, stride_kh,
+    stride_vb, stride_vn, stride_vh, stride_gb, stride_gm, stride_gh, stride_dm,
+    H, Lq, Lk, scale, scale_log2,
+    HEAD_DIM: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+    PRECISION: tl.constexpr, LEAN: tl.constexpr,
+):  # fmt: skip
+    """Grid (query blocks * B * H,): one block of queries against all keys."""
+    PAD_D: tl.constexpr = HEAD_DIM != BLOCK_D
+    i_m, i_bh, i_b, i_h = tile_of_program(tl.cdiv(Lq, BLOCK_M), BLOCK_M, H)
+    p_q += i_b * stride_qb + i_h * stride_qh + i_m * stride_qm
+    p_do += i_b * stride_gb + i_h * stride_gh + i_m * stride_gm
+    p_k += i_b * stride_kb + i_h * stride_kh
+    p_v += i_b * stride_vb + i_h * stride_vh
+    p_dq += (i_b * Lq + i_m) * stride_dm + i_h * HEAD_DIM
+    i_row = i_bh * Lq + i_m
+
+    o_m, o_n, o_d = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_D)
+    m_m, m_d = o_m < Lq - i_m, o_d < HEAD_DIM
+    LOG2_E: tl.constexpr = 1.4426950408889634
+    b_q = load_tile(p_q, o_m, o_d, stride_qm, m_m, m_d, True, PAD_D)
+    b_do = load_tile(p_do, o_m, o_d, stride_gm, m_m, m_d, True, PAD_D)
+    b_lse = tl.load(p_lse + i_row + o_m, mask=m_m, other=0.0) * LOG2_E
+    b_delta = tl.load(p_delta + i_row + o_m, mask=m_m, other=0.0)
+    b_dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+
+    n_loop = tl.cdiv(Lk, BLOCK_N) * BLOCK_N if LEAN else (tl.cdiv(Lk, BLOCK_N) - 1) * BLOCK_N
+    for i_n in tl.range(0, n_loop, BLOCK_N):
+        m_n = o_n < Lk - i_n
+        b_k = load_tile(p_k, o_n, o_d, stride_kn, m_n, m_d, LEAN, PAD_D)
+        b_v = load_tile(p_v, o_n, o_d, stride_vn, m_n, m_d, LEAN, PAD_D)
+        b_dq = _add_dq_block(
+            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_n, scale_log2, LEAN, PRECISION
+        )
+        p_k += BLOCK_N * stride_kn
+        p_v += BLOCK_N * stride_vn
+    if not LEAN:
+        m_n = o_n < Lk - n_loop
+        b_k = load_tile(p_k, o_n, o_d, stride_kn, m_n, m_d, True, PAD_D)
+        b_v = load_tile(p_v, o_n, o_d, stride_vn, m_n, m_d, True, PAD_D)
+        b_dq = _add_dq_block(
+            b_dq, b_q, b_do, b_lse, b_delta, b_k, b_v, m_n, scale_log2, True, PRECISION
+        )
+
+    p_tile = p_dq + o_m[:, None] * stride_dm + o_d[None, :]
+    tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
+
+
+def _constexprs(kernel: Any, head_dim: int, precision: str, config: _configs.TileConfig) -> dict:
+    """The constexprs of a kernel with matrix products."""
+    values = {
+        "HEAD_DIM": head_dim,
+        "BLOCK_D": _configs.padded_head_dim(head_dim),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "PRECISION": "tf32" if precision == _configs.TF32 else "ieee",
+        "LEAN": config.lean,
+    }
+    return {name: value for name, value in values.items() if name in kernel.arg_names}
+
+
+def _delta_constexprs(arch: int, head_dim: int, has_dlse: bool) -> dict:
+    block_d, rows = _configs.padded_head_dim(head_dim), _configs.delta_rows(arch)
+    return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "HAS_DLSE": has_dlse}
+
+
+_ROW_LAUNCH = {"num_warps": 4, "num_stages": 1}
+
+
+def attention_fwd(
+    q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
+) -> tuple[Tensor, Tensor]:
+    """Attention of q [B, Lq, H, D] over k, v [B, Lk, H, D], all fp32, fp16 or bf16.
+
+    Returns out [B, Lq, H, D], contiguous, in the dtype of q, and lse [B, H, Lq] fp32 (natural
+    logarithm). An input whose last stride is not 1 is copied.
+    """
+    batch, n_q, heads, head_dim = q.shape
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
+    if out.numel() == 0:
+        return out, lse
+    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    arch, _ = device_facts(q.device)
+    precision = _configs.precision_class(q.element_size(), allow_tf32)
+    config = _configs.attention_fwd_config(arch, precision, _configs.padded_head_dim(head_dim))
+    launch(
+        _attention_fwd_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
+        q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
+        heads, n_q, k.shape[1], scale * LOG2E,
+        **_constexprs(_attention_fwd_kernel, head_dim, precision, config), **config.launch(),
+    )  # fmt: skip
+    return out, lse
+
+
+def attention_bwd(
+    grad_out: Tensor, grad_lse: Tensor | None,
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float, allow_tf32: bool,
+    needs_dq: bool, needs_dk: bool, needs_dv: bool,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of `attention_fwd` for grad_out [B, Lq, H, D] and grad_lse [B, H, Lq] or None.
+
+    Returns dq, dk, dv, contiguous, in the dtypes of q, k, v; those not needed are empty, [0]. dK
+    and dV share one kernel: needing one of them costs as much as both.
+    """
+    batch, n_q, heads, head_dim = q.shape
+    n_k = k.shape[1]
+    dq, dk, dv = (
+        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
+        for x, needed in ((q, needs_dq), (k, needs_dk), (v, needs_dv))
+    )
+    if q.numel() == 0:
+        return dq, dk.zero_(), dv.zero_()
+    if not (needs_dq or needs_dk or needs_dv):
+        return dq, dk, dv
+    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
+    out, lse = out.contiguous(), lse.contiguous()
+    arch, processors = device_facts(q.device)
+    precision = _configs.precision_class(q.element_size(), allow_tf32)
+    block_d, width = _configs.padded_head_dim(head_dim), heads * head_dim
+    layout = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
+
+    delta = torch.empty_like(lse)
+    rows = _configs.delta_rows(arch)
+    launch(
+        _attention_bwd_delta_kernel, (triton.cdiv(n_q, rows) * batch * heads,),
+        out, grad_out, delta if grad_lse is None else grad_lse.float().contiguous(), delta,
+        width, *strides(grad_out), heads, n_q,
+        **_delta_constexprs(arch, head_dim, grad_lse is not None), **_ROW_LAUNCH,
+    )  # fmt: skip
+
+    if needs_dk or needs_dv:
+        config = _configs.attention_dkdv_config(arch, precision, block_d)
+        programs = triton.cdiv(n_k, config.block_n) * batch * heads
+        splits, chunk = _configs.query_splits(
+            programs, triton.cdiv(n_q, config.block_m), processors
+        )
+        whole = tuple(
+            x if needed else torch.empty(k.shape, dtype=k.dtype, device=k.device)
+            for x, needed in ((dk, needs_dk), (dv, needs_dv))
+        )
+        sums = whole
+        if splits > 1:
+            partials = torch.empty((2, splits, *k.shape), dtype=torch.float32, device=k.device)
+            sums = partials.unbind()
+        launch(
+            _attention_bwd_dkdv_kernel, (programs, splits),
+            q, k, v, grad_out, lse, delta, *sums, *layout, k.numel(), width,
+            heads, n_q, n_k, chunk * config.block_m, scale, scale * LOG2E,
+            **_constexprs(_attention_bwd_dkdv_kernel, head_dim, precision, config),
+            **config.launch(),
+        )  # fmt: skip
+        if splits > 1:
+            launch(
+                _attention_bwd_reduce_kernel, (triton.cdiv(k.numel(), _configs.REDUCE_BLOCK),),
+                *sums, *whole, k.numel(), splits, BLOCK=_configs.REDUCE_BLOCK, **_ROW_LAUNCH,
+            )  # fmt: skip
+
+    if needs_dq:
+        config = _configs.attention_dq_config(arch, precision, block_d)
+        launch(
+            _attention_bwd_dq_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
+            q, k, v, grad_out, lse, delta, dq, *layout, width,
+            heads, n_q, n_k, scale, scale * LOG2E,
+            **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, config), **config.launch(),
+        )  # fmt: skip
+    return dq, dk, dv
+
+
+# fp16 has the tiles and instructions of bf16, so two head dimensions stand for it. Tiles depend on
+# the padded head dimension only; 40 is the example of padding.
+_OFFLINE = (
+    ("bf16", _configs.HALF, (16, 32, 64, 128, 40)),
+    ("fp16", _configs.HALF, (32, 64)),
+    ("fp32", _configs.TF32, (16, 32, 64, 128)),
+    ("fp32", _configs.IEEE, (16, 32, 64, 128)),
+)
+
+
+def offline_entries(arch: int) -> Iterator[OfflineEntry]:
+    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
+    chosen = (
+        (_attention_fwd_kernel, _configs.attention_fwd_config, False),
+        (_attention_bwd_dq_kernel, _configs.attention_dq_config, False),
+        (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, False),
+        (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, True),
+    )
+    for dtype, precision, head_dims in _OFFLINE:
+        pointers = dict.fromkeys("p_q p_k p_v p_o p_do p_dq p_dk p_dv".split(), dtype)
+        pointers |= dict.fromkeys("p_lse p_dlse p_delta p_partial_dk p_partial_dv".split(), "fp32")
+        for head_dim in head_dims:
+            case = f"{precision if dtype == 'fp32' else dtype} D{head_dim}"
+            for kernel, choose, partials in chosen:
+                if partials and dtype == "fp32":
+                    continue  # the same types as without
+                config = choose(arch, precision, _configs.padded_head_dim(head_dim))
+                yield offline_entry(
+                    kernel, case + " partials" * partials,
+                    pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
+                    _constexprs(kernel, head_dim, precision, config), **config.launch(),
+                    dots=precision, scores=config.block_m * config.block_n,
+                )  # fmt: skip
+            if precision == _configs.TF32:
+                continue  # what follows has no products
+            for has_dlse in (False, True):
+                yield offline_entry(
+                    _attention_bwd_delta_kernel, f"{dtype} D{head_dim}" + " grad_lse" * has_dlse,
+                    pointers, _delta_constexprs(arch, head_dim, has_dlse), **_ROW_LAUNCH,
+                )  # fmt: skip
+        if precision != _configs.TF32:
+            block = {"BLOCK": _configs.REDUCE_BLOCK}
+            yield offline_entry(_attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH)

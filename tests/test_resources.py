@@ -1,0 +1,166 @@
+"""What the compiled kernels cost, checked without a GPU, and the arithmetic of their tiles."""
+
+import argparse
+import importlib.util
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks import resources
+from equiseg_fast.kernels import _configs
+
+needs_triton = pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None, reason="compiling needs triton"
+)
+
+CONFIGS = {
+    "fwd": _configs.attention_fwd_config,
+    "dkdv": _configs.attention_dkdv_config,
+    "dq": _configs.attention_dq_config,
+}
+
+# Ceilings for the head dimensions of the MiT encoders in bf16: registers, KiB of shared memory,
+# machine instructions per score (None: loops cannot be told apart in the machine code of sm_100 and
+# later). The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
+# multiprocessor up to 128 registers; the exponential alone takes 8 issue slots per score.
+GATES = {
+    ("attention_fwd", 32, 90): (112, 44, 6.6),
+    ("attention_fwd", 64, 90): (128, 68, 7.0),
+    ("attention_bwd_dkdv", 32, 90): (200, 36, 10.8),
+    ("attention_bwd_dkdv", 64, 90): (236, 68, 12.2),
+    ("attention_bwd_dq", 32, 90): (120, 34, 8.6),
+    ("attention_bwd_dq", 64, 90): (140, 68, 9.8),
+}
+
+
+class TestCompiled:
+    """Everything that the launchers of the attention can choose, on every architecture."""
+
+    @pytest.fixture(scope="class")
+    def results(self) -> list[resources.Resources]:
+        return resources.run(stems=("attention",), progress=False)
+
+    @needs_triton
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize("arch", resources.ARCHS)
+    def test_may_be_shipped(self, results: list[resources.Resources], arch: int) -> None:
+        """Compiles, no spills, within shared memory, on the tensor cores of the architecture."""
+        found = [r for r in results if r.arch == arch]
+        assert len(found) > 50
+        assert {r.label: r.problems() for r in found if r.problems()} == {}
+
+    @needs_triton
+    @pytest.mark.timeout(1800)
+    @pytest.mark.parametrize(("kernel", "head_dim", "arch"), GATES)
+    def test_hot_configurations(
+        self, results: list[resources.Resources], kernel: str, head_dim: int, arch: int
+    ) -> None:
+        registers, shared, slots = GATES[kernel, head_dim, arch]
+        case = f"{kernel} bf16 D{head_dim} "
+        found = [r for r in results if r.arch == arch and r.label.startswith(case)]
+        assert found
+        for r in found:
+            assert r.registers <= registers, r
+            assert r.shared <= shared * resources.KIB, r
+            assert slots is None or (r.slots is not None and r.slots <= slots), r
+
+
+class TestTool:
+    def resources(self, **changes: object) -> resources.Resources:
+        good = {"kernel": "k", "label": "k D64", "dots": "half", "arch": 90, "path": "wgmma"}
+        return resources.Resources(**(good | changes))
+
+    def test_good_entry_has_no_problems(self) -> None:
+        assert self.resources().problems() == []
+
+    @pytest.mark.parametrize(
+        ("changes", "words"),
+        [
+            ({"stack": 8}, "spills 8 bytes"),
+            ({"shared": 228 * 1024}, "228.0 KiB"),
+            ({"path": "mma.sync"}, "expected wgmma"),
+            ({"path": "wgmma+mma.sync"}, "expected wgmma"),
+            ({"arch": 100}, "expected tcgen05"),
+            ({"dots": "ieee"}, "expected fma"),
+            ({"dots": "none"}, "expected none"),
+            ({"error": "CompilationError: no"}, "CompilationError: no"),
+        ],
+    )
+    def test_problems(self, changes: dict, words: str) -> None:
+        assert words in "; ".join(self.resources(**changes).problems())
+
+    def test_slots_are_those_of_the_shortest_loop_with_exponentials(self) -> None:
+        outer = ["IADD3 R1, R1, 0x1, RZ", "MUFU.EX2 R2, R2", "FFMA R3, R3, R2, R1"]
+        code = ["MOV R1, RZ", *outer, "@P0 BRA 0x0010", "LDG R5, R4", "@P1 BRA 0x0050", "EXIT"]
+        sass = "\n".join(f"  /*{16 * i:04x}*/   {t} ;   /* 0x00 */" for i, t in enumerate(code))
+        assert resources.slots_per_score(sass, 1) == 4
+        assert resources.slots_per_score(sass, 0.5) == 8
+        assert resources.slots_per_score(sass, 4) is None
+
+    def test_tables(self, tmp_path: Path) -> None:
+        resources.write([self.resources(slots=5.04), self.resources(stack=16)], tmp_path / "new")
+        record = json.loads((tmp_path / "new" / "resources.json").read_text())
+        assert [e["stack"] for e in record["entries"]] == [0, 16]
+        table = (tmp_path / "new" / "resources.md").read_text()
+        assert "| 5.0 |" in table
+        assert "spills 16 bytes" in table
+
+    def test_command_line(self, capsys: pytest.CaptureFixture[str]) -> None:
+        parser = argparse.ArgumentParser()
+        resources.add_arguments(parser)
+        args = parser.parse_args(["--arch", "80,75"])
+        assert args.arch == (80, 75)
+        assert resources.main(args) == 1
+        assert "got 75" in capsys.readouterr().out
+
+
+class TestConfigs:
+    @pytest.mark.parametrize("choose", CONFIGS.values(), ids=CONFIGS)
+    @pytest.mark.parametrize("arch", [_configs.INTERPRETER, 80, 86, 89, 90, 100, 103, 120])
+    def test_tiles_are_powers_of_two(self, choose, arch: int) -> None:
+        for precision, head_dim in itertools.product(_configs.PRECISIONS, _configs.HEAD_DIMS):
+            config = choose(arch, precision, head_dim)
+            assert config == choose(arch, precision, head_dim)
+            for size in (config.block_m, config.block_n, config.num_warps):
+                assert size.bit_count() == 1, config
+            # tl.dot wants 16 at least on every side.
+            assert min(config.block_m, config.block_n) >= 16, config
+            assert 1 <= config.num_stages <= 4
+
+    @pytest.mark.parametrize("head_dim", range(1, 129))
+    def test_head_dims_are_padded_to_the_next_tile(self, head_dim: int) -> None:
+        padded = _configs.padded_head_dim(head_dim)
+        assert padded in _configs.HEAD_DIMS
+        assert padded >= head_dim
+        assert padded == 16 or padded < 2 * head_dim
+
+    @pytest.mark.parametrize("head_dim", [0, 129])
+    def test_head_dims_out_of_range(self, head_dim: int) -> None:
+        with pytest.raises(ValueError, match=f"between 1 and 128, got {head_dim}"):
+            _configs.padded_head_dim(head_dim)
+
+    def test_precision_class(self) -> None:
+        assert _configs.precision_class(2, allow_tf32=True) == _configs.HALF
+        assert _configs.precision_class(4, allow_tf32=True) == _configs.TF32
+        assert _configs.precision_class(4, allow_tf32=False) == _configs.IEEE
+
+    @pytest.mark.parametrize("processors", [1, 8, 132])
+    @pytest.mark.parametrize("programs", [1, 2, 16, 64, 131, 132, 133, 1000])
+    @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 64, 100, 1024, 4099])
+    def test_splits_cover_all_queries(self, programs: int, blocks: int, processors: int) -> None:
+        splits, chunk = _configs.query_splits(programs, blocks, processors)
+        assert (splits, chunk) == _configs.query_splits(programs, blocks, processors)
+        assert 1 <= splits <= 64
+        assert (splits - 1) * chunk < blocks <= splits * chunk
+
+    def test_splits_fill_the_device(self) -> None:
+        """Stage 1 of MiT at 1024 x 1024, batch 2, 4 modalities: 64 programs, 1024 query blocks."""
+        splits, _ = _configs.query_splits(64, 1024, 132)
+        assert splits > 1
+        waves = 64 * splits / 132
+        assert waves / -(-64 * splits // 132) > 0.9
+
+    def test_no_splits_without_need(self) -> None:
+        assert _configs.query_splits(132 * 8, 1024, 132)[0] == 1
