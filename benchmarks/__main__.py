@@ -1,0 +1,276 @@
+"""`python -m benchmarks`: see `--help`. What fails while measured becomes a row, no exit code."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from datetime import datetime
+from pathlib import Path
+from time import perf_counter, process_time
+
+STARTED = perf_counter()
+
+import torch  # noqa: E402  (the clock above includes this import)
+from rich.console import Console  # noqa: E402
+from rich.progress import (  # noqa: E402
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+)
+
+from benchmarks import record as records_of  # noqa: E402
+from benchmarks import report, resources, timing  # noqa: E402
+from benchmarks.compare import compare, lost  # noqa: E402
+from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
+from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Exit status: 0, or 1 for regressions under `compare --fail`; usage errors exit with 2."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    # A pipe has no width; the table needs this much.
+    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    try:
+        return args.run(args, console)
+    except (ValueError, RuntimeError, FileNotFoundError) as error:
+        parser.error(str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+
+    listing = commands.add_parser("list", help="operations, their costs, providers and suites")
+    listing.set_defaults(run=_list)
+
+    run = commands.add_parser("run", help="check, measure, and write a folder of results")
+    run.add_argument("--suite", choices=tuple(SUITES), default="quick")
+    for name in ("op", "provider", "dtype", "mode"):
+        run.add_argument(f"--{name}", type=_names, default=(), metavar="A,B", help="only these")
+    run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    run.add_argument(
+        "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
+    )
+    run.add_argument("--out", type=Path, help="default: benchmark-results/<device>-<date>")
+    run.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
+    run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--dry-run", action="store_true", help="only list cases, providers and why some are skipped"
+    )
+    run.set_defaults(run=_run)
+
+    again = commands.add_parser("report", help="report.md and plots again, from results.jsonl")
+    again.add_argument("results", type=Path, help="results.jsonl or its folder")
+    again.set_defaults(run=_report)
+
+    difference = commands.add_parser("compare", help="what became slower between two runs")
+    difference.add_argument("base", type=Path)
+    difference.add_argument("new", type=Path)
+    difference.add_argument("--threshold", type=_fraction, default=0.05, metavar="5%%")
+    difference.add_argument("--atol-us", type=float, default=30.0)
+    difference.add_argument("--fail", action="store_true", help="exit with 1 if anything is slower")
+    difference.add_argument("--force", action="store_true", help="even on different devices")
+    difference.set_defaults(run=_compare)
+
+    compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
+    resources.add_arguments(compiled)
+    compiled.set_defaults(run=lambda args, console: resources.main(args))
+
+    env = commands.add_parser("env", help="the environment record of this machine")
+    env.set_defaults(run=_env)
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(name for name in text.split(",") if name)
+
+
+def _fraction(text: str) -> float:
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
+
+
+def _device(name: str | None) -> torch.device:
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no GPU here")
+    return device
+
+
+def _list(args: argparse.Namespace, console: Console) -> int:
+    for name, op in operations().items():
+        providers = [p for p in PROVIDERS if not unavailable(op, p, torch.device("cpu"))]
+        console.print(f"[bold]{name}[/]: {op.formula}; on a CPU: {', '.join(providers)}")
+    for name, suite in SUITES.items():
+        cases = plan(Options(suite=name))
+        console.print(
+            f"suite [bold]{name}[/]: {len(cases)} cases, {sum(len(c.modes) for c in cases)} with "
+            f"their modes; dtypes {', '.join(suite.dtypes)}"
+        )
+    for name, text in PROVIDERS.items():
+        console.print(f"provider [bold]{name}[/]: {text}")
+    return 0
+
+
+def _env(args: argparse.Namespace, console: Console) -> int:
+    console.print_json(json.dumps(records_of.environment(_device(None))))
+    return 0
+
+
+def _run(args: argparse.Namespace, console: Console) -> int:
+    device = _device(args.device)
+    options = Options(
+        args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
+        args.seed,
+    )  # fmt: skip
+    cases = plan(options)
+    if args.dry_run:
+        return _dry_run(cases, device, console)
+    if args.threads is not None:
+        if args.threads < 1:
+            raise ValueError(f"--threads must be at least 1; got {args.threads}")
+        torch.set_num_threads(args.threads)
+    # Every provider multiplies fp32 in fp32, whatever cuDNN would like.
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    phases = Phases()
+    phases.seconds["imports"] = perf_counter() - STARTED
+    with phases.phase("device limits"):
+        limits = timing.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
+    env = records_of.environment(device, asdict(limits))
+    out = args.out or _default_folder(device)
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+
+    runner = Runner(options, limits, phases)
+    rows: list[records_of.Record] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        task = progress.add_task("", total=len(cases) + (args.suite == "quick"))
+        for case in cases:
+            found = runner.run(case, lambda text: progress.update(task, description=text))
+            for row in found:
+                row.env_id = env["env_id"]
+            rows += found
+            # Written as it goes: an interrupted run keeps what it has.
+            records_of.write_jsonl(rows, out / "results.jsonl")
+            progress.advance(task)
+        notes, images = [], []
+        if args.suite == "quick":
+            progress.update(task, description="sensors: training and blanking")
+            notes, images = _sensors(out, args.seed, phases)
+            progress.advance(task)
+    with phases.phase("report and plots"):
+        _write_report(rows, env, out, notes, images)
+    report.terminal(rows, console)
+    shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
+    console.print(f"seconds: {shown}")
+    console.print(
+        f"total {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU time on "
+        f"{torch.get_num_threads()} threads); written to {_shown(out)}"
+    )
+    return 0
+
+
+def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
+    ops = {case.op.name: case for case in cases}
+    for case in cases:
+        usable = [p for p in case.providers if not unavailable(case.op, p, device)]
+        console.print(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable)}")
+    for name, case in ops.items():
+        for provider in case.providers:
+            if reason := unavailable(case.op, provider, device):
+                console.print(f"skipped: {name} {provider}: {reason}")
+    timings = sum(len(case.modes) for case in cases)
+    console.print(f"{len(cases)} cases, {timings} with their modes; nothing was run")
+    return 0
+
+
+def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]]:
+    from benchmarks import plots, sensors
+
+    with phases.phase("sensors"):
+        found = sensors.contributions(seed)
+    tables = {
+        k: [[None if x != x else x for x in row] for row in v.tolist()]
+        for k, v in found.weights.items()
+    }
+    (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
+    with phases.phase("report and plots"):
+        name = plots.draw_sensors(found, out / "plots")
+    return [report.sensor_note(found.losses)], [f"plots/{name}"]
+
+
+def _write_report(
+    rows: Sequence[records_of.Record],
+    env: dict[str, object],
+    out: Path,
+    notes: Sequence[str] = (),
+    images: Sequence[str] = (),
+) -> None:
+    from benchmarks import plots
+
+    drawn = [f"plots/{name}" for name in plots.draw(rows, out / "plots")]
+    (out / "report.md").write_text(report.markdown(rows, env, [*images, *drawn], notes))
+
+
+def _report(args: argparse.Namespace, console: Console) -> int:
+    rows = records_of.read_jsonl(args.results)
+    folder = args.results if args.results.is_dir() else args.results.parent
+    path = folder / "env.json"
+    env = json.loads(path.read_text()) if path.is_file() else {}
+    _write_report(rows, env, folder)
+    report.terminal(rows, console)
+    return 0
+
+
+def _compare(args: argparse.Namespace, console: Console) -> int:
+    base, new = records_of.read_jsonl(args.base), records_of.read_jsonl(args.new)
+    devices = [_device_of(path) for path in (args.base, args.new)]
+    if devices[0] != devices[1] and not args.force:
+        raise ValueError(
+            f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
+        )
+    changes = compare(base, new, threshold=args.threshold, atol_us=args.atol_us)
+    slower = [change for change in changes if change.verdict == "slower"]
+    for change in sorted(changes, key=lambda c: -c.ratio):
+        if change.verdict != "same":
+            console.print(change.text)
+    failed = lost(base, new)
+    for row in failed:
+        console.print(f"lost: {row.op} {row.shape.label} {row.mode} {row.provider}: {row.reason}")
+    faster = sum(change.verdict == "faster" for change in changes)
+    console.print(
+        f"{len(changes)} compared: {len(slower)} slower, {faster} faster, {len(failed)} lost"
+    )
+    return 1 if args.fail and (slower or failed) else 0
+
+
+def _device_of(path: Path) -> str:
+    env = (path if path.is_dir() else path.parent) / "env.json"
+    return json.loads(env.read_text())["device"] if env.is_file() else "an unknown device"
+
+
+def _default_folder(device: torch.device) -> Path:
+    name = device.type
+    if device.type == "cuda":
+        name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
+    return Path("benchmark-results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
+
+
+def _shown(path: Path) -> str:
+    """The folder as it was given, never the place where it lies."""
+    return path.name if path.is_absolute() else str(path)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""One file per operation; each has the declaration `OP`."""

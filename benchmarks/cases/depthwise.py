@@ -1,0 +1,55 @@
+"""`ops.depthwise_conv_gelu` on the four times wider hidden tokens of Mix-FFN."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+RATIO = 4
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    channels = RATIO * shape.channels
+    sizes = {
+        "x": (shape.rows, shape.tokens, channels),
+        "weight": (channels, 1, 3, 3),
+        "bias": (channels,),
+    }
+    inputs = {
+        name: random_normal(
+            size, dtype, seed=seed + i, scale=1 / 3 if name == "weight" else 1.0, device=device
+        )
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    return op_problem(
+        {**inputs, "height": shape.h, "width": shape.w},
+        ("x", "weight", "bias"),
+        backends(ops.depthwise_conv_gelu, baselines.depthwise_conv_gelu),
+        reference.depthwise_conv_gelu,
+        kinds={"dweight": "parameter", "dbias": "parameter"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x, write out (weights are nothing); 9 multiply-adds per element, GELU as 1.
+
+    Backward: read x and the gradient, write its own; the convolution again for GELU's derivative,
+    then both gradients of it.
+    """
+    n = shape.rows * shape.tokens * RATIO * shape.channels
+    return Cost(2 * n * itemsize, 19 * n, 3 * n * itemsize, (3 * 18 + 2) * n)
+
+
+OPS = (
+    Op(
+        "depthwise",
+        "depthwise_conv_gelu",
+        build,
+        cost,
+        "bytes: x + out, 4 C channels; FLOPs: 19 per element",
+    ),
+)

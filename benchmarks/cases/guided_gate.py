@@ -1,0 +1,50 @@
+"""`ops.guided_gate` on the features behind the cross-attention."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
+    logits = (shape.modalities, shape.batch, shape.channels)
+    inputs = {
+        "x": random_normal(size, dtype, seed=seed, device=device),
+        "logits": random_normal(logits, torch.float32, seed=seed + 1, device=device),
+    }
+    return op_problem(
+        inputs,
+        ("x", "logits"),
+        backends(ops.guided_gate, baselines.guided_gate),
+        reference.guided_gate,
+        output_names=("branches", "fused"),
+        kinds={"dlogits": "parameter"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x, write branches and the fused map; per element 1 multiplication and 1
+    multiply-add. The softmax over M * B * C logits is nothing.
+
+    Backward: read x and both gradients, write its own; per element 2 multiply-adds for x and 2 for
+    the logits.
+    """
+    n = shape.rows * shape.tokens * shape.channels
+    fused = n // shape.modalities
+    return Cost((2 * n + fused) * itemsize, 3 * n, (3 * n + fused) * itemsize, 8 * n)
+
+
+OPS = (
+    Op(
+        "guided_gate",
+        "guided_gate",
+        build,
+        cost,
+        "bytes: x + branches + fused; FLOPs: 3 per element",
+    ),
+)

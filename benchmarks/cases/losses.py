@@ -1,0 +1,50 @@
+"""`ops.upsample_cross_entropy` on the logits of the head; one map, of the size of stage 1."""
+
+import torch
+
+from benchmarks import baselines, data
+from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    size = (shape.batch, NUM_CLASSES, shape.h, shape.w)
+    inputs = {
+        "logits": random_normal(size, dtype, seed=seed, device=device),
+        "labels": data.labels(shape.batch, shape.height, shape.width, seed).to(device),
+    }
+    return op_problem(
+        inputs,
+        ("logits",),
+        backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
+        reference.upsample_cross_entropy,
+        contraction=0,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read logits and labels (8 bytes), write the fp32 loss; per label pixel and class 3
+    linear interpolations of 3 FLOPs (subtract, multiply, add), then exp and sum as 2.
+
+    Backward: read logits, labels and the gradient, write that of the logits; interpolation and
+    softmax again, then 4 multiply-adds that scatter to the corners.
+    """
+    logits = shape.batch * NUM_CLASSES * shape.tokens * itemsize
+    pixels = shape.batch * shape.height * shape.width
+    forward = 11 * NUM_CLASSES * pixels
+    return Cost(
+        logits + 12 * pixels, forward, 2 * logits + 12 * pixels, forward + 8 * NUM_CLASSES * pixels
+    )
+
+
+OPS = (
+    Op(
+        "losses",
+        "upsample_cross_entropy",
+        build,
+        cost,
+        "bytes: logits + labels + fp32 loss; FLOPs: 11 per pixel and class",
+        stages=(1,),
+    ),
+)

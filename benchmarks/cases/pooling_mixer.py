@@ -1,0 +1,51 @@
+"""`ops.pooling_mixer` on the hubs of all primaries."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    c = shape.channels
+    sizes = {"x": (shape.rows, shape.tokens, c), "weight": (c, 1, 7, 7), "bias": (c,)}
+    inputs = {
+        name: random_normal(
+            size, dtype, seed=seed + i, scale=1 / 7 if name == "weight" else 1.0, device=device
+        )
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    return op_problem(
+        {**inputs, "height": shape.h, "width": shape.w},
+        ("x", "weight", "bias"),
+        backends(ops.pooling_mixer, baselines.pooling_mixer),
+        reference.pooling_mixer,
+        kinds={"dweight": "parameter", "dbias": "parameter"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x, write out; per element 49 multiply-adds and three pools, each as two running
+    sums (4 additions) and one division, added up (3).
+
+    Backward: read x and the gradient, write its own; the pools transposed, then both gradients of
+    the convolution.
+    """
+    n = shape.rows * shape.tokens * shape.channels
+    pools = 3 * 5 + 3
+    return Cost(2 * n * itemsize, (98 + pools) * n, 3 * n * itemsize, (2 * 98 + pools) * n)
+
+
+OPS = (
+    Op(
+        "pooling_mixer",
+        "pooling_mixer",
+        build,
+        cost,
+        "bytes: x + out; FLOPs: 116 per element",
+    ),
+)

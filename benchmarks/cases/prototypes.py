@@ -1,0 +1,53 @@
+"""`ops.class_prototypes` on the features of a stage and the labels of the image."""
+
+import torch
+
+from benchmarks import baselines, data
+from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
+    inputs = {
+        "x": random_normal(size, dtype, seed=seed, device=device),
+        "labels": data.labels(shape.batch, shape.height, shape.width, seed).to(device),
+        "num_classes": NUM_CLASSES,
+        "height": shape.h,
+        "width": shape.w,
+    }
+    return op_problem(
+        inputs,
+        ("x",),
+        backends(ops.class_prototypes, baselines.class_prototypes),
+        reference.class_prototypes,
+        output_names=("prototypes", "counts"),
+        kinds={"prototypes": "parameter"},
+        chain=shape.tokens,
+        synchronising=frozenset({"baseline"}),
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x once and one label (8 bytes) per token, write the prototypes in fp32; one
+    addition per element.
+
+    Backward: read labels and the gradient of the prototypes, write that of x; one multiplication
+    per element.
+    """
+    n = shape.rows * shape.tokens * shape.channels
+    labels = 8 * shape.batch * shape.tokens
+    prototypes = 4 * shape.rows * NUM_CLASSES * shape.channels
+    return Cost(n * itemsize + labels + prototypes, n, n * itemsize + labels + prototypes, n)
+
+
+OPS = (
+    Op(
+        "prototypes",
+        "class_prototypes",
+        build,
+        cost,
+        "bytes: x + labels + prototypes (fp32); FLOPs: 1 per element",
+    ),
+)

@@ -1,0 +1,56 @@
+"""`ops.query_hub` on the embedded tokens of all modalities."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.registry import Cost, Op, Problem, Shape, Unsupported, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    if shape.modalities < 2:
+        raise Unsupported("the hub needs two modalities or more")
+    m, c = shape.modalities, shape.channels
+    sizes = {
+        "x": ((m, shape.batch, shape.tokens, c), 1.0),
+        "dw_weight": ((m, c, 3, 3), 1 / 3),
+        "dw_bias": ((m, c), 1.0),
+        "pw_weight": ((m, c), c**-0.5),
+        "pw_bias": ((m,), 1.0),
+    }
+    inputs = {
+        name: random_normal(size, dtype, seed=seed + i, scale=scale, device=device)
+        for i, (name, (size, scale)) in enumerate(sizes.items())
+    }
+    return op_problem(
+        {**inputs, "height": shape.h, "width": shape.w},
+        tuple(inputs),
+        backends(ops.query_hub, baselines.query_hub),
+        reference.query_hub,
+        kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x, write all hubs; per element 9 + 1 multiply-adds of the score net, 2 for the
+    gate, 2 comparisons for the two largest, 1 choice.
+
+    Backward: read x and the gradients of the hubs, write its own; the score again, and twice its
+    multiply-adds for the gradients.
+    """
+    n = shape.rows * shape.tokens * shape.channels
+    return Cost(2 * n * itemsize, 25 * n, 3 * n * itemsize, (3 * 20 + 5) * n)
+
+
+OPS = (
+    Op(
+        "query_hub",
+        "query_hub",
+        build,
+        cost,
+        "bytes: x + hubs; FLOPs: 25 per element",
+    ),
+)

@@ -1,0 +1,627 @@
+"""The benchmark suite: an honest baseline, a gate that refuses what is wrong, right numbers."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+# `benchmarks` is no installed package: it is run from the root of the repository.
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks import data, memory, plots, report, sensors, timing
+from benchmarks.__main__ import main
+from benchmarks.baselines import EagerBaseline
+from benchmarks.compare import compare, lost
+from benchmarks.record import Record, environment, read_jsonl, write_jsonl
+from benchmarks.registry import MODES, SUITES, Op, Problem, Shape, Suite, operations, unavailable
+from benchmarks.runner import Case, Options, Runner, plan
+from equiseg_fast.models import EQUISeg
+
+CPU = torch.device("cpu")
+SMALL = Shape("b0", 1, 64, 96, batch=2, modalities=3)
+PROVIDERS = ("baseline", "reference", "torch")
+OPS = (
+    "attention",
+    "depthwise",
+    "query_hub",
+    "pooling_mixer",
+    "guided_gate",
+    "prototypes",
+    "losses",
+)
+
+
+# ---- the baseline -------------------------------------------------------------------------------
+
+
+def small_model(dtype: torch.dtype, modalities: int = 3) -> tuple[EQUISeg, Tensor, Tensor]:
+    model = EQUISeg.from_name(
+        "b0",
+        modalities=[f"m{i}" for i in range(modalities)],
+        num_classes=7,
+        drop_path=0.0,
+        head_dropout=0.0,
+    ).to(dtype)
+    for gate in model.gates:
+        nn.init.normal_(gate.fc2.weight, std=0.5)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.1)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    labels = torch.randint(0, 7, (2, 32, 64))
+    labels[0, :5] = 255
+    labels[1] = 3  # one class only: this image teaches nothing
+    return model, torch.randn(modalities, 2, 3, 32, 64, dtype=dtype), labels
+
+
+@pytest.mark.parametrize(("modalities", "training"), [(2, True), (3, False), (4, True)])
+def test_baseline_is_the_model(modalities: int, training: bool) -> None:
+    model, images, labels = small_model(torch.float64, modalities)
+    model.train(training)
+    baseline = EagerBaseline(model)
+    torch.testing.assert_close(baseline.forward(images), model(images), rtol=1e-9, atol=1e-9)
+
+    losses = []
+    for loss in (model.loss, baseline.loss):
+        out = loss(images, labels, generator=torch.Generator().manual_seed(modalities))
+        losses.append(out[0] if isinstance(out, tuple) else out)
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-10, atol=0)
+    expected, got = (torch.autograd.grad(x, list(model.parameters())) for x in losses)
+    for (name, _), a, b in zip(model.named_parameters(), got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-7, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def test_baseline_is_the_model_in_fp32() -> None:
+    model, images, labels = small_model(torch.float32)
+    baseline = EagerBaseline(model)
+    seeds = (torch.Generator().manual_seed(1) for _ in range(2))
+    torch.testing.assert_close(baseline.forward(images), model(images), rtol=1e-4, atol=1e-4)
+    ours, theirs = model.loss, baseline.loss
+    torch.testing.assert_close(
+        theirs(images, labels, generator=next(seeds)),
+        ours(images, labels, generator=next(seeds))[0],
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_baseline_updates_the_same_running_statistics() -> None:
+    model, images, _ = small_model(torch.float64)
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    model.train()(images)
+    after = {k: v.clone() for k, v in model.state_dict().items()}
+    model.load_state_dict(before)
+    EagerBaseline(model).forward(images)
+    torch.testing.assert_close(dict(model.state_dict()), after)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"drop_path": 0.1}, {"head_dropout": 0.1}, {"fuse": "mean"}, {"gate": False}]
+)
+def test_baseline_refuses_what_it_cannot_equal(fields: dict[str, object]) -> None:
+    still = {"drop_path": 0.0, "head_dropout": 0.0, **fields}
+    model = EQUISeg.from_name("b0", modalities=("a", "b"), num_classes=3, **still)
+    with pytest.raises(ValueError, match=next(iter(fields))):
+        EagerBaseline(model)
+
+
+# ---- the gate -----------------------------------------------------------------------------------
+
+
+def tiny_suite() -> Suite:
+    return replace(SUITES["quick"], seconds=0.0, rounds=(2, 2))
+
+
+def case_of(op: Op, dtype: str = "fp32", shape: Shape = SMALL) -> Case:
+    shape = replace(shape, stage=op.stages[0])
+    if not shape.stage:
+        shape = replace(shape, height=32, width=64, batch=1)
+    modes = tuple(m for m in ("fwd", "step") if m in op.modes)
+    return Case(op, shape, dtype, modes, (*PROVIDERS, "triton"))
+
+
+def run_case(case: Case) -> dict[tuple[str, str], Record]:
+    limits = timing.Limits(1e9, {"fp32": 1e9, "bf16": 1e9})
+    rows = Runner(Options(), limits, suite=tiny_suite()).run(case)
+    return {(r.provider, r.mode): r for r in rows}
+
+
+@pytest.mark.parametrize("name", [*OPS, "model", "training"])
+def test_every_provider_is_correct_and_measured(name: str) -> None:
+    case = case_of(operations()[name])
+    rows = run_case(case)
+    assert len(rows) == len(case.modes) * 4
+    for (provider, _), row in rows.items():
+        if provider == "triton":
+            assert row.status == "unsupported"
+            assert "GPU" in row.reason
+            assert row.p50_us is None
+            continue
+        assert (row.status, row.reason) == ("ok", "")
+        assert 0 < row.min_us <= row.p20_us <= row.p50_us <= row.p80_us
+        assert row.n == 2
+        assert row.method == "wall"
+        assert row.peak_mib > 0
+        assert row.budget <= 1
+        assert row.cpu_us > 0
+        if "step" in case.modes and len(case.modes) == 2:
+            assert rows[provider, "step"].peak_mib > rows[provider, "fwd"].peak_mib
+
+
+@pytest.mark.parametrize("name", [*OPS, "model", "training"])
+def test_half_precision_passes_the_gate(name: str) -> None:
+    shape = replace(SMALL, batch=1)
+    rows = run_case(case_of(operations()[name], "bf16", shape))
+    assert {r.status for (p, _), r in rows.items() if p != "triton"} == {"ok"}, {
+        p: r.reason for (p, _), r in rows.items()
+    }
+
+
+def with_wrong(op: Op, spoil) -> Op:
+    """The operation, its torch provider returning what `spoil` makes of the outputs."""
+
+    def build(*arguments: object) -> Problem:
+        problem = op.build(*arguments)
+        right = problem.calls["torch"]
+        problem.calls["torch"] = lambda: tuple(spoil(x) for x in right())
+        return problem
+
+    return replace(op, build=build)
+
+
+class _WrongGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 1.01 * grad
+
+
+def _fails(x: Tensor) -> Tensor:
+    raise RuntimeError("no such kernel image\nat some/file.cu")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "status", "reason"),
+    [
+        (lambda x: x * 1.001, "incorrect", "error"),
+        (lambda x: x[:, :-1], "incorrect", "shape"),
+        (lambda x: torch.where(x == x.max(), float("nan"), x), "incorrect", "not finite"),
+        (_WrongGradient.apply, "incorrect", "dx"),
+        (_fails, "error", "RuntimeError: no such kernel image"),
+    ],
+)
+def test_what_is_wrong_is_not_timed(spoil, status: str, reason: str) -> None:
+    rows = run_case(case_of(with_wrong(operations()["depthwise"], spoil)))
+    for mode in ("fwd", "step"):
+        row = rows["torch", mode]
+        assert row.status == status
+        assert reason in row.reason
+        assert row.p50_us is row.peak_mib is row.tflops is None
+        assert row.n == 0
+        assert rows["baseline", mode].status == "ok"
+
+
+@pytest.mark.parametrize("name", ["model", "training"])
+def test_a_wrong_model_is_not_timed(name: str) -> None:
+    rows = run_case(case_of(with_wrong(operations()[name], lambda x: 1.01 * x)))
+    assert {r.status for (p, _), r in rows.items() if p == "torch"} == {"incorrect"}
+
+
+def test_out_of_memory_and_unsupported_are_rows() -> None:
+    def exhausted(*arguments: object) -> Problem:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
+
+    rows = run_case(case_of(replace(operations()["attention"], build=exhausted)))
+    assert {r.status for (p, _), r in rows.items() if p != "triton"} == {"oom"}
+    rows = run_case(case_of(operations()["query_hub"], shape=replace(SMALL, modalities=1)))
+    assert {r.status for r in rows.values()} == {"unsupported"}
+
+
+# ---- declared costs -----------------------------------------------------------------------------
+
+# b0 stage 2, images of 64 x 96, B = 2, M = 3, 4 bytes: R = 6 rows, L = 8 * 12 = 96 tokens,
+# C = 64 channels, 2 * 3 = 6 keys, R L C = 36864.
+HAND = {
+    "attention": (
+        4 * (2 * 36_864 + 2 * 6 * 6 * 64),
+        2 * (6 * 96 * 6 * 64) * 2,
+        4 * (4 * 36_864 + 4 * 6 * 6 * 64),
+        5 * 2 * (6 * 96 * 6 * 64),
+    ),
+    "depthwise": (4 * 2 * 147_456, 19 * 147_456, 4 * 3 * 147_456, 56 * 147_456),
+    "query_hub": (4 * 2 * 36_864, 25 * 36_864, 4 * 3 * 36_864, 65 * 36_864),
+    "pooling_mixer": (4 * 2 * 36_864, 116 * 36_864, 4 * 3 * 36_864, 214 * 36_864),
+    "guided_gate": (
+        4 * (2 * 36_864 + 12_288),
+        3 * 36_864,
+        4 * (3 * 36_864 + 12_288),
+        8 * 36_864,
+    ),
+    "prototypes": (
+        4 * 36_864 + 8 * 2 * 96 + 4 * 6 * 25 * 64,
+        36_864,
+        4 * 36_864 + 8 * 2 * 96 + 4 * 6 * 25 * 64,
+        36_864,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", HAND)
+def test_costs_equal_a_hand_count(name: str) -> None:
+    cost = operations()[name].cost(replace(SMALL, stage=2), 4)
+    assert (cost.fwd_bytes, cost.fwd_flops, cost.bwd_bytes, cost.bwd_flops) == HAND[name]
+    assert cost.of("step") == (cost.fwd_bytes + cost.bwd_bytes, cost.fwd_flops + cost.bwd_flops)
+    assert cost.of("fwd") == cost.of("fwd_train") == (cost.fwd_bytes, cost.fwd_flops)
+
+
+def test_cost_of_the_loss_equals_a_hand_count() -> None:
+    # Logits 2 x 25 x 16 x 24, labels 2 x 64 x 96 = 12288 pixels of 8 bytes, losses of 4.
+    cost = operations()["losses"].cost(SMALL, 2)
+    logits, pixels = 2 * 25 * 16 * 24 * 2, 12_288
+    assert (cost.fwd_bytes, cost.fwd_flops) == (logits + 12 * pixels, 11 * 25 * pixels)
+    assert (cost.bwd_bytes, cost.bwd_flops) == (2 * logits + 12 * pixels, 19 * 25 * pixels)
+
+
+@pytest.mark.parametrize("name", OPS)
+def test_bytes_are_those_of_inputs_and_outputs(name: str) -> None:
+    """Inputs read once and outputs written once; weights, and labels between tokens, are left out
+    of the formulas."""
+    op = operations()[name]
+    shape = replace(SMALL, stage=op.stages[0])
+    problem = op.build(shape, torch.float32, CPU, 0)
+    outputs = [x for x in problem.calls["reference"]() if x.is_floating_point()]
+    tensors = [x for x in problem.ignored if x.is_floating_point() or name == "losses"]
+    moved = sum(x.nbytes for x in (*tensors, *outputs))
+    assert math.isclose(op.cost(shape, 4).fwd_bytes, moved, rel_tol=0.35)
+
+
+# ---- timing and memory --------------------------------------------------------------------------
+
+
+def test_memory_of_a_known_pattern() -> None:
+    def call() -> Tensor:
+        a = torch.empty(2**20)  # 4 MiB
+        b = torch.empty(2**19)  # 2 MiB, 6 together
+        del a
+        return torch.empty(2**19) + b  # 2 + 2 + 2
+
+    peak, result = memory.peak_bytes(call, CPU)
+    assert peak == 6 * memory.MIB
+    assert result.shape == (2**19,)
+
+
+def test_memory_counts_from_the_state_before() -> None:
+    held = torch.empty(2**20)
+    assert memory.peak_bytes(lambda: torch.empty(2**18), CPU)[0] == memory.MIB
+    assert memory.peak_bytes(lambda: held[:10], CPU)[0] == 0
+
+
+def test_saved_bytes_counts_storages_once_and_not_the_inputs() -> None:
+    x, w = torch.randn(2**18, requires_grad=True), torch.randn(2**18, requires_grad=True)
+
+    def forward() -> tuple[Tensor, ...]:
+        y = x * w  # saves x and w
+        z = y.exp()  # saves z, 1 MiB
+        return (z * z,)  # saves z twice more
+
+    saved, (out,) = memory.saved_bytes(forward, [x, w])
+    assert saved == memory.MIB
+    out.sum().backward()
+    assert x.grad is not None
+
+
+def test_timing_quantiles_and_noise() -> None:
+    steady = timing.Timing.of([1e-3] * 5, "wall")
+    assert (steady.p20_us, steady.p50_us, steady.p80_us, steady.n) == (1000, 1000, 1000, 5)
+    assert not steady.noisy
+    values = [i * 1e-6 for i in range(1, 12)]
+    spread = timing.Timing.of(values, "wall")
+    assert (spread.p20_us, spread.p50_us, spread.p80_us, spread.min_us) == pytest.approx(
+        (3, 6, 9, 1)
+    )
+    assert spread.noisy
+
+
+def test_providers_are_interleaved_and_rotate() -> None:
+    seen: list[str] = []
+    calls = {name: (lambda n=name: seen.append(n)) for name in "abc"}
+    timings = timing.measure_cpu(calls, seconds=0.0, rounds=(3, 9))
+    assert "".join(seen) == "abcbcacab"
+    assert {t.n for t in timings.values()} == {3}
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_modes_do_what_they_say(mode: str) -> None:
+    x = torch.randn(5, requires_grad=True)
+    forwards = []
+
+    def forward() -> tuple[Tensor, ...]:
+        forwards.append(torch.is_grad_enabled())
+        return (x.square(),)
+
+    call = timing.call_in_mode(forward, [x], mode)
+    forwards.clear()
+    result = call()
+    assert x.grad is None
+    assert forwards == {"fwd": [False], "bwd": []}.get(mode, [True])
+    if mode in ("bwd", "step"):
+        torch.testing.assert_close(result[0], 2 * x.detach() * timing.cotangent(x, 0))
+
+
+# ---- data ---------------------------------------------------------------------------------------
+
+
+def test_sensors_are_real_and_labels_are_bands() -> None:
+    found = data.motorcycle()
+    assert found.images.shape == (3, 1, 3, 480, 736)
+    assert found.images.isfinite().all()
+    assert found.labels.shape == (1, 480, 736)
+    labelled = found.labels[found.labels != data.IGNORE]
+    shares = labelled.bincount().double() / len(labelled)
+    assert len(shares) == data.BANDS
+    assert shares.min() > 0.08
+    unknown = torch.from_numpy(found.disparity).isnan()[None]
+    assert torch.equal(found.labels == data.IGNORE, unknown)
+    assert (found.images[2][:, 0][unknown] == 0).all()
+    assert found.images[2].max() == 1
+
+
+def test_other_sizes_get_random_images_and_patches_of_labels() -> None:
+    images = data.images(2, 2, 64, 96, 0)
+    assert images.shape == (2, 2, 3, 64, 96)
+    assert images.std() > 0.9
+    labels = data.labels(2, 256, 320, 0)
+    assert set(labels.unique().tolist()) <= {*range(25), 255}
+    assert (labels[:, :, 1:] == labels[:, :, :-1]).float().mean() > 0.85
+
+
+# ---- records, comparison, report ----------------------------------------------------------------
+
+
+def record(p50: float, *, width: float = 0.0, **fields: object) -> Record:
+    case = {"variant": "b0", "stage": 1, "height": 64, "width": 96, "batch": 1, "modalities": 3}
+    values = {"suite": "quick", "op": "attention", "case": case, "mode": "fwd"}
+    row = Record(**(values | {"provider": "torch", "dtype": "fp32"} | fields))
+    row.p20_us, row.p50_us, row.p80_us = p50 - width, p50, p50 + width
+    row.min_us, row.n, row.method = p50 - width, 5, "wall"
+    return row
+
+
+def test_records_survive_the_file(tmp_path: Path) -> None:
+    rows = [record(5.0, peak_mib=1.5), record(7.0, status="oom", reason="out of memory")]
+    write_jsonl(rows, tmp_path / "results.jsonl")
+    assert read_jsonl(tmp_path) == read_jsonl(tmp_path / "results.jsonl") == rows
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema must be 1"),
+        ({"colour": "red"}, "unknown field 'colour'"),
+        ({"status": "fine"}, "status must be one of"),
+    ],
+)
+def test_a_strange_file_is_refused(tmp_path: Path, change: dict, message: str) -> None:
+    path = tmp_path / "results.jsonl"
+    write_jsonl([record(5.0)], path)
+    path.write_text(json.dumps(json.loads(path.read_text()) | change) + "\n")
+    with pytest.raises(ValueError, match=message):
+        read_jsonl(path)
+
+
+def test_environment_names_versions_and_nothing_private() -> None:
+    import getpass
+    import socket
+
+    env = environment(CPU)
+    assert env["torch"] == torch.__version__
+    text = json.dumps(env)
+    assert str(Path.home()) not in text
+    assert str(Path(__file__).resolve().parents[1]) not in text
+    host = socket.gethostname()
+    assert host not in text or len(host) < 4
+    assert f'"{getpass.getuser()}"' not in text
+    assert env["env_id"] == environment(CPU, {"bandwidth": 1.0})["env_id"]
+
+
+@pytest.mark.parametrize(
+    ("new", "width", "verdict"),
+    [
+        (1200.0, 10.0, "slower"),
+        (800.0, 10.0, "faster"),
+        (1040.0, 1.0, "same"),  # 4 % is below 5 %
+        (1200.0, 150.0, "same"),  # the bands overlap
+    ],
+)
+def test_comparison(new: float, width: float, verdict: str) -> None:
+    base = record(1000.0, width=width)
+    (change,) = compare([base], [record(new, width=width)], threshold=0.05, atol_us=30.0)
+    assert change.verdict == verdict
+    assert change.ratio == pytest.approx(new / 1000)
+
+
+def test_comparison_needs_the_absolute_threshold_too() -> None:
+    pair = [record(100.0)], [record(125.0)]
+    assert compare(*pair, threshold=0.05, atol_us=30.0)[0].verdict == "same"
+    assert compare(*pair, threshold=0.05, atol_us=20.0)[0].verdict == "slower"
+
+
+def test_comparison_joins_on_everything_and_sees_what_was_lost() -> None:
+    base = [record(100.0), record(100.0, mode="step")]
+    broken = replace(record(1.0, mode="step", status="incorrect"), p50_us=None)
+    assert (
+        len(compare(base, [record(100.0, provider="baseline"), broken], threshold=0, atol_us=0))
+        == 0
+    )
+    assert lost(base, [broken]) == [broken]
+
+
+def test_ratios_are_against_the_baseline_and_the_strongest_other() -> None:
+    group = [
+        record(t, provider=p) for p, t in (("baseline", 8.0), ("reference", 4.0), ("torch", 2.0))
+    ]
+    assert report.ratios(group[2], group) == (4.0, 2.0)
+    assert report.ratios(group[1], group) == (2.0, 0.5)
+    assert report.ratios(group[0], group) == (None, 0.25)
+
+
+def test_report_marks_winners_and_hides_no_loss() -> None:
+    rows = [
+        record(8000.0, provider="baseline"),
+        record(2000.0),
+        record(1000.0, provider="baseline", op="losses"),
+        record(3000.0, op="losses"),
+        replace(
+            record(1.0, provider="reference", status="oom", reason="out of memory"), p50_us=None
+        ),
+    ]
+    text = report.markdown(rows, {"device": "a chip"}, ["plots/latency.png"], [])
+    assert "**2.00**" in text
+    assert "**8.00**" not in text
+    assert "- losses fwd b0 s1 64x96 B1 M3 fp32: torch takes 3.00x the time of baseline" in text
+    assert "reference: oom, out of memory" in text
+    assert "![latency](plots/latency.png)" in text
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (None, ""),
+        (0.0, "0"),
+        (0.01234, "0.0123"),
+        (1.2345, "1.23"),
+        (123.45, "123"),
+        (4567.8, "4568"),
+    ],
+)
+def test_numbers_have_three_digits(value: float | None, text: str) -> None:
+    assert report.significant(value) == text
+
+
+# ---- command line -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("suite", list(SUITES))
+def test_every_suite_can_be_planned(suite: str) -> None:
+    cases = plan(Options(suite=suite))
+    assert {case.op.name for case in cases} == {*OPS, "model", "training"}
+    labels = [case.label for case in cases]
+    assert len(set(labels)) == len(labels)
+    assert all(case.shape.height % 32 == case.shape.width % 32 == 0 for case in cases)
+
+
+def test_dry_run_lists_cases_providers_and_reasons(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--suite", "core", "--device", "cpu", "--dry-run"]) == 0
+    out = capsys.readouterr().out
+    assert "attention b2 s4 1024x1024 B1 M4 bf16: fwd, step: baseline, reference, torch" in out
+    assert "skipped: attention triton: kernels are timed on a GPU only" in out
+    assert "skipped: losses sdpa" not in out
+    assert main(["run", "--device", "cpu", "--provider", "sdpa_flash", "--dry-run"]) == 0
+    assert "skipped: losses sdpa_flash: no such implementation" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--op", "atention"], "--op must be among attention, depthwise"),
+        (["--dtype", "fp8"], "--dtype must be among"),
+        (["--mode", "fast"], "--mode must be among"),
+        (["--provider", "x"], "--provider must be among"),
+    ],
+)
+def test_usage_errors_name_what_is_allowed(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["run", "--device", "cpu", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_run_report_and_compare(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tiny = replace(tiny_suite(), sizes=((64, 96),), stages=(4,))
+    monkeypatch.setitem(SUITES, "core", tiny)
+    out = tmp_path / "first"
+    arguments = ["run", "--suite", "core", "--device", "cpu", "--op", "guided_gate,losses"]
+    assert main([*arguments, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "total" in shown
+    assert str(tmp_path) not in shown
+    assert {p.name for p in out.iterdir()} == {"results.jsonl", "env.json", "report.md", "plots"}
+    assert {p.name for p in (out / "plots").iterdir()} == {"latency.png", "memory.png"}
+    rows = read_jsonl(out)
+    env = json.loads((out / "env.json").read_text())
+    assert {r.env_id for r in rows} == {env["env_id"]}
+    assert {r.status for r in rows} == {"ok", "unsupported"}
+    assert str(tmp_path) not in (out / "report.md").read_text()
+
+    (out / "report.md").unlink()
+    assert main(["report", str(out)]) == 0
+    assert (out / "report.md").is_file()
+
+    slow = tmp_path / "second"
+    slow.mkdir()
+    (slow / "env.json").write_text(json.dumps(env))
+    for row in rows:
+        if row.p50_us is not None:
+            row.p20_us, row.p50_us, row.p80_us = (
+                1e6 + 9 * v for v in (row.p20_us, row.p50_us, row.p80_us)
+            )
+    write_jsonl(rows, slow / "results.jsonl")
+    capsys.readouterr()
+    assert main(["compare", str(out), str(slow)]) == 0
+    assert main(["compare", str(out), str(slow), "--threshold", "5%", "--fail"]) == 1
+    assert main(["compare", str(slow), str(slow), "--fail"]) == 0
+    assert "slower: guided_gate" in capsys.readouterr().out
+
+    (slow / "env.json").write_text(json.dumps(env | {"device": "another chip"}))
+    with pytest.raises(SystemExit):
+        main(["compare", str(out), str(slow)])
+    assert main(["compare", str(out), str(slow), "--force"]) == 0
+
+
+def test_the_picture_of_the_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sensors, "STEPS", 2)
+    monkeypatch.setattr(sensors, "CROP", (32, 64))
+    monkeypatch.setattr(sensors, "VIEW", (64, 64))
+    found = sensors.contributions()
+    assert len(found.losses) == 2
+    assert set(found.weights) == {
+        "all present", *(f"{n} {how}" for n in data.NAMES for how in ("blanked", "absent"))
+    }  # fmt: skip
+    for title, table in found.weights.items():
+        torch.testing.assert_close(table.nansum(dim=1), torch.ones(4))
+        assert table.isnan().any() == title.endswith("absent")
+    assert plots.draw_sensors(found, tmp_path) == "sensors.png"
+    assert (tmp_path / "sensors.png").stat().st_size > 50_000
+
+
+def test_listing_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["list"]) == 0
+    assert "pooling_mixer" in capsys.readouterr().out
+    assert main(["env"]) == 0
+    assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
+
+
+def test_triton_is_never_timed_off_a_gpu() -> None:
+    for op in operations().values():
+        assert "GPU" in unavailable(op, "triton", CPU)
+
+
+def test_a_busy_machine_is_reported() -> None:
+    quiet, busy = record(1000.0, cpu_us=1900.0), record(1000.0, cpu_us=600.0)
+    assert not quiet.contended
+    assert report.contention([quiet]) == []
+    assert report.contention([quiet, busy])[0].startswith("Busy machine: 1 of 2 medians")
