@@ -207,7 +207,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]
     (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
         name = plots.draw_sensors(found, out / "plots")
-    return [report.sensor_note(found.losses)], [f"plots/{name}"]
+    return [report.sensor_note(len(found.losses))], [f"plots/{name}"]
 
 
 def _write_report(
@@ -228,7 +228,13 @@ def _report(args: argparse.Namespace, console: Console) -> int:
     folder = args.results if args.results.is_dir() else args.results.parent
     path = folder / "env.json"
     env = json.loads(path.read_text()) if path.is_file() else {}
-    _write_report(rows, env, folder)
+    picture = "plots/sensors.png"
+    if (folder / picture).is_file():
+        from benchmarks.sensors import STEPS
+
+        _write_report(rows, env, folder, [report.sensor_note(STEPS)], [picture])
+    else:
+        _write_report(rows, env, folder)
     report.terminal(rows, console)
     return 0
 

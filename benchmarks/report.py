@@ -288,10 +288,10 @@ def _table(rows: Sequence[Record]) -> list[str]:
     return lines
 
 
-def sensor_note(losses: Sequence[float]) -> str:
+def sensor_note(steps: int) -> str:
     """What the picture of the sensors is made of."""
     return (
         f"{data.WHAT} The gate's last layer starts at zero, so the contributions in `sensors.png` "
-        f"are those of a B0 trained for {len(losses)} steps on crops of this one image with "
+        f"are those of a B0 trained for {steps} steps on crops of this one image with "
         "modality dropout: they show how the gate reacts, not how well the model segments."
     )
