@@ -88,7 +88,9 @@ def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig
     if precision == IEEE:
         return _ieee_config(head_dim)
     if head_dim == 128 and _has_mma_sync(arch):
-        return TileConfig(64, 64 if precision == HALF else 32, 8, 2, lean=True)
+        if precision == TF32:
+            return TileConfig(32, 32, 4, 2, lean=True)
+        return TileConfig(64, 64, 8, 2, lean=True)
     if precision == TF32:
         return TileConfig(64, {16: 64, 32: 64, 64: 32, 128: 16}[head_dim], 4, 2)
     return TileConfig(128, 64, 8, 3 if head_dim <= 32 else 2)
@@ -131,7 +133,9 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
 def _ieee_config(head_dim: int) -> TileConfig:
     if head_dim <= 32:
         return TileConfig(64, 32, 4, 1, lean=True)
-    return TileConfig(32, 32, 4 if head_dim == 64 else 8, 1, lean=True)
+    if head_dim == 64:
+        return TileConfig(64, 32, 8, 1, lean=True)
+    return TileConfig(32, 16, 8, 1, lean=True)
 
 
 def delta_rows(arch: int) -> int:
@@ -217,47 +221,47 @@ def _map_tile(tokens: int, block_c: int, num_warps: int) -> MapTile:
     return MapTile(block_h, tokens // block_h, block_c, num_warps)
 
 
-def _hub_warps(channels: int) -> int:
-    """Warps of a tile of 2048 elements: addresses that are not aligned take twice the registers."""
-    return 8 if channels % 16 else 4
+def _hub_warps(itemsize: int, channels: int) -> int:
+    """Warps of a tile of 2048 elements: twice as many where loads in flight take the registers."""
+    return 8 if itemsize == 4 or channels % 16 else 4
 
 
-def query_hub_fwd_config(arch: int, channels: int) -> MapTile:
+def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
     """Tiles of the forward kernel.
 
     Up to 128 channels they hold all of them and compute the scores too. Beyond, they stream blocks
     of channels, and the scores come from a kernel with the tiles of `query_hub_score_config`.
     """
     if channels > 128:
-        return query_hub_score_config(arch, channels)
+        return query_hub_score_config(arch, itemsize, channels)
     if arch == INTERPRETER:
         return MapTile(8, 16, _power_of_two(channels), 4)
     block_c = max(16, _power_of_two(channels))
-    return _map_tile(2048 // block_c, block_c, _hub_warps(channels))
+    return _map_tile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
 
 
-def query_hub_score_config(arch: int, channels: int) -> MapTile:
+def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
     """Tiles of the kernel that computes scores alone."""
     if arch == INTERPRETER:
         return MapTile(8, 16, 128, 4)
     block_c = channel_block(channels)
-    return _map_tile(2048 // block_c, block_c, _hub_warps(channels))
+    return _map_tile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
 
 
-def query_hub_bwd_score_config(arch: int, channels: int) -> TokenTile:
+def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the backward kernel that sums over channels; the loop runs over them."""
     if arch == INTERPRETER:
         return TokenTile(128, 128, 4)
     block_c = channel_block(channels)
-    return TokenTile(2048 // block_c, block_c, _hub_warps(channels))
+    return TokenTile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
 
 
-def query_hub_dx_config(arch: int, channels: int) -> TokenTile:
+def query_hub_dx_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the kernel for dx."""
-    return query_hub_bwd_score_config(arch, channels)
+    return query_hub_bwd_score_config(arch, itemsize, channels)
 
 
-def query_hub_dweight_config(arch: int, channels: int) -> TokenTile:
+def query_hub_dweight_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the kernel for dweight; the loop runs over tokens, nine sums stay in registers."""
     if arch == INTERPRETER:
         return TokenTile(64, 128, 4)
@@ -277,9 +281,6 @@ def token_chunks(programs: int, token_blocks: int, processors: int) -> tuple[int
     chunk = -(-token_blocks // min(wanted, token_blocks))
     return -(-token_blocks // chunk), chunk
 
-
-GATE_MODALITIES = 8
-"""The most modalities that the gate takes: it holds all of them at once."""
 
 GATE_SUM_TILE = (32, 16)
 """Chunks and channels of one step of the kernel that adds up the gradient of the gate's logits."""
@@ -307,9 +308,6 @@ def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> TokenTi
     """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
     return _gate_tile(arch, modalities, channels, 2048)
 
-
-PROTOTYPE_CLASSES = 256
-"""The most classes that the prototypes take: one program holds the sums of all of them."""
 
 CLASS_SUMS_STAGES = 3
 """Pipeline stages of the kernel that adds up the features of every class."""

@@ -9,7 +9,7 @@ from ._backend import explain, use_backend
 from .attention import attention
 from .depthwise import depthwise_conv_gelu
 from .guided_gate import guided_gate
-from .losses import upsample_cross_entropy
+from .losses import ohem, upsample_cross_entropy
 from .pooling_mixer import pooling_mixer
 from .prototypes import class_prototypes
 from .query_hub import query_hub
@@ -20,6 +20,7 @@ __all__ = [
     "depthwise_conv_gelu",
     "explain",
     "guided_gate",
+    "ohem",
     "pooling_mixer",
     "query_hub",
     "upsample_cross_entropy",

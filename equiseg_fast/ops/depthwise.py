@@ -1,5 +1,8 @@
 """The middle of Mix-FFN: 3x3 depthwise convolution, bias and GELU on tokens."""
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,7 +10,7 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
-from ._registry import autocast
+from ._registry import autocast, needs_grad, reference_gradients, register
 
 
 def depthwise_conv_gelu(
@@ -21,15 +24,23 @@ def depthwise_conv_gelu(
 ) -> Tensor:
     """3x3 depthwise convolution (zero padding 1) + bias + exact GELU, without a transpose.
 
-    x: `[B, L, C]` tokens with L = height * width in row-major order, floating.
+    x: `[B, L, C]` tokens with L = height * width in row-major order, C >= 1; float32, float16 or
+        bfloat16 (float64 on the torch and reference backends); any strides.
     weight: `[C, 1, 3, 3]`; bias: `[C]`; both in the dtype and on the device of x.
-    backend: "torch", "reference", "auto" or None (the current default).
+    backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
-    Returns `[B, L, C]`. Under autocast all inputs are cast to its dtype. Raises TypeError or
-    ValueError naming the argument. Source: Mix-FFN of SegFormer (arXiv 2105.15203), equation 3.
+    Returns `[B, L, C]` in the dtype of x. The least that has to move is x and the result, in the
+    backward also both gradients (the convolution is computed again, only the inputs are saved);
+    19 FLOP per element forward, 56 backward. Products add up in fp32 (fp64 for fp64). The GELU of
+    the triton backend is erf's in fp32 and a fit in half precision, which is closer to erf than
+    1/60 of the rounding of the result near 1. The backward is deterministic. Under autocast all
+    inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad input.
+    Source: Mix-FFN of SegFormer (arXiv 2105.15203), equation 3.
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
     _checks.check_tokens("x", x, height, width)
+    if x.shape[-1] < 1:
+        raise ValueError(f"x must have at least one channel; got shape {list(x.shape)}")
     x, weight, bias = autocast(x, weight, bias)
     _checks.check_shape("weight", weight, (x.shape[-1], 1, 3, 3), "[C, 1, 3, 3]")
     _checks.check_shape("bias", bias, (x.shape[-1],), "[C]")
@@ -37,12 +48,141 @@ def depthwise_conv_gelu(
     chosen = _backend.resolve("depthwise_conv_gelu", backend, x.device, _reasons(x))
     if chosen == "reference":
         return reference.depthwise_conv_gelu(x, weight, bias, height, width)
-    y = F.conv2d(to_map(x, height, width), weight, bias, padding=1, groups=x.shape[-1])
-    return to_tokens(F.gelu(y))
+    training = needs_grad(x, weight, bias)
+    if chosen == "torch" and not (training and x.device.type == "cpu"):
+        # Only on the CPU is it known to cost no time to compute u again in the backward.
+        y = F.gelu(to_tokens(_convolution(x, weight, bias, height, width)))
+        return y.contiguous()
+    if training:
+        return _DepthwiseConvGelu.apply(x, weight, bias, height, width, chosen == "torch")
+    return _FORWARD(x, weight, bias, height, width)
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
-    return [*_backend.triton_reasons(x), _backend.NO_KERNEL]
+    return _backend.triton_reasons(x)
 
 
 _backend.register_reasons("depthwise_conv_gelu", _reasons)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return F.conv2d(to_map(x, height, width), weight, bias, padding=1, groups=x.shape[-1])
+
+
+def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    # GELU is up to 1.5 times faster on tokens, which are contiguous, than on a channels-last map.
+    u = to_tokens(_convolution(x, weight, bias, height, width))
+    return torch.ops.aten.gelu_(u).contiguous()
+
+
+def _stock_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    width: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    u = to_tokens(_convolution(x, weight, bias, height, width))
+    du = to_map(torch.ops.aten.gelu_backward(grad_out, u), height, width)
+    dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), bias.new_empty(0)
+    if needs_dx:
+        # Faster than the gradient that oneDNN has for it.
+        turned = weight.flip(2, 3)
+        dx = to_tokens(F.conv2d(du, turned, padding=1, groups=x.shape[-1])).contiguous()
+    if needs_dweight or needs_dbias:
+        one, zero = [1, 1], [0, 0]
+        wanted = [False, needs_dweight, needs_dbias]
+        sums = torch.ops.aten.convolution_backward(
+            du, to_map(x, height, width), weight, bias.shape,
+            one, one, one, False, zero, x.shape[-1], wanted,
+        )  # fmt: skip
+        dweight = sums[1].contiguous() if needs_dweight else dweight
+        dbias = sums[2] if needs_dbias else dbias
+    return dx, dweight, dbias
+
+
+def _triton_forward(*args: Any) -> Tensor:
+    from equiseg_fast.kernels.depthwise import depthwise_conv_gelu_fwd
+
+    return depthwise_conv_gelu_fwd(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from equiseg_fast.kernels.depthwise import depthwise_conv_gelu_bwd
+
+    return depthwise_conv_gelu_bwd(*args)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    height: int,
+    width: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wanted = zip((x, weight, bias), (needs_dx, needs_dweight, needs_dbias), strict=True)
+    dx, dweight, dbias = (t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
+    return dx, dweight, dbias
+
+
+_FORWARD = register(
+    "depthwise_conv_gelu_fwd",
+    "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
+    triton=_triton_forward,
+    stock=_stock_forward,
+    fake=_fake_forward,
+)
+_BACKWARD = register(
+    "depthwise_conv_gelu_bwd",
+    "(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width, "
+    "bool needs_dx, bool needs_dweight, bool needs_dbias) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    triton=_triton_backward,
+    stock=_stock_backward,
+    fake=_fake_backward,
+)
+
+
+class _DepthwiseConvGelu(torch.autograd.Function):
+    """Autograd over the registered operations, or over their stock twins; saves the inputs alone.
+
+    Double backward through the reference.
+    """
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, stock: bool
+    ) -> Tensor:
+        return (_stock_forward if stock else _FORWARD)(x, weight, bias, height, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.height, ctx.width, ctx.stock = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        height, width, needs = ctx.height, ctx.width, ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            grads = reference_gradients(
+                lambda *inputs: (reference.depthwise_conv_gelu(*inputs, height, width),),
+                ctx.saved_tensors,
+                (grad_out,),
+            )
+        else:
+            backward = _stock_backward if ctx.stock else _BACKWARD
+            grads = backward(grad_out, *ctx.saved_tensors, height, width, *needs)
+        wanted = zip(grads, needs, strict=True)
+        return *(grad if needed else None for grad, needed in wanted), None, None, None

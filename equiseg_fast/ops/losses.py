@@ -1,10 +1,21 @@
-"""Cross-entropy of upsampled logits, per pixel."""
+"""Cross-entropy of upsampled logits, per pixel, and the mean of its hard pixels."""
 
+from functools import partial
+from math import log
+from typing import Any
+
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from equiseg_fast import reference
 
 from . import _backend, _checks
+from ._registry import needs_grad, reference_gradients, register, without_autocast
+
+MAX_CLASSES = 256
+_CHUNK = 32
+_LABELS = "[B, H, W]"
 
 
 def upsample_cross_entropy(
@@ -12,26 +23,293 @@ def upsample_cross_entropy(
 ) -> Tensor:
     """Bilinear upsampling (align_corners=False) to the labels' size, then cross-entropy.
 
-    logits: `[B, K, h, w]`, floating. labels: `[B, H, W]` integer on the device of logits, values
-    in 0..K-1 or `ignore_index`.
-    backend: "torch", "reference", "auto" or None (the current default).
+    logits: `[B, K, h, w]`, floating, any strides; channels-last memory with K a multiple of 16 is
+        read in place. labels: `[B, H, W]` integer on the device of logits, any size (whole or
+        fractional factors, 1, or below), values in 0..K-1 or `ignore_index`.
+    backend: "triton" (K <= 256), "torch", "reference", "auto"; None takes the current default.
 
     Returns the loss of every pixel, `[B, H, W]` in fp32 (fp64 for fp64 logits), 0 where ignored;
-    computed in fp32 also under autocast. Raises TypeError or ValueError naming the argument.
+    computed in fp32 also under autocast. Apart from "reference" (and "torch" on a GPU or under
+    the compiler) nothing of the size `[B, K, H, W]` exists, forward or backward. Saved: logits,
+    labels and `[B, H, W]` fp32. At least K h w elements and 12 bytes a pixel are moved forward,
+    11 K FLOP a pixel. The backward is deterministic. A label that is neither a class nor ignored
+    is an error that only the CPU reports. Raises TypeError or ValueError naming the argument.
+    Source: the loss of SegFormer (arXiv 2105.15203) and CMNeXt (arXiv 2303.01480), at full size.
     """
     _checks.check_tensor("logits", logits, _checks.FLOATING, "[B, K, h, w]")
-    _checks.check_tensor("labels", labels, _checks.INTEGER, "[B, H, W]")
+    _checks.check_tensor("labels", labels, _checks.INTEGER, _LABELS)
     _checks.check_same_device(logits=logits, labels=labels)
+    _check(logits, labels)
+    chosen = _backend.resolve(
+        "upsample_cross_entropy", backend, logits.device, _reasons(logits, labels)
+    )
+    if chosen == "triton":
+        if needs_grad(logits):
+            return _UpsampleCrossEntropy.apply(logits, labels, ignore_index)[0]
+        return _FORWARD(logits, labels, ignore_index)[0]
+    with without_autocast(logits.device.type):
+        if chosen == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            apply = _Chunked.apply if needs_grad(logits) else _chunked_forward
+            return apply(logits, labels, ignore_index)
+        return reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
+
+
+def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: int = 16) -> Tensor:
+    """Online hard example mining: the mean of the hard pixels.
+
+    loss: floating, any shape, the loss of every pixel. valid: bool of the same shape, the pixels
+        that count. thresh: in (0, 1], hard pixels have a predicted probability below it.
+    min_kept_ratio: at least one in so many valid pixels is kept.
+
+    Returns a scalar: the mean over the valid pixels whose loss exceeds `-log(thresh)`; if those
+    are fewer than `#valid // min_kept_ratio`, over that many with the largest loss; 0 without any
+    selected pixel. Nothing waits for the device and no shape depends on data. Raises TypeError or
+    ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv 2303.01480).
+    """
+    for name, x, dtypes in (("loss", loss, _checks.FLOATING), ("valid", valid, (torch.bool,))):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+        if x.dtype not in dtypes:
+            allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
+            raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
+    _checks.check_shape("valid", valid, tuple(loss.shape), "that of loss")
+    _checks.check_same_device(loss=loss, valid=valid)
+    if not 0.0 < thresh <= 1.0:
+        raise ValueError(f"thresh must be in (0, 1]; got {thresh}")
+    if min_kept_ratio < 1:
+        raise ValueError(f"min_kept_ratio must be at least 1; got {min_kept_ratio}")
+    # Only real values in CPU memory can be branched on: no fake tensors, no transforms.
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    if loss.device.type != "cpu" or traced or type(valid) is not Tensor:
+        return reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=min_kept_ratio)
+    return _ohem_cpu(loss.flatten(), valid.flatten(), -log(thresh), min_kept_ratio)
+
+
+def _ohem_cpu(loss: Tensor, valid: Tensor, bound: float, min_kept_ratio: int) -> Tensor:
+    """Ranks only where the hard pixels are too few, which trained networks alone have."""
+    least = int(valid.count_nonzero()) // min_kept_ratio
+    hard = valid & (loss > bound)
+    kept = int(hard.count_nonzero())
+    if kept >= least:
+        return torch.where(hard, loss, 0.0).sum() / max(kept, 1)
+    ranked = loss.detach().masked_fill(~valid, float("-inf"))
+    return loss[ranked.topk(least, sorted=False).indices].sum() / least
+
+
+def _check(logits: Tensor, labels: Tensor) -> None:
     if labels.shape[0] != logits.shape[0]:
         raise ValueError(
             f"labels must have the batch size of logits, {logits.shape[0]}; got {labels.shape[0]}"
         )
-    _backend.resolve("upsample_cross_entropy", backend, logits.device, _reasons(logits))
-    return reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
+    if min(logits.shape[1:]) < 1:
+        raise ValueError(
+            f"logits must have at least one class and one position; got shape {list(logits.shape)}"
+        )
+    if min(labels.shape[1:]) < 1:
+        raise ValueError(f"labels must have at least one pixel; got shape {list(labels.shape)}")
 
 
-def _reasons(logits: Tensor, *_: object, **__: object) -> _backend.Reasons:
-    return [*_backend.triton_reasons(logits), _backend.NO_KERNEL]
+def _reasons(logits: Tensor, labels: Tensor, **_: object) -> _backend.Reasons:
+    reasons = _backend.triton_reasons(logits)
+    if logits.shape[1] > MAX_CLASSES:
+        reasons.append(f"{logits.shape[1]} classes are more than {MAX_CLASSES}")
+    for samples, size in zip(logits.shape[2:], labels.shape[1:], strict=True):
+        if (2 * size + 1) * (samples + 1) >= 2**31:
+            reasons.append(f"positions of {size} pixels over {samples} samples exceed 32 bits")
+    return reasons
 
 
 _backend.register_reasons("upsample_cross_entropy", _reasons)
+
+
+# ---- stock operators ----------------------------------------------------------------------------
+
+
+class _Upsampling:
+    """Interpolation of `[B, K, h, w]` logits in chunks of output rows, and its transpose.
+
+    Chunks are `[B, W, K, n]`, classes by n rows: interpolating along the width is then the same
+    for K * n neighbours in memory, which stock operators vectorise for channels-last maps, and the
+    softmax runs over vectors of rows. Along the height it is a product with a narrow band.
+    """
+
+    def __init__(self, logits: Tensor, size: tuple[int, int]) -> None:
+        dtype = reference.statistics_dtype(logits)
+        self.samples = logits.to(dtype).permute(0, 3, 1, 2).contiguous()
+        self.height, self.width = size
+        rows, unit = logits.shape[2], 2 * self.height
+        # The position of output row y is (2 y + 1) rows - height, in units of 1 / unit input rows.
+        source = (2 * torch.arange(self.height) + 1) * rows - self.height
+        source = source.clamp(0, unit * (rows - 1)) - unit * torch.arange(rows)[:, None]
+        self.band = (1 - source.abs().to(dtype) / unit).clamp(min=0)
+
+    def chunks(self) -> list[tuple[slice, slice]]:
+        """Output rows, and the input rows that they are made of."""
+        rows, unit = self.samples.shape[-1], 2 * self.height
+        pairs = []
+        for start in range(0, self.height, _CHUNK):
+            stop = min(start + _CHUNK, self.height)
+            first, last = ((2 * y + 1) * rows - self.height for y in (start, stop - 1))
+            pairs.append((slice(start, stop), slice(max(first, 0) // unit, last // unit + 2)))
+        return pairs
+
+    def forward(self, outputs: slice, inputs: slice) -> Tensor:
+        """The upsampled logits of some rows, `[B, W, K, n]`."""
+        lines = self.samples[..., inputs] @ self.band[inputs, outputs]
+        batch, _, classes, n = lines.shape
+        maps = lines.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)
+        maps = F.interpolate(maps, size=(1, self.width), mode="bilinear", align_corners=False)
+        return maps.permute(0, 2, 3, 1).reshape(batch, self.width, classes, n)
+
+    def add_transpose(self, into: Tensor, grad: Tensor, outputs: slice, inputs: slice) -> None:
+        """Add the gradient of `forward` for a cotangent to `into`, of the shape of `samples`."""
+        batch, columns, classes, _ = into.shape
+        maps = grad.flatten(2).unsqueeze(1).permute(0, 3, 1, 2)
+        lines = torch.ops.aten.upsample_bilinear2d_backward(
+            maps, [1, self.width], [batch, maps.shape[1], 1, columns], False
+        )
+        lines = lines.permute(0, 2, 3, 1).reshape(batch, columns, classes, -1)
+        into[..., inputs] += lines @ self.band[inputs, outputs].T
+
+
+def _targets(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """Classes (0 where ignored) as `[B, W, 1, H]` int64, and which pixels are ignored."""
+    labels = labels.long()
+    ignored = labels == ignore_index
+    return labels.masked_fill(ignored, 0).transpose(1, 2).unsqueeze(2), ignored
+
+
+def _chunked_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    loss = logits.new_empty(labels.shape, dtype=reference.statistics_dtype(logits))
+    if not loss.numel():
+        return loss
+    upsampling = _Upsampling(logits, (labels.shape[1], labels.shape[2]))
+    targets, ignored = _targets(logits, labels, ignore_index)
+    for outputs, inputs in upsampling.chunks():
+        log_p = upsampling.forward(outputs, inputs).log_softmax(dim=2)
+        loss[:, outputs] = log_p.gather(2, targets[..., outputs]).squeeze(2).transpose(1, 2)
+    return loss.neg_().masked_fill_(ignored, 0.0)
+
+
+def _chunked_backward(grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    if not labels.numel():
+        return torch.zeros_like(logits)
+    upsampling = _Upsampling(logits, (labels.shape[1], labels.shape[2]))
+    targets, ignored = _targets(logits, labels, ignore_index)
+    weight = grad.masked_fill(ignored, 0.0).transpose(1, 2).unsqueeze(2)
+    total = torch.zeros_like(upsampling.samples)
+    for outputs, inputs in upsampling.chunks():
+        w = weight[..., outputs].contiguous()
+        p = upsampling.forward(outputs, inputs).softmax(dim=2).mul_(w)
+        p.scatter_add_(2, targets[..., outputs], -w)
+        upsampling.add_transpose(total, p, outputs, inputs)
+    return total.permute(0, 2, 3, 1).to(logits.dtype)
+
+
+def _reference_backward(
+    grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
+) -> Tensor | None:
+    function = partial(reference.upsample_cross_entropy, ignore_index=ignore_index)
+    return reference_gradients(lambda x: (function(x, labels),), (logits,), (grad,))[0]
+
+
+class _Chunked(torch.autograd.Function):
+    """Saves the logits alone and computes the softmax again, chunk by chunk."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+        return _chunked_forward(logits, labels, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        logits, labels, ctx.ignore_index = inputs
+        ctx.save_for_backward(logits, labels)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Any:
+        backward = _reference_backward if torch.is_grad_enabled() else _chunked_backward
+        return backward(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
+
+
+# ---- registered operations ----------------------------------------------------------------------
+
+
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
+    from equiseg_fast.kernels.losses import upsample_cross_entropy_fwd
+
+    return upsample_cross_entropy_fwd(*args)
+
+
+def _triton_backward(*args: Any) -> Tensor:
+    from equiseg_fast.kernels.losses import upsample_cross_entropy_bwd
+
+    return upsample_cross_entropy_bwd(*args)
+
+
+def _stock_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    size = (labels.shape[1], labels.shape[2])
+    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    loss = reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
+    return loss.contiguous(), full.logsumexp(dim=1)
+
+
+def _stock_backward(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    return _channels_last(logits).copy_(_chunked_backward(grad, logits, labels, ignore_index))
+
+
+def _channels_last(logits: Tensor) -> Tensor:
+    batch, classes, h, w = logits.shape
+    return logits.new_empty((batch, h, w, classes)).permute(0, 3, 1, 2)
+
+
+def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    loss, lse = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(2))
+    return loss, lse
+
+
+def _fake_backward(
+    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
+) -> Tensor:
+    return _channels_last(logits)
+
+
+_FORWARD = register(
+    "upsample_cross_entropy_fwd",
+    "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor loss, Tensor lse)",
+    triton=_triton_forward,
+    stock=_stock_forward,
+    fake=_fake_forward,
+)
+_BACKWARD = register(
+    "upsample_cross_entropy_bwd",
+    "(Tensor grad, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor",
+    triton=_triton_backward,
+    stock=_stock_backward,
+    fake=_fake_backward,
+)
+
+
+class _UpsampleCrossEntropy(torch.autograd.Function):
+    """Autograd over the two registered operations; double backward through the reference."""
+
+    @staticmethod
+    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+        return _FORWARD(logits, labels, ignore_index)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        logits, labels, ctx.ignore_index = inputs
+        ctx.save_for_backward(logits, labels, output[1])
+        ctx.mark_non_differentiable(output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
+        logits, labels, lse = ctx.saved_tensors
+        if grad is None:
+            return None, None, None
+        if torch.is_grad_enabled():
+            return _reference_backward(grad, logits, labels, ctx.ignore_index), None, None
+        return _BACKWARD(grad, logits, labels, lse, ctx.ignore_index), None, None

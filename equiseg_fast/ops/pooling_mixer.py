@@ -1,5 +1,9 @@
 """The token mixing of the parallel pooling mixer: 7x7 depthwise convolution plus three pools."""
 
+from functools import partial
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -7,7 +11,9 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
-from ._registry import autocast
+from ._registry import autocast, needs_grad, reference_gradients, register, without_autocast
+
+_POOLS = (3, 7, 11)
 
 
 def pooling_mixer(
@@ -21,17 +27,25 @@ def pooling_mixer(
 ) -> Tensor:
     """Depthwise 7x7 plus its 3x3, 7x7 and 11x11 average pools, summed, on tokens.
 
-    x: `[B, L, C]` tokens with L = height * width, floating.
+    x: `[B, L, C]` tokens with L = height * width in row-major order, C >= 1; float32, float16 or
+        bfloat16 (float64 on the torch and reference backends); any strides.
     weight: `[C, 1, 7, 7]`; bias: `[C]`; both in the dtype and on the device of x.
-    backend: "torch", "reference", "auto" or None (the current default).
+    backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
-    Returns `[B, L, C]`. The convolution pads with zeros (3 on each side); a pool divides by the
-    number of pixels it finds inside the image. Under autocast all inputs are cast to its dtype.
-    Raises TypeError or ValueError naming the argument. Source: CMNeXt (arXiv 2303.01480),
-    section 3.3.
+    Returns `[B, L, C]` in the dtype of x. The convolution pads with zeros (3 on each side); a pool
+    divides by the number of pixels it finds inside the image. The least that has to move is x and
+    the result, in the backward x and both gradients; the kernels also write and read the fp32
+    convolution once. About 150 FLOP per element forward, 260 backward. Sums are fp32 (fp64 for
+    fp64) with one rounding at the end; only x and weight are saved; the backward is deterministic.
+    Under autocast all inputs are cast to its dtype. Raises TypeError or ValueError naming the
+    argument. Source: CMNeXt (arXiv 2303.01480), section 3.3.
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
+    _checks.check_tensor("weight", weight, _checks.FLOATING, "[C, 1, 7, 7]")
+    _checks.check_tensor("bias", bias, _checks.FLOATING, "[C]")
     _checks.check_tokens("x", x, height, width)
+    if x.shape[-1] < 1:
+        raise ValueError(f"x must have at least one channel; got shape {list(x.shape)}")
     x, weight, bias = autocast(x, weight, bias)
     _checks.check_shape("weight", weight, (x.shape[-1], 1, 7, 7), "[C, 1, 7, 7]")
     _checks.check_shape("bias", bias, (x.shape[-1],), "[C]")
@@ -39,13 +53,180 @@ def pooling_mixer(
     chosen = _backend.resolve("pooling_mixer", backend, x.device, _reasons(x))
     if chosen == "reference":
         return reference.pooling_mixer(x, weight, bias, height, width)
-    y = F.conv2d(to_map(x, height, width), weight, bias, padding=3, groups=x.shape[-1])
-    pools = (F.avg_pool2d(y, k, 1, k // 2, count_include_pad=False) for k in (3, 7, 11))
-    return to_tokens(sum(pools, start=y))
+    if chosen == "torch" and x.device.type != "cpu":
+        y = _convolution(to_map(x, height, width), weight, bias)
+        pools = (F.avg_pool2d(y, k, 1, k // 2, count_include_pad=False) for k in _POOLS)
+        return to_tokens(sum(pools, start=y))
+    if needs_grad(x, weight, bias):
+        return _PoolingMixer.apply(x, weight, bias, height, width, chosen == "torch")
+    forward = _stock_forward if chosen == "torch" else _FORWARD
+    return forward(x, weight, bias, height, width)
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
-    return [*_backend.triton_reasons(x), _backend.NO_KERNEL]
+    return _backend.triton_reasons(x)
 
 
 _backend.register_reasons("pooling_mixer", _reasons)
+
+
+def _convolution(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=3, groups=weight.shape[0])
+
+
+def _inverse_counts(y: Tensor) -> Tensor:
+    """1 / the pixels of every window inside the image: `[3, 1, 1, H, W]` for the three pools."""
+    half = torch.tensor([k // 2 for k in _POOLS], device=y.device)[:, None]
+
+    def along(size: int) -> Tensor:
+        i = torch.arange(size, device=y.device)
+        return ((i + half).clamp(max=size - 1) - (i - half).clamp(min=0) + 1).to(y.dtype)
+
+    counts = along(y.shape[2])[:, :, None] * along(y.shape[3])[:, None, :]
+    return counts.reciprocal()[:, None, None]
+
+
+def _box_sum(y: Tensor, size: int) -> Tensor:
+    """Sums over windows of size x size pixels, by two depthwise convolutions with ones.
+
+    On the CPU those are vectorised over channels, average pools are not.
+    """
+    channels = y.shape[1]
+    across = y.new_ones((channels, 1, 1, size))
+    y = F.conv2d(y, across, padding=(0, size // 2), groups=channels)
+    return F.conv2d(y, across.mT, padding=(size // 2, 0), groups=channels)
+
+
+def _add_pools(y: Tensor, transposed: bool = False) -> Tensor:
+    """A map plus its three average pools, or plus the transposes of the pools."""
+    out = y
+    for size, scale in zip(_POOLS, _inverse_counts(y), strict=True):
+        if transposed:
+            out = out + _box_sum(y * scale, size)
+        else:
+            out = torch.addcmul(out, _box_sum(y, size), scale)
+    return out
+
+
+def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    if x.shape[0] == 0:
+        return x.new_empty(x.shape)
+    dtype = reference.statistics_dtype(x)
+    with without_autocast(x.device.type):
+        y = to_map(x.to(dtype), height, width)
+        y = _add_pools(_convolution(y, weight.to(dtype), bias.to(dtype)))
+    return to_tokens(y).to(x.dtype).contiguous()
+
+
+def _stock_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), weight.new_empty(0)
+    if x.shape[0] == 0:
+        return (
+            x.new_empty(x.shape) if needs_dx else dx,
+            weight.new_zeros(weight.shape) if needs_dweight else dweight,
+            weight.new_zeros(weight.shape[0]) if needs_dbias else dbias,
+        )
+    dtype, channels = reference.statistics_dtype(x), x.shape[-1]
+    dy = _add_pools(to_map(grad_out.to(dtype), height, width), transposed=True)
+    if needs_dx:
+        turned = weight.to(dtype).flip(2, 3)
+        dx = to_tokens(_convolution(dy, turned, None)).to(x.dtype).contiguous()
+    if needs_dweight:
+        # Of the three gradients of convolution_backward, the other two are faster by themselves.
+        dweight = torch.ops.aten.convolution_backward(
+            dy, to_map(x.to(dtype), height, width), weight.to(dtype), None,
+            [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False],
+        )[1].to(weight.dtype).contiguous()  # fmt: skip
+    if needs_dbias:
+        dbias = dy.sum((0, 2, 3)).to(weight.dtype)
+    return dx, dweight, dbias
+
+
+def _triton_forward(*args: Any) -> Tensor:
+    from equiseg_fast.kernels.pooling_mixer import pooling_mixer_fwd
+
+    return pooling_mixer_fwd(*args)
+
+
+def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    from equiseg_fast.kernels.pooling_mixer import pooling_mixer_bwd
+
+    return pooling_mixer_bwd(*args)
+
+
+def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    return x.new_empty(x.shape)
+
+
+def _fake_backward(
+    grad_out: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    height: int,
+    width: int,
+    needs_dx: bool,
+    needs_dweight: bool,
+    needs_dbias: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        x.new_empty(x.shape if needs_dx else (0,)),
+        weight.new_empty(weight.shape if needs_dweight else (0,)),
+        weight.new_empty((x.shape[-1] if needs_dbias else 0,)),
+    )
+
+
+_FORWARD = register(
+    "pooling_mixer_fwd",
+    "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
+    triton=_triton_forward,
+    stock=_stock_forward,
+    fake=_fake_forward,
+)
+_BACKWARD = register(
+    "pooling_mixer_bwd",
+    "(Tensor grad_out, Tensor x, Tensor weight, SymInt height, SymInt width, "
+    "bool needs_dx, bool needs_dweight, bool needs_dbias) "
+    "-> (Tensor dx, Tensor dweight, Tensor dbias)",
+    triton=_triton_backward,
+    stock=_stock_backward,
+    fake=_fake_backward,
+)
+
+
+class _PoolingMixer(torch.autograd.Function):
+    """Autograd over the two registered operations, or with `stock` over what stands in for them
+    on the CPU; double backward through the reference."""
+
+    @staticmethod
+    def forward(
+        x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, stock: bool
+    ) -> Tensor:
+        return (_stock_forward if stock else _FORWARD)(x, weight, bias, height, width)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, weight, bias, ctx.height, ctx.width, ctx.stock = inputs
+        # The value of bias is not needed; the double backward asks where its gradient belongs.
+        ctx.save_for_backward(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        x, weight, bias = ctx.saved_tensors
+        needed = ctx.needs_input_grad[:3]
+        if torch.is_grad_enabled():
+            mixer = partial(reference.pooling_mixer, height=ctx.height, width=ctx.width)
+            grads = reference_gradients(lambda *a: (mixer(*a),), (x, weight, bias), (grad_out,))
+        else:
+            backward = _stock_backward if ctx.stock else _BACKWARD
+            grads = backward(grad_out, x, weight, ctx.height, ctx.width, *needed)
+        wanted = (g if n else None for g, n in zip(grads, needed, strict=True))
+        return *wanted, None, None, None
