@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
-
-# `benchmarks` is no installed package: it is run from the root of the repository.
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks import data, memory, plots, report, sensors, timing
 from benchmarks.__main__ import main

@@ -1,9 +1,11 @@
 """What the compiled kernels cost, checked without a GPU, and the arithmetic of their tiles."""
 
 import argparse
+import importlib.metadata
 import importlib.util
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -21,50 +23,87 @@ CONFIGS = {
     "dq": _configs.attention_dq_config,
 }
 
-# Ceilings for the head dimensions of the MiT encoders in bf16: registers, KiB of shared memory,
-# machine instructions per score (None: loops cannot be told apart in the machine code of sm_100 and
-# later). The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
+TABLES = Path(__file__).parent.parent / "benchmarks" / "results" / "resources"
+STEMS = ("attention",)
+"""Kernel files whose every entry is in the tables."""
+
+HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
+"""What is compiled again on every run: the head dimensions of the Mix Transformer."""
+
+# Ceilings of what is hot on sm_90: registers, KiB of shared memory, machine instructions per score.
+# The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
 # multiprocessor up to 128 registers; the exponential alone takes 8 issue slots per score.
 GATES = {
-    ("attention_fwd", 32, 90): (112, 44, 6.6),
-    ("attention_fwd", 64, 90): (128, 68, 7.0),
-    ("attention_bwd_dkdv", 32, 90): (200, 36, 10.8),
-    ("attention_bwd_dkdv", 64, 90): (236, 68, 12.2),
-    ("attention_bwd_dq", 32, 90): (120, 34, 8.6),
-    ("attention_bwd_dq", 64, 90): (140, 68, 9.8),
+    ("attention_fwd", 32): (112, 44, 6.6),
+    ("attention_fwd", 64): (128, 68, 7.0),
+    ("attention_bwd_dkdv", 32): (200, 36, 10.8),
+    ("attention_bwd_dkdv", 64): (236, 68, 12.2),
+    ("attention_bwd_dq", 32): (120, 34, 8.6),
+    ("attention_bwd_dq", 64): (140, 68, 9.8),
 }
 
 
+def table_of(version: str) -> Path:
+    return TABLES / f"triton-{version}" / "resources.json"
+
+
+def read(table: Path) -> list[resources.Resources]:
+    return [resources.Resources(**entry) for entry in json.loads(table.read_text())["entries"]]
+
+
+@pytest.fixture(scope="module")
+def installed() -> Path:
+    """The committed table of the installed Triton."""
+    version = importlib.metadata.version("triton")
+    if not table_of(version).exists():
+        kept = ", ".join(sorted(p.name for p in TABLES.iterdir()))
+        pytest.skip(f"no table for Triton {version} among {kept}")
+    return table_of(version)
+
+
 class TestCompiled:
-    """Everything that the launchers of the attention can choose, on every architecture."""
+    """Everything that the launchers of the attention can choose, on every architecture.
 
-    @pytest.fixture(scope="class")
-    def results(self) -> list[resources.Resources]:
-        return resources.run(stems=("attention",), progress=False)
+    Compiling all of it takes many minutes, so it is kept in a table (`python -m benchmarks
+    resources`) under a fingerprint of source and options. The tests make sure that the table is
+    good, that it is complete and up to date, and, by compiling a part again, that it is true.
+    """
 
-    @needs_triton
-    @pytest.mark.timeout(1800)
-    @pytest.mark.parametrize("arch", resources.ARCHS)
-    def test_may_be_shipped(self, results: list[resources.Resources], arch: int) -> None:
+    @pytest.mark.parametrize(
+        "table", sorted(TABLES.glob("*/resources.json")), ids=lambda t: t.parent.name
+    )
+    def test_may_be_shipped(self, table: Path) -> None:
         """Compiles, no spills, within shared memory, on the tensor cores of the architecture."""
-        found = [r for r in results if r.arch == arch]
-        assert len(found) > 50
-        assert {r.label: r.problems() for r in found if r.problems()} == {}
+        found = read(table)
+        assert {r.arch for r in found} == set(resources.ARCHS)
+        assert {f"sm_{r.arch} {r.label}": r.problems() for r in found if r.problems()} == {}
 
-    @needs_triton
-    @pytest.mark.timeout(1800)
-    @pytest.mark.parametrize(("kernel", "head_dim", "arch"), GATES)
-    def test_hot_configurations(
-        self, results: list[resources.Resources], kernel: str, head_dim: int, arch: int
-    ) -> None:
-        registers, shared, slots = GATES[kernel, head_dim, arch]
+    @pytest.mark.parametrize(
+        "table", sorted(TABLES.glob("*/resources.json")), ids=lambda t: t.parent.name
+    )
+    @pytest.mark.parametrize(("kernel", "head_dim"), GATES)
+    def test_hot_configurations(self, table: Path, kernel: str, head_dim: int) -> None:
+        registers, shared, slots = GATES[kernel, head_dim]
         case = f"{kernel} bf16 D{head_dim} "
-        found = [r for r in results if r.arch == arch and r.label.startswith(case)]
+        found = [r for r in read(table) if r.arch == 90 and r.label.startswith(case)]
         assert found
         for r in found:
             assert r.registers <= registers, r
             assert r.shared <= shared * resources.KIB, r
-            assert slots is None or (r.slots is not None and r.slots <= slots), r
+            assert r.slots is not None, r
+            assert r.slots <= slots, r
+
+    @needs_triton
+    def test_table_is_complete_and_up_to_date(self, installed: Path) -> None:
+        assert resources.not_in_table(installed, STEMS) == []
+
+    @needs_triton
+    def test_table_is_true(self, installed: Path) -> None:
+        compiled = resources.run(kernel=HOT, stems=STEMS, progress=False)
+        assert len(compiled) >= 6 * len(resources.ARCHS)
+        known = {(r.arch, r.label): r for r in read(installed)}
+        for r in compiled:
+            assert replace(r, seconds=0.0) == replace(known[r.arch, r.label], seconds=0.0)
 
 
 class TestTool:

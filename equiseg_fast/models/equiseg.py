@@ -15,7 +15,7 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
-from equiseg_fast.ops import guided_gate, upsample_cross_entropy
+from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
 
 from .config import EQUISegConfig, drop_path_rates
@@ -148,7 +148,7 @@ class EQUISeg(nn.Module):
         per_pixel = upsample_cross_entropy(
             self._head(stages), labels, ignore_index=config.ignore_index
         )
-        seg = reference.ohem(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
+        seg = ohem(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
         sgm = torch.zeros_like(seg)
         if x.shape[0] > 1 and config.sgm_stages:
             order = _permutation(x.shape[0], x.device, generator)

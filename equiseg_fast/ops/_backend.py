@@ -24,7 +24,6 @@ INTERPRET = os.environ.get("TRITON_INTERPRET") == "1"
 _default = os.environ.get("EQUISEG_FAST_BACKEND", "auto")
 
 Reasons = list[str]
-NO_KERNEL = "this operation has no Triton kernel yet"
 
 
 def _check_choice(choice: str, source: str) -> str:
