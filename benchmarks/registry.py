@@ -308,8 +308,8 @@ SUITES = {
         dtypes=("fp32",),
         modes=("fwd", "step"),
         providers=("baseline", "reference", "torch", "triton"),
-        seconds=0.25,
-        rounds=(3, 30),
+        seconds=0.1,
+        rounds=(2, 30),
     ),
     "core": Suite(
         variants=("b0", "b2"),

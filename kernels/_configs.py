@@ -127,7 +127,7 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
         return TileConfig(64, 64, 8, 2, lean=True)
     if precision == TF32:
         return TileConfig(64, 32, 4, 2)
-    return TileConfig(128, 64, 8, 2)
+    return TileConfig(128, 32 if head_dim == 16 and _has_mma_sync(arch) else 64, 8, 2)
 
 
 def _ieee_config(head_dim: int) -> TileConfig:
@@ -140,7 +140,7 @@ def _ieee_config(head_dim: int) -> TileConfig:
 
 def delta_rows(arch: int) -> int:
     """Rows of one program of the delta kernel."""
-    return 256 if arch == INTERPRETER else 32
+    return 256 if arch == INTERPRETER else 16
 
 
 REDUCE_BLOCK = 1024

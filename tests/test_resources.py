@@ -36,8 +36,8 @@ HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
 GATES = {
     ("attention_fwd", 32): (112, 44, 6.6),
     ("attention_fwd", 64): (128, 68, 7.0),
-    ("attention_bwd_dkdv", 32): (200, 36, 10.8),
-    ("attention_bwd_dkdv", 64): (236, 68, 12.2),
+    ("attention_bwd_dkdv", 32): (200, 36, 13.5),
+    ("attention_bwd_dkdv", 64): (236, 68, 14.6),
     ("attention_bwd_dq", 32): (120, 34, 8.6),
     ("attention_bwd_dq", 64): (140, 68, 9.8),
 }
@@ -77,6 +77,8 @@ class TestCompiled:
         found = read(table)
         assert {r.arch for r in found} == set(resources.ARCHS)
         assert {f"sm_{r.arch} {r.label}": r.problems() for r in found if r.problems()} == {}
+        # sm_86 and sm_89 run what sm_80 runs, with the shared memory of sm_120.
+        assert max(r.shared for r in found if r.arch == 80) <= resources.SHARED_LIMIT[120]
 
     @pytest.mark.parametrize(
         "table", sorted(TABLES.glob("*/resources.json")), ids=lambda t: t.parent.name
