@@ -14,7 +14,7 @@ from torch import Tensor
 from benchmarks import data
 from equiseg_fast.models import EQUISeg
 
-STEPS = 32
+STEPS = 20
 CROP = (128, 192)
 VIEW = (160, 256)
 
