@@ -16,7 +16,13 @@ if not HAS_CUDA:
         raise RuntimeError("triton was imported before tests/conftest.py could ask to interpret")
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
-from equiseg_fast.testing import nan_poison  # noqa: E402  (after the lines above)
+from torch._dynamo import trace_rules  # noqa: E402  (after the lines above)
+
+from equiseg_fast.testing import nan_poison  # noqa: E402
+
+# The compiler lists the functions of torch on first use, and keeps the list: made while memory is
+# poisoned, it would know the wrappers of that one test instead of `torch.empty` itself.
+trace_rules.get_torch_obj_rule_map()
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     from equiseg_fast import _interpreter
