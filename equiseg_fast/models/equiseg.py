@@ -242,15 +242,12 @@ class EQUISeg(nn.Module):
     def _balance(self, s: int, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate of stage s: f `[M, B, L, C]` -> branches, fused map, contributions `[M, B, C]`."""
         config = self.config
-        equal = torch.zeros((*f.shape[:2], f.shape[-1]), dtype=torch.float32, device=f.device)
-        equal = equal.to(reference.statistics_dtype(f))
-        logits = self.gates[s].logits(f, present=mask) if config.gate else equal
-        if config.fuse == "gate":
-            branches, fused = guided_gate(f, logits, present=mask, rho=config.gate_rho)
-            return branches, fused, reference.gate_weights(logits, present=mask)
-        branches, _ = guided_gate(f, logits, present=mask, rho=config.gate_rho)
-        _, fused = guided_gate(f, equal, present=mask)
-        return branches, fused, reference.gate_weights(equal, present=mask)
+        logits = self.gates[s].logits(f, present=mask) if config.gate else _equal_logits(f)
+        branches, fused = guided_gate(f, logits, present=mask, rho=config.gate_rho)
+        if config.fuse == "mean":
+            logits = _equal_logits(f)
+            _, fused = guided_gate(f, logits, present=mask)
+        return branches, fused, reference.gate_weights(logits, present=mask)
 
     def _head(self, stages: Sequence[StageOutput]) -> Tensor:
         return self.head([s.fused for s in stages], [s.size for s in stages])
@@ -269,6 +266,11 @@ class EQUISeg(nn.Module):
             # Never take the last sensor of an image.
             keep = keep | ~(keep & mask).any(dim=0)
         return x.masked_fill(~keep[:, :, None, None, None], 0.0)
+
+
+def _equal_logits(f: Tensor) -> Tensor:
+    """Logits `[M, B, C]` that weigh all modalities of f `[M, B, L, C]` alike."""
+    return f.new_zeros((*f.shape[:2], f.shape[-1]), dtype=reference.statistics_dtype(f))
 
 
 def _permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
