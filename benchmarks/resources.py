@@ -5,7 +5,8 @@ costs.
 
 Registers, stack (spilled bytes), shared memory, the tensor-core instruction and, on sm_80 and
 sm_90, the machine instructions per score in the hot loop, for everything that a launcher can choose
-(`offline_entries` of each kernel file). Writes `resources.json` and `resources.md`. The exit status
+(`offline_entries` of each kernel file). Writes `resources.json` and `resources.md`; what a table of
+the same Triton in that folder has of today's source is kept, not compiled again. The exit status
 is 1 if an entry does not compile, spills, needs more shared memory than the architecture has, or
 misses the tensor-core instruction of the architecture.
 
@@ -20,11 +21,13 @@ import argparse
 import concurrent.futures
 import hashlib
 import importlib
+import importlib.metadata
 import json
 import multiprocessing
 import os
 import re
 import subprocess
+import sys
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -133,8 +136,14 @@ def _processor_seconds() -> float:
 def fingerprint(entry: Any) -> str:
     """A hash of the kernel's source, with all functions it calls, and of what it is compiled with.
 
-    Only in a process that does not interpret.
+    Lines that move within a file change nothing. Only in a process that does not interpret.
     """
+    from triton.runtime.jit import JITFunction
+
+    for module in (entry.kernel.__module__, "equiseg_fast.kernels._common"):
+        for value in vars(sys.modules[module]).values():
+            if isinstance(value, JITFunction):
+                value.starting_line_number = 0  # it is part of the key
     parts = (
         entry.kernel.cache_key,
         sorted(entry.types.items()),
@@ -142,6 +151,7 @@ def fingerprint(entry: Any) -> str:
         sorted(entry.constexprs.items()),
         entry.num_warps,
         entry.num_stages,
+        *(() if entry.max_registers is None else (entry.max_registers,)),
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -170,6 +180,8 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         "num_stages": entry.num_stages,
         "enable_fp_fusion": True,
     }
+    if entry.max_registers is not None:
+        options["maxnreg"] = entry.max_registers
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
         usage = _tool_output(compiled.asm["cubin"], "--dump-resource-usage")
@@ -212,34 +224,37 @@ def _entries(stem: str, arch: int) -> dict[str, Any]:
     return {entry.label: entry for entry in module.offline_entries(arch)}
 
 
-def _labels(stem: str, arch: int) -> list[str]:
-    return list(_entries(stem, arch))
-
-
 def _fingerprints(stem: str, arch: int) -> dict[str, str]:
     return {label: fingerprint(entry) for label, entry in _entries(stem, arch).items()}
 
 
-def not_in_table(table: Path, stems: Sequence[str] | None = None) -> list[str]:
-    """Entries of today's sources that `table` (a resources.json) does not have as they are."""
-    known = {
-        (r["arch"], r["label"]): r["fingerprint"] for r in json.loads(table.read_text())["entries"]
-    }
-    pool = concurrent.futures.ProcessPoolExecutor(
-        1, multiprocessing.get_context("spawn"), _start_child, ("",)
-    )
-    with pool:
-        return [
-            f"sm_{arch} {label}"
-            for stem in stems or kernel_stems()
-            for arch in ARCHS
-            for label, now in pool.submit(_fingerprints, stem, arch).result().items()
-            if known.get((arch, label)) != now
-        ]
-
-
 def _compile_by_label(stem: str, label: str, arch: int) -> Resources:
     return compile_entry(_entries(stem, arch)[label], arch)
+
+
+def _children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
+    return concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
+    )
+
+
+def read(table: str | Path) -> list[Resources]:
+    """The entries of a `resources.json`."""
+    return [Resources(**entry) for entry in json.loads(Path(table).read_text())["entries"]]
+
+
+def not_in_table(table: Path) -> list[str]:
+    """Entries of today's sources that `table` (a resources.json) does not have as they are, and
+    those of the table that are no more."""
+    known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
+    with _children(1, "") as pool:
+        today = {
+            (arch, label, now)
+            for stem in kernel_stems()
+            for arch in ARCHS
+            for label, now in pool.submit(_fingerprints, stem, arch).result().items()
+        }
+    return [f"sm_{arch} {label}" for arch, label, _ in sorted(known ^ today)]
 
 
 def run(
@@ -253,28 +268,39 @@ def run(
     """Compile every entry whose label matches the regular expression `kernel`.
 
     `stems` names the kernel files to take, all by default. Writes tables to the folder `out` if
-    there is one.
+    there is one, without compiling what they have already.
     """
+    known = {} if out is None else _known(Path(out))
     results = []
-    with tempfile.TemporaryDirectory() as cache:
-        pool = concurrent.futures.ProcessPoolExecutor(
-            workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
-        )
-        with pool:
-            wanted = [
-                (stem, label, arch)
-                for arch in archs
-                for stem in stems or kernel_stems()
-                for label in pool.submit(_labels, stem, arch).result()
-                if re.search(kernel, label)
-            ]
-            jobs = [pool.submit(_compile_by_label, *w) for w in wanted]
+    with tempfile.TemporaryDirectory() as cache, _children(workers, cache) as pool:
+        jobs = []
+        for arch in archs:
+            for stem in stems or kernel_stems():
+                for label, now in pool.submit(_fingerprints, stem, arch).result().items():
+                    if (arch, label, now) in known:
+                        results.append(known[arch, label, now])
+                    elif re.search(kernel, label):
+                        jobs.append(pool.submit(_compile_by_label, stem, label, arch))
+        try:
             for job in _with_progress(concurrent.futures.as_completed(jobs), len(jobs), progress):
                 results.append(job.result())
-    results.sort(key=lambda r: (r.arch, r.label))
-    if out is not None:
-        write(results, Path(out))
+        finally:  # an interrupted run has compiled something, too
+            results.sort(key=lambda r: (r.arch, r.label))
+            if out is not None:
+                write(results, Path(out))
     return results
+
+
+def _known(folder: Path) -> dict[tuple[int, str, str], Resources]:
+    """What the tables in `folder` hold, if the installed Triton has written them."""
+    table = folder / "resources.json"
+    if not table.exists() or json.loads(table.read_text())["triton"] != _triton_version():
+        return {}
+    return {(r.arch, r.label, r.fingerprint): r for r in read(table) if not r.error}
+
+
+def _triton_version() -> str:
+    return importlib.metadata.version("triton")
 
 
 def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]:
@@ -303,9 +329,7 @@ def markdown(results: Sequence[Resources]) -> str:
 
 def write(results: Sequence[Resources], folder: Path) -> None:
     """`resources.json` and `resources.md` in `folder`, which is created if missing."""
-    import importlib.metadata
-
-    version = importlib.metadata.version("triton")
+    version = _triton_version()
     folder.mkdir(parents=True, exist_ok=True)
     record = {"triton": version, "entries": [asdict(r) for r in results]}
     (folder / "resources.json").write_text(json.dumps(record, indent=1) + "\n")

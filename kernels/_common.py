@@ -33,15 +33,19 @@ def launch(
     *args: Any,
     num_warps: int,
     num_stages: int,
+    max_registers: int | None = None,
     **constexprs: Any,
 ) -> None:
     """Run `kernel[grid](*args, **constexprs)` on the device of the first tensor among `args`.
 
-    fp-fusion is asked for explicitly: the default of Triton 3.10 is off, which costs one more issue
-    slot per score.
+    max_registers per thread; None leaves the choice to the compiler. fp-fusion is
+    asked for explicitly: the default of Triton 3.10 is off, which costs one more issue slot per
+    score.
     """
     anchor = next(a for a in args if isinstance(a, torch.Tensor))
     options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    if max_registers is not None:
+        options["maxnreg"] = max_registers
     if INTERPRET:
         with _INTERPRETER_LOCK:
             kernel[grid](*args, **constexprs, **options)
@@ -96,6 +100,7 @@ class OfflineEntry:
     num_stages: int
     dots: str
     scores: int
+    max_registers: int | None
 
     @property
     def name(self) -> str:
@@ -118,6 +123,7 @@ def offline_entry(
     num_stages: int,
     dots: str = "none",
     scores: int = 0,
+    max_registers: int | None = None,
 ) -> OfflineEntry:
     """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
 
@@ -141,8 +147,9 @@ def offline_entry(
         p.name for p in kernel.params if types[p.name][0] in "*i" and not p.do_not_specialize
     )
     return OfflineEntry(
-        kernel, case, types, aligned, dict(constexprs), num_warps, num_stages, dots, scores
-    )
+        kernel, case, types, aligned, dict(constexprs), num_warps, num_stages, dots, scores,
+        max_registers,
+    )  # fmt: skip
 
 
 @triton.jit

@@ -221,9 +221,17 @@ def _map_tile(tokens: int, block_c: int, num_warps: int) -> MapTile:
     return MapTile(block_h, tokens // block_h, block_c, num_warps)
 
 
-def _hub_warps(itemsize: int, channels: int) -> int:
+def _hub_warps(arch: int, itemsize: int, channels: int) -> int:
     """Warps of a tile of 2048 elements: twice as many where loads in flight take the registers."""
-    return 8 if itemsize == 4 or channels % 16 else 4
+    return 8 if itemsize == 4 or channels % 16 or arch >= 100 else 4
+
+
+def query_hub_max_registers(arch: int) -> int | None:
+    """Registers per thread that the kernels may take; None leaves it to the compiler.
+
+    For sm_100 and sm_120 the compiler would rather spill than give up a resident program.
+    """
+    return 255 if arch >= 100 else None
 
 
 def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
@@ -237,7 +245,7 @@ def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
     if arch == INTERPRETER:
         return MapTile(8, 16, _power_of_two(channels), 4)
     block_c = max(16, _power_of_two(channels))
-    return _map_tile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
+    return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
 def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
@@ -245,7 +253,7 @@ def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
     if arch == INTERPRETER:
         return MapTile(8, 16, 128, 4)
     block_c = channel_block(channels)
-    return _map_tile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
+    return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
 def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> TokenTile:
@@ -253,7 +261,7 @@ def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Token
     if arch == INTERPRETER:
         return TokenTile(128, 128, 4)
     block_c = channel_block(channels)
-    return TokenTile(2048 // block_c, block_c, _hub_warps(itemsize, channels))
+    return TokenTile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
 def query_hub_dx_config(arch: int, itemsize: int, channels: int) -> TokenTile:
@@ -291,22 +299,26 @@ def padded_modalities(modalities: int) -> int:
     return _power_of_two(modalities)
 
 
-def _gate_tile(arch: int, modalities: int, channels: int, elements: int) -> TokenTile:
+def _gate_tile(
+    arch: int, modalities: int, channels: int, elements: int, num_warps: int
+) -> TokenTile:
     """The tile of one modality, when the tiles of all modalities together have `elements`."""
     if arch == INTERPRETER:
         return TokenTile(64, 64, 4)
     block_c = channel_block(channels)
-    return TokenTile(elements // (padded_modalities(modalities) * block_c), block_c, 4)
+    block_l = elements // (padded_modalities(modalities) * block_c)
+    return TokenTile(block_l, block_c, num_warps)
 
 
-def guided_gate_fwd_config(arch: int, modalities: int, channels: int) -> TokenTile:
+def guided_gate_fwd_config(arch: int, itemsize: int, modalities: int, channels: int) -> TokenTile:
     """Tiles of the forward kernel: enough tokens to keep all modalities of one in one thread."""
-    return _gate_tile(arch, modalities, channels, 4096)
+    return _gate_tile(arch, modalities, channels, 4096, 8 if itemsize == 4 else 4)
 
 
 def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> TokenTile:
     """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
-    return _gate_tile(arch, modalities, channels, 2048)
+    # The compiler for sm_100 rather spills than gives up a resident program of four warps.
+    return _gate_tile(arch, modalities, channels, 2048, 8 if arch >= 100 else 4)
 
 
 CLASS_SUMS_STAGES = 3
@@ -479,7 +491,8 @@ def depthwise_bwd_config(arch: int, channels: int) -> StripConfig:
     """Strips of its backward: ten sums leave registers for four elements per thread."""
     if arch == INTERPRETER:
         return StripConfig(64, 64, 4, 1)
-    return _strip(channels, 4, 3)
+    # The compiler for sm_120 rather spills than gives up a resident program of four warps.
+    return _strip(channels, 8, 2) if arch >= 120 else _strip(channels, 4, 3)
 
 
 SUMS_BLOCK_N, SUMS_BLOCK_C = 128, 32

@@ -213,7 +213,7 @@ def guided_gate_fwd(
         return branches, fused
     x, logits = last_dim_contiguous(x), logits.contiguous()
     arch, processors = device_facts(x.device)
-    config = _configs.guided_gate_fwd_config(arch, modalities, channels)
+    config = _configs.guided_gate_fwd_config(arch, x.element_size(), modalities, channels)
     # Several waves of short programs: the loads of one overlap the stores of another.
     programs, _, chunk = _layout(x, config, 4 * processors)
     launch(
@@ -297,7 +297,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     for dtype, modalities, channels, has_present in _OFFLINE:
         pointers = dict.fromkeys(features, dtype) | statistics
         case = f"{dtype} M{modalities} C{channels}" + (" present" if has_present else "")
-        config = _configs.guided_gate_fwd_config(arch, modalities, channels)
+        itemsize = 4 if dtype == "fp32" else 2
+        config = _configs.guided_gate_fwd_config(arch, itemsize, modalities, channels)
         constexprs = _constexprs(config, modalities, has_present)
         warps = config.num_warps
         yield offline_entry(_guided_gate_fwd_kernel, case, pointers, constexprs, warps, 1)

@@ -400,9 +400,14 @@ def _constexprs(tile: _Tile, channels: int, has_present: bool, **more: Any) -> d
     return {"CHANNELS": channels, "HAS_PRESENT": has_present, **tile.blocks(), **more}
 
 
-def _options(tile: _Tile, channels: int, has_present: bool, **more: Any) -> dict[str, Any]:
+def _options(
+    arch: int, tile: _Tile, channels: int, has_present: bool, **more: Any
+) -> dict[str, Any]:
     constexprs = _constexprs(tile, channels, has_present, **more)
-    return {"num_warps": tile.num_warps, "num_stages": 1, **constexprs}
+    return {
+        "num_warps": tile.num_warps, "num_stages": 1,
+        "max_registers": _configs.query_hub_max_registers(arch), **constexprs,
+    }  # fmt: skip
 
 
 def query_hub_fwd(
@@ -433,14 +438,14 @@ def query_hub_fwd(
             launch(
                 _query_hub_score_kernel, (scores.count(height, width) * modalities * batch,),
                 x, weight, bias, flags, score, *strides(x), batch, height, width,
-                **_options(scores, channels, has_present),
+                **_options(arch, scores, channels, has_present),
             )  # fmt: skip
         programs = triton.cdiv(channels, tile.block_c) * tile.count(height, width) * batch
         launch(
             _query_hub_fwd_kernel, (programs,),
             x, weight, bias, flags, out, score, winner, *strides(x),
             modalities, batch, height, width,
-            **_options(tile, channels, has_present, SCORES=inside, SAVE=save),
+            **_options(arch, tile, channels, has_present, SCORES=inside, SAVE=save),
         )  # fmt: skip
     return out, score if save else score.new_empty(0), winner
 
@@ -471,7 +476,7 @@ def query_hub_bwd(
     launch(
         _query_hub_bwd_score_kernel, (triton.cdiv(tokens, tile.block_l) * batch,),
         grad_out, x, flags, score, winner, dz, *strides(grad_out), *strides(x),
-        modalities, batch, tokens, **_options(tile, channels, has_present, **_BWD_SCORE),
+        modalities, batch, tokens, **_options(arch, tile, channels, has_present, **_BWD_SCORE),
     )  # fmt: skip
     if needs_dx:
         tile = _configs.query_hub_dx_config(arch, itemsize, channels)
@@ -479,7 +484,7 @@ def query_hub_bwd(
         launch(
             _query_hub_bwd_dx_kernel, (programs,),
             grad_out, weight, flags, score, winner, dz, dx, *strides(grad_out),
-            modalities, batch, height, width, **_options(tile, channels, has_present),
+            modalities, batch, height, width, **_options(arch, tile, channels, has_present),
         )  # fmt: skip
     if needs_dw:
         tile = _configs.query_hub_dweight_config(arch, itemsize, channels)
@@ -490,7 +495,7 @@ def query_hub_bwd(
         launch(
             _query_hub_bwd_dweight_kernel, (programs, chunks),
             x, flags, dz, partial, *strides(x), modalities, batch, height, width, chunk,
-            **_options(tile, channels, has_present),
+            **_options(arch, tile, channels, has_present),
         )  # fmt: skip
         dweight, dbias = partial.sum(0), dz.sum((1, 2))
     return dx, dweight, dbias
@@ -514,6 +519,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         (_query_hub_bwd_dx_kernel, _configs.query_hub_dx_config, {}),
         (_query_hub_bwd_dweight_kernel, _configs.query_hub_dweight_config, {}),
     )
+    limit = _configs.query_hub_max_registers(arch)
     for dtype, widths, masks in _OFFLINE:
         itemsize = 4 if dtype == "fp32" else 2
         pointers = dict.fromkeys("p_x p_out p_grad p_dx".split(), dtype)
@@ -528,6 +534,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _query_hub_fwd_kernel, case + " save" * save, pointers,
                     _constexprs(tile, channels, has_present, **more), tile.num_warps, 1,
+                    max_registers=limit,
                 )  # fmt: skip
             chosen = backward
             if not inside:
@@ -535,4 +542,6 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for kernel, choose, more in chosen:
                 tile = choose(arch, itemsize, channels)
                 constexprs = _constexprs(tile, channels, has_present, **more)
-                yield offline_entry(kernel, case, pointers, constexprs, tile.num_warps, 1)
+                yield offline_entry(
+                    kernel, case, pointers, constexprs, tile.num_warps, 1, max_registers=limit
+                )

@@ -5,6 +5,7 @@ import importlib.metadata
 import importlib.util
 import itertools
 import json
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -24,11 +25,11 @@ CONFIGS = {
 }
 
 TABLES = Path(__file__).parent.parent / "benchmarks" / "results" / "resources"
-STEMS = ("attention",)
-"""Kernel files whose every entry is in the tables."""
-
 HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
 """What is compiled again on every run: the head dimensions of the Mix Transformer."""
+
+HOT_ON_SM_90 = r"bf16 (C64 (gelu|du sums|save|64x64 )|K64 C64|M4 C64 \d|C256|u8 K32)"
+"""And of the other kernels, one of each that touches all features, on one architecture."""
 
 # Ceilings of what is hot on sm_90: registers, KiB of shared memory, machine instructions per score.
 # The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
@@ -42,13 +43,25 @@ GATES = {
     ("attention_bwd_dq", 64): (140, 68, 9.8),
 }
 
+# Ceilings of the registers of the other kernels, on sm_80 and sm_90, for whole blocks of channels.
+# 168 registers leave three programs of four warps on a multiprocessor, and 128 four.
+REGISTERS = {
+    r"depthwise_conv bf16": 168,
+    r"depthwise_bwd bf16": 152,
+    r"query_hub_\w+ bf16 C(32|64|128|160|320)": 208,
+    r"pooling_mixer_\w+ bf16 C(160|256)": 168,
+    r"guided_gate_fwd bf16": 168,
+    r"guided_gate_bwd bf16": 128,
+    r"class_sums bf16 K(64|128)": 228,
+    r"class_sums bf16 K256": 248,
+    r"class_gather bf16": 64,
+    r"losses_fwd bf16": 128,
+    r"losses_bwd bf16": 224,
+}
+
 
 def table_of(version: str) -> Path:
     return TABLES / f"triton-{version}" / "resources.json"
-
-
-def read(table: Path) -> list[resources.Resources]:
-    return [resources.Resources(**entry) for entry in json.loads(table.read_text())["entries"]]
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +75,7 @@ def installed() -> Path:
 
 
 class TestCompiled:
-    """Everything that the launchers of the attention can choose, on every architecture.
+    """Everything that the launchers can choose, on every architecture.
 
     Compiling all of it takes many minutes, so it is kept in a table (`python -m benchmarks
     resources`) under a fingerprint of source and options. The tests make sure that the table is
@@ -74,7 +87,7 @@ class TestCompiled:
     )
     def test_may_be_shipped(self, table: Path) -> None:
         """Compiles, no spills, within shared memory, on the tensor cores of the architecture."""
-        found = read(table)
+        found = resources.read(table)
         assert {r.arch for r in found} == set(resources.ARCHS)
         assert {f"sm_{r.arch} {r.label}": r.problems() for r in found if r.problems()} == {}
         # sm_86 and sm_89 run what sm_80 runs, with the shared memory of sm_120.
@@ -87,7 +100,7 @@ class TestCompiled:
     def test_hot_configurations(self, table: Path, kernel: str, head_dim: int) -> None:
         registers, shared, slots = GATES[kernel, head_dim]
         case = f"{kernel} bf16 D{head_dim} "
-        found = [r for r in read(table) if r.arch == 90 and r.label.startswith(case)]
+        found = [r for r in resources.read(table) if r.arch == 90 and r.label.startswith(case)]
         assert found
         for r in found:
             assert r.registers <= registers, r
@@ -95,15 +108,30 @@ class TestCompiled:
             assert r.slots is not None, r
             assert r.slots <= slots, r
 
+    @pytest.mark.parametrize(
+        "table", sorted(TABLES.glob("*/resources.json")), ids=lambda t: t.parent.name
+    )
+    @pytest.mark.parametrize("entries", REGISTERS)
+    def test_registers(self, table: Path, entries: str) -> None:
+        found = [
+            r for r in resources.read(table) if r.arch in (80, 90) and re.match(entries, r.label)
+        ]
+        assert found
+        assert {f"sm_{r.arch} {r.label}": r.registers for r in found
+                if r.registers > REGISTERS[entries]} == {}  # fmt: skip
+
     @needs_triton
     def test_table_is_complete_and_up_to_date(self, installed: Path) -> None:
-        assert resources.not_in_table(installed, STEMS) == []
+        assert resources.not_in_table(installed) == []
 
     @needs_triton
     def test_table_is_true(self, installed: Path) -> None:
-        compiled = resources.run(kernel=HOT, stems=STEMS, progress=False)
+        compiled = resources.run(kernel=HOT, stems=["attention"], progress=False)
         assert len(compiled) >= 6 * len(resources.ARCHS)
-        known = {(r.arch, r.label): r for r in read(installed)}
+        others = resources.run([90], HOT_ON_SM_90, progress=False)
+        assert {r.kernel for r in others} >= {r.split()[0] for r in REGISTERS if "\\" not in r}
+        compiled += others
+        known = {(r.arch, r.label): r for r in resources.read(installed)}
         for r in compiled:
             assert replace(r, seconds=0.0) == replace(known[r.arch, r.label], seconds=0.0)
 
@@ -147,6 +175,22 @@ class TestTool:
         table = (tmp_path / "new" / "resources.md").read_text()
         assert "| 5.0 |" in table
         assert "spills 16 bytes" in table
+
+    @needs_triton
+    def test_only_what_changed_is_compiled_again(self, tmp_path: Path) -> None:
+        """One entry of the table is up to date, the other is not; times tell them apart."""
+        choice = {"archs": [90], "stems": ["depthwise"], "kernel": r"bf16 C(32|64) gelu"}
+        first = resources.run(**choice, progress=False)
+        assert len(first) > 1
+        kept = replace(first[0], seconds=1000.0)
+        stale = replace(first[1], seconds=1000.0, fingerprint="old")
+        resources.write([kept, stale, *first[2:]], tmp_path)
+        second = resources.run(**choice, out=tmp_path, progress=False)
+        assert resources.read(tmp_path / "resources.json") == second
+        assert [r.label for r in second] == [r.label for r in first]
+        assert second[0] == kept
+        assert second[1].seconds < 1000
+        assert replace(second[1], seconds=0.0) == replace(first[1], seconds=0.0)
 
     def test_command_line(self, capsys: pytest.CaptureFixture[str]) -> None:
         parser = argparse.ArgumentParser()
