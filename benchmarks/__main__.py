@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
+from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -219,8 +220,14 @@ def _write_report(
 ) -> None:
     from benchmarks import plots
 
+    launches = []
+    if find_spec("triton") and any(row.op in ("model", "training") for row in rows):
+        from benchmarks.launches import cross_modal_blocks
+
+        launches = cross_modal_blocks()
     drawn = [f"plots/{name}" for name in plots.draw(rows, out / "plots")]
-    (out / "report.md").write_text(report.markdown(rows, env, [*images, *drawn], notes))
+    text = report.markdown(rows, env, [*images, *drawn], notes, launches)
+    (out / "report.md").write_text(text)
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:

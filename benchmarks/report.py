@@ -14,6 +14,8 @@ from benchmarks.registry import PROVIDERS, operations
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from benchmarks.launches import Row
+
 OURS = ("triton", "torch")
 BUDGET = "budget: the largest share of its tolerance that an error used"
 
@@ -200,9 +202,14 @@ METHODS = {
 
 
 def markdown(
-    records: Sequence[Record], env: Mapping[str, Any], images: Sequence[str], notes: Sequence[str]
+    records: Sequence[Record],
+    env: Mapping[str, Any],
+    images: Sequence[str],
+    notes: Sequence[str],
+    launches: Sequence[Row] = (),
 ) -> str:
-    """The whole report. images: file names next to it; notes: further paragraphs."""
+    """The whole report. images: file names next to it; notes: further paragraphs; launches: rows
+    of `launches.cross_modal_blocks`."""
     suites = ", ".join(dict.fromkeys(r.suite for r in records))
     methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
     lines = [
@@ -225,6 +232,7 @@ def markdown(
     for op, rows in ops.items():
         lines += [f"## {op}", "", *_table(rows), "", *(f"- {x}" for x in _skipped(rows)), ""]
         lines += [f"Minimum: {operations()[op].formula}.", ""]
+    lines += launch_table(launches) if launches else []
     lines += [line for name in images for line in (f"![{Path(name).stem}]({name})", "")]
     return "\n".join(lines)
 
@@ -286,6 +294,24 @@ def _table(rows: Sequence[Record]) -> list[str]:
             ]
             lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def launch_table(rows: Sequence[Row]) -> list[str]:
+    """Kernels per forward of the cross-modal blocks and gates, ours beside the baseline's."""
+    lines = [
+        "## Kernels per cross-modal block",
+        "",
+        "What one forward of EQUISeg-B0 with four modalities gives to a GPU, whatever the size of "
+        "the images: launches of our kernels plus calls of stock operators that are more than a "
+        "view. Counted, not measured (`benchmarks/launches.py`).",
+        "",
+        "| stage | part | provider | our kernels | stock operators | all |",
+        "|---|---|---|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {r.stage} | {r.part} | {r.provider} | {r.fused} | {r.stock} | {r.total} |" for r in rows
+    ]
+    return [*lines, ""]
 
 
 def sensor_note(steps: int) -> str:

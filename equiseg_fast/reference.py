@@ -83,6 +83,23 @@ def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, wi
 # ---- query hub and pooling mixer (CMNeXt) -------------------------------------------------------
 
 
+def mix_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """Mix-FFN of SegFormer; shapes as in `ops.mix_ffn`."""
+    hidden = F.linear(x, fc1_weight, fc1_bias)
+    hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width)
+    return F.linear(hidden, fc2_weight, fc2_bias)
+
+
 def hub_scores(
     x: Tensor,
     dw_weight: Tensor,

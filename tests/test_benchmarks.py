@@ -15,6 +15,7 @@ from benchmarks import data, memory, plots, report, sensors, timing
 from benchmarks.__main__ import main
 from benchmarks.baselines import EagerBaseline
 from benchmarks.compare import compare, lost
+from benchmarks.launches import Row
 from benchmarks.record import Record, environment, read_jsonl, write_jsonl
 from benchmarks.registry import MODES, SUITES, Op, Problem, Shape, Suite, operations, unavailable
 from benchmarks.runner import Case, Options, Runner, plan
@@ -487,6 +488,14 @@ def test_report_marks_winners_and_hides_no_loss() -> None:
     assert "- losses fwd b0 s1 64x96 B1 M3 fp32: torch takes 3.00x the time of baseline" in text
     assert "reference: oom, out of memory" in text
     assert "![latency](plots/latency.png)" in text
+    assert "Kernels per" not in text
+
+
+def test_report_puts_the_kernels_of_a_block_beside_the_baseline() -> None:
+    launches = [Row(1, "block", "baseline", 0, 145), Row(1, "block", "ours", 5, 26)]
+    text = report.markdown([record(1.0)], {"device": "a chip"}, [], [], launches)
+    assert "| 1 | block | baseline | 0 | 145 | 145 |" in text
+    assert "| 1 | block | ours | 5 | 26 | 31 |" in text
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,17 @@
 """EQUISeg as a whole: published sizes, agreement with SegFormer, and the invariants of fusion."""
 
+import copy
 from functools import cache
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from equiseg_fast import reference, use_backend
 from equiseg_fast.models import EQUISeg, EQUISegConfig, MixTransformer
+from equiseg_fast.ops._layout import linear
 
 NAMES = ("rgb", "depth", "event", "lidar")
 
@@ -492,3 +495,91 @@ class TestInputs:
     def test_config_is_frozen(self) -> None:
         with pytest.raises(AttributeError):
             EQUISegConfig().variant = "b1"  # type: ignore[misc]
+
+
+class TestFolded:
+    """`fold_` for inference: other weights, the same function."""
+
+    def test_model_computes_the_same(self) -> None:
+        model = small_model()
+        folded = copy.deepcopy(model).fold_()
+        x = images()
+        mask = torch.tensor([[True, True], [False, True], [True, True], [True, False]])
+        with torch.no_grad():
+            for present in (None, {"rgb", "event"}, mask):
+                expected = model(x, present=present)
+                actual = folded(x, present=present)
+                torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-11)
+
+    def test_mixer_and_head_to_the_rounding(self) -> None:
+        model = small_model()
+        folded = copy.deepcopy(model).fold_()
+        x = torch.randn(3, 35, 32, dtype=torch.float64)
+        with torch.no_grad():
+            expected = model.fusion[0].mixer[0](x, 7, 5)
+            actual = folded.fusion[0].mixer[0](x, 7, 5)
+            torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+            sizes = [(8, 12), (4, 6), (2, 3), (1, 2)]
+            features = [
+                torch.randn(2, h * w, c, dtype=torch.float64)
+                for (h, w), c in zip(sizes, model.config.dims, strict=True)
+            ]
+            expected = model.head(features, sizes)
+            torch.testing.assert_close(
+                folded.head(features, sizes), expected, rtol=1e-12, atol=1e-12
+            )
+
+    def test_published_head_can_be_folded(self) -> None:
+        model = small_model(("rgb", "depth"), fold_head=False)
+        x = images(modalities=2)
+        with torch.no_grad():
+            expected = model(x)
+            torch.testing.assert_close(copy.deepcopy(model).fold_()(x), expected)
+
+    def test_norms_are_gone_and_twice_is_once(self) -> None:
+        folded = copy.deepcopy(small_model()).fold_()
+        once = {name: x.clone() for name, x in folded.state_dict().items()}
+        assert not any(name.endswith("norm2.weight") and "mixer" in name for name in once)
+        assert not any("bn" in name for name in once)
+        assert sum("norm1.running_mean" in name for name in once) == 4
+        for name, x in folded.fold_().state_dict().items():
+            assert torch.equal(x, once[name])
+
+    def test_training_is_refused(self) -> None:
+        folded = copy.deepcopy(small_model()).fold_()
+        assert not folded.training
+        for module in (folded, folded.head, folded.fusion[0].mixer[0]):
+            with pytest.raises(RuntimeError, match="folded for inference"):
+                module.train()
+        folded.eval()
+
+
+class TestLinear:
+    """`nn.Linear` on tokens takes another way on the CPU, where sizes allow."""
+
+    @pytest.mark.parametrize("tokens", [1, 8, 35, 64])
+    @pytest.mark.parametrize("bias", [True, False])
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+    def test_agrees_with_torch(self, tokens: int, bias: bool, dtype: torch.dtype) -> None:
+        x = torch.randn(2, tokens, 12, dtype=dtype, requires_grad=True)
+        weight = torch.randn(7, 12, dtype=dtype, requires_grad=True)
+        leaves = [x, weight]
+        if bias:
+            leaves.append(torch.randn(7, dtype=dtype, requires_grad=True))
+        arguments = leaves if bias else [*leaves, None]
+        expected, actual = F.linear(*arguments), linear(*arguments)
+        assert actual.shape == expected.shape
+        tolerance = {torch.bfloat16: 0.05, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
+        torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
+        g = torch.randn_like(expected)
+        for a, b in zip(
+            torch.autograd.grad(actual, leaves, g),
+            torch.autograd.grad(expected, leaves, g),
+            strict=True,
+        ):
+            torch.testing.assert_close(a, b, rtol=tolerance, atol=20 * tolerance)
+
+    @pytest.mark.parametrize("transposed", [False, True])
+    def test_result_is_contiguous(self, transposed: bool) -> None:
+        x = torch.randn(2, 12, 16).mT if transposed else torch.randn(2, 16, 12)
+        assert linear(x, torch.randn(7, 12), None).is_contiguous()

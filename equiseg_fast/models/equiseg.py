@@ -92,6 +92,19 @@ class EQUISeg(nn.Module):
         )
         return cls(config)
 
+    def fold_(self) -> "EQUISeg":
+        """For inference: multiply norms and scales that are affine then into the weights beside.
+
+        The same function with fewer kernels and passes (`ParallelPoolingMixer.fold_`,
+        `SegmentationHead.fold_`). Cannot be undone, so fold a copy if you go on training; the
+        model is in evaluation mode afterwards, and training raises RuntimeError. Returns the model.
+        """
+        for block in self.fusion:
+            for mixer in block.mixer:
+                mixer.fold_()
+        self.head.fold_()
+        return self.eval()
+
     def forward(self, images: Images, present: Present = None) -> Tensor:
         """Logits `[B, num_classes, H, W]` at the size of the input.
 

@@ -1,10 +1,11 @@
 """Attention with spatially reduced keys and values: within a modality and across modalities."""
 
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast.ops import attention
-from equiseg_fast.ops._layout import to_map, to_tokens
+from equiseg_fast.ops._layout import linear, to_map, to_tokens
+
+from .common import Linear
 
 
 class CrossModalAttention(nn.Module):
@@ -21,9 +22,9 @@ class CrossModalAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of heads = {heads}; got {dim}")
         self.heads = heads
         self.sr_ratio = sr_ratio
-        self.q = nn.Linear(dim, dim)
-        self.kv = nn.Linear(dim, 2 * dim)
-        self.proj = nn.Linear(dim, dim)
+        self.q = Linear(dim, dim)
+        self.kv = Linear(dim, 2 * dim)
+        self.proj = Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=eps)
@@ -44,7 +45,7 @@ class CrossModalAttention(nn.Module):
         # every strided convolution measured.
         patches = x.unflatten(1, (height // r, r, width // r, r)).transpose(2, 3)
         weight = self.sr.weight.permute(0, 2, 3, 1).flatten(1)
-        return F.linear(patches.flatten(3).flatten(1, 2), weight, self.sr.bias)
+        return linear(patches.flatten(3).flatten(1, 2), weight, self.sr.bias)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, sr_ratio={self.sr_ratio}"

@@ -10,6 +10,7 @@ from .attention import attention
 from .depthwise import depthwise_conv_gelu
 from .guided_gate import guided_gate
 from .losses import ohem, upsample_cross_entropy
+from .mix_ffn import mix_ffn
 from .pooling_mixer import pooling_mixer
 from .prototypes import class_prototypes
 from .query_hub import query_hub
@@ -20,6 +21,7 @@ __all__ = [
     "depthwise_conv_gelu",
     "explain",
     "guided_gate",
+    "mix_ffn",
     "ohem",
     "pooling_mixer",
     "query_hub",

@@ -15,6 +15,10 @@ from . import _backend
 
 _LIBRARY = torch.library.Library("equiseg_fast", "FRAGMENT")
 
+LAUNCHERS: dict[str, Callable[..., Any]] = {}
+"""What launches the kernels of each registered operation, by name: to be looked into, not called
+instead of the operation."""
+
 
 def register(
     name: str,
@@ -40,6 +44,7 @@ def register(
         _interpreter.install()
         return triton(*args)
 
+    LAUNCHERS[name] = triton
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
     _LIBRARY.impl(name, triton, "CUDA")
     _LIBRARY.impl(name, cpu, "CPU")

@@ -1,0 +1,271 @@
+"""Mix-FFN: linear, 3x3 depthwise convolution, GELU, linear, without the wide tensors in between."""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equiseg_fast import reference
+
+from . import _backend, _checks
+from ._layout import pointwise_conv, to_map, to_tokens
+from ._registry import autocast, needs_grad, reference_gradients, without_autocast
+from .depthwise import depthwise_conv_gelu
+
+_HIDDEN_BYTES = 2 * 2**20
+"""Size of the hidden features that the CPU works on at a time; they stay in its caches."""
+
+_MIN_ROWS = 8
+"""A band of an image has at least so many rows: up to two before and after are computed twice."""
+
+
+def mix_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+    *,
+    backend: str | None = None,
+) -> Tensor:
+    """`fc2(gelu(conv(fc1(x))))` with a 3x3 depthwise convolution on the hidden channels.
+
+    x: `[B, L, C]` tokens with L = height * width in row-major order; float32, float16 or bfloat16
+        (float64 on the torch and reference backends); any strides.
+    fc1_weight `[E, C]`, fc1_bias `[E]`, dw_weight `[E, 1, 3, 3]`, dw_bias `[E]`, fc2_weight
+        `[D, E]`, fc2_bias `[D]`: all in the dtype and on the device of x.
+    backend: "triton", "torch", "reference", "auto"; None takes the current default.
+
+    Returns `[B, L, D]` in the dtype of x. On a GPU this is two matrix products of the vendor around
+    `depthwise_conv_gelu`. On the CPU it runs over bands of the image whose hidden features fit into
+    the caches, forward and backward; the backward computes them again, so that nothing but the
+    inputs is saved. Under autocast all inputs are cast to its dtype. Raises TypeError or ValueError
+    naming the argument. Source: SegFormer (arXiv 2105.15203), equation 3.
+    """
+    _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
+    _checks.check_tokens("x", x, height, width)
+    x, *parameters = autocast(x, fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias)
+    _check(x, *parameters)
+    chosen = _backend.resolve("mix_ffn", backend, x.device, _reasons(x))
+    if chosen == "reference":
+        return reference.mix_ffn(x, *parameters, height, width)
+    if chosen == "triton" or x.device.type != "cpu" or torch.compiler.is_compiling():
+        # Bands would only hide from a compiler what belongs together.
+        fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
+        with without_autocast(x.device.type):
+            hidden = F.linear(x, fc1_weight, fc1_bias)
+            hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width, backend=chosen)
+            return F.linear(hidden, fc2_weight, fc2_bias)
+    if needs_grad(x, *parameters):
+        return _MixFFN.apply(x, *parameters, height, width)
+    return _forward(x, *parameters, height, width)
+
+
+def _check(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+) -> None:
+    _checks.check_tensor("fc1_weight", fc1_weight, _checks.FLOATING, "[E, C]")
+    _checks.check_tensor("fc2_weight", fc2_weight, _checks.FLOATING, "[D, E]")
+    hidden = fc1_weight.shape[0]
+    for label, size, where in (
+        ("C", x.shape[-1], "x"),
+        ("E", hidden, "fc1_weight"),
+        ("D", fc2_weight.shape[0], "fc2_weight"),
+    ):
+        if size < 1:
+            raise ValueError(f"{where} must have {label} >= 1; got {label} = {size}")
+    _checks.check_shape("fc1_weight", fc1_weight, (hidden, x.shape[-1]), "[E, C]")
+    _checks.check_shape("fc1_bias", fc1_bias, (hidden,), "[E]")
+    _checks.check_shape("dw_weight", dw_weight, (hidden, 1, 3, 3), "[E, 1, 3, 3]")
+    _checks.check_shape("dw_bias", dw_bias, (hidden,), "[E]")
+    _checks.check_shape("fc2_weight", fc2_weight, (fc2_weight.shape[0], hidden), "[D, E]")
+    _checks.check_shape("fc2_bias", fc2_bias, (fc2_weight.shape[0],), "[D]")
+    _checks.check_same(
+        x=x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, dw_weight=dw_weight, dw_bias=dw_bias,
+        fc2_weight=fc2_weight, fc2_bias=fc2_bias,
+    )  # fmt: skip
+
+
+def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
+    return _backend.triton_reasons(x)
+
+
+_backend.register_reasons("mix_ffn", _reasons)
+
+
+def _bands(batch: int, height: int, row_bytes: int) -> Iterator[tuple[slice, range]]:
+    """Images and rows to work on together: several whole images, or a band of one image."""
+    rows = max(_MIN_ROWS, _HIDDEN_BYTES // row_bytes)
+    images = max(1, rows // height)
+    rows = -(-height // -(-height // rows))
+    for i in range(0, batch, images):
+        for r in range(0, height, rows):
+            yield slice(i, min(i + images, batch)), range(r, min(r + rows, height))
+
+
+def _widened(rows: range, by: int, height: int) -> range:
+    """The rows with up to `by` more on both sides, within the image."""
+    return range(max(rows.start - by, 0), min(rows.stop + by, height))
+
+
+def _rows(x: Tensor, rows: range, origin: int = 0) -> Tensor:
+    """Rows of a map whose first row is row `origin` of the image."""
+    return x[:, :, rows.start - origin : rows.stop - origin]
+
+
+def _band(x: Tensor, images: slice, rows: range, width: int) -> Tensor:
+    """Rows of some images of tokens `[B, L, C]`, as a map in channels-last memory."""
+    tokens = x[images, rows.start * width : rows.stop * width]
+    return to_map(tokens.contiguous(), len(rows), width)
+
+
+def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
+
+
+def _put(out: Tensor, images: slice, rows: range, width: int, band: Tensor) -> None:
+    out[images, rows.start * width : rows.stop * width] = to_tokens(band)
+
+
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    out = x.new_empty((*x.shape[:2], fc2_weight.shape[0]))
+    row_bytes = width * fc1_weight.shape[0] * x.element_size()
+    with without_autocast("cpu"):
+        for images, rows in _bands(x.shape[0], height, row_bytes):
+            near = _widened(rows, 1, height)
+            hidden = pointwise_conv(_band(x, images, near, width), fc1_weight, fc1_bias)
+            hidden = _rows(_depthwise(hidden, dw_weight, dw_bias), rows, near.start)
+            hidden = torch.ops.aten.gelu_(hidden)
+            _put(out, images, rows, width, pointwise_conv(hidden, fc2_weight, fc2_bias))
+    return out
+
+
+def _weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+    """Gradient of the weight `[out, in / groups, k, k]` of a convolution that keeps the size."""
+    pad = [weight.shape[-1] // 2] * 2
+    return torch.ops.aten.convolution_backward(
+        grad_out, x, weight, None, [1, 1], pad, [1, 1], False, [0, 0], groups, [False, True, False]
+    )[1]
+
+
+def _backward(
+    grad_out: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    height: int,
+    width: int,
+    needs: tuple[bool, ...],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of x and the six parameters; None for those not needed."""
+    parameters = (fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight)
+    # Sums over bands are added up in fp32 at least.
+    wide = reference.statistics_dtype(x)
+    sums = [p.new_zeros(p.shape, dtype=wide) if n else None
+            for p, n in zip(parameters, needs[1:], strict=False)]  # fmt: skip
+    d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2 = sums
+    d_fc2_bias = grad_out.sum((0, 1), dtype=wide) if needs[6] else None
+    dx = x.new_empty(x.shape) if needs[0] else None
+    hidden_channels = fc1_weight.shape[0]
+    turned = dw_weight.flip(2, 3)
+    row_bytes = width * hidden_channels * x.element_size()
+    needs_dhidden = any(needs[:3])
+    with without_autocast("cpu"):
+        for images, rows in _bands(x.shape[0], height, row_bytes):
+            # The gradient of a row comes from the rows beside it, and what those are made of from
+            # the rows beside them.
+            near, far = _widened(rows, 1, height), _widened(rows, 2, height)
+            hidden = pointwise_conv(_band(x, images, far, width), fc1_weight, fc1_bias)
+            u = _rows(_depthwise(hidden, dw_weight, dw_bias), near, far.start)
+            grad = _band(grad_out, images, near, width)
+            own_grad = _rows(grad, rows, near.start)
+            if d_fc2 is not None:
+                activated = F.gelu(_rows(u, rows, near.start))
+                d_fc2 += _weight_gradient(own_grad, activated, fc2_weight[:, :, None, None], 1)[
+                    :, :, 0, 0
+                ]
+            du = torch.ops.aten.gelu_backward(pointwise_conv(grad, fc2_weight.t(), None), u)
+            if d_dw_bias is not None:
+                d_dw_bias += _rows(du, rows, near.start).sum((0, 2, 3), dtype=wide)
+            if needs_dhidden:
+                dhidden = _rows(_depthwise(du, turned, None), rows, near.start)
+                if d_fc1_bias is not None:
+                    d_fc1_bias += dhidden.sum((0, 2, 3), dtype=wide)
+                if d_fc1 is not None:
+                    own = _band(x, images, rows, width)
+                    d_fc1 += _weight_gradient(dhidden, own, fc1_weight[:, :, None, None], 1)[
+                        :, :, 0, 0
+                    ]
+                if dx is not None:
+                    _put(dx, images, rows, width, pointwise_conv(dhidden, fc1_weight.t(), None))
+            if d_dw is not None:
+                # What the rows beside contribute belongs to other bands.
+                du[:, :, : rows.start - near.start] = 0
+                du[:, :, rows.stop - near.start :] = 0
+                d_dw += _weight_gradient(
+                    du, _rows(hidden, near, far.start), dw_weight, hidden_channels
+                )
+    grads = (d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2, d_fc2_bias)
+    return dx, *(None if g is None else g.to(x.dtype) for g in grads)
+
+
+class _MixFFN(torch.autograd.Function):
+    """Autograd over bands on the CPU; saves the inputs alone; double backward as the reference."""
+
+    @staticmethod
+    def forward(
+        x: Tensor,
+        fc1_weight: Tensor,
+        fc1_bias: Tensor,
+        dw_weight: Tensor,
+        dw_bias: Tensor,
+        fc2_weight: Tensor,
+        fc2_bias: Tensor,
+        height: int,
+        width: int,
+    ) -> Tensor:
+        return _forward(
+            x, fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias, height, width
+        )
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.height, ctx.width = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        if torch.is_grad_enabled():
+            function = partial(reference.mix_ffn, height=ctx.height, width=ctx.width)
+            grads = reference_gradients(lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,))
+        else:
+            *tensors, _ = ctx.saved_tensors
+            needs = ctx.needs_input_grad[:7]
+            grads = _backward(grad_out, *tensors, ctx.height, ctx.width, needs)
+        return *grads, None, None
