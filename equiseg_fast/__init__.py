@@ -35,6 +35,7 @@ _LAZY = {
     "EQUISeg": "equiseg_fast.models",
     "EQUISegConfig": "equiseg_fast.models",
     "MixTransformer": "equiseg_fast.models",
+    "load_backbone": "equiseg_fast.models",
 }
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "depthwise_conv_gelu",
     "explain",
     "guided_gate",
+    "load_backbone",
     "mix_ffn",
     "ohem",
     "pooling_mixer",

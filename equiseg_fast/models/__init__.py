@@ -3,5 +3,13 @@
 from .config import EQUISegConfig
 from .equiseg import EQUISeg, StageOutput
 from .mix_transformer import MixTransformer
+from .weights import LoadReport, load_backbone
 
-__all__ = ["EQUISeg", "EQUISegConfig", "MixTransformer", "StageOutput"]
+__all__ = [
+    "EQUISeg",
+    "EQUISegConfig",
+    "LoadReport",
+    "MixTransformer",
+    "StageOutput",
+    "load_backbone",
+]
