@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast.models import EQUISeg
+from equiseg_fast.models import EQUISeg, MixTransformer
 from equiseg_fast.nn import CrossModalAttention, MixFFN, ParallelPoolingMixer, SelfQueryHub
 from equiseg_fast.reference import statistics_dtype
 
@@ -191,24 +191,47 @@ def prototype_loss(
     return tau**2 * total / len(small)
 
 
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    return F.linear(x, layer.weight, layer.bias)
+
+
 def _attention_layer(
     layer: CrossModalAttention, x: Tensor, source: Tensor, height: int, width: int
 ) -> Tensor:
     """SegFormer's efficient attention, x and source `[B, L, C]`."""
     batch, _, channels = x.shape
-    q = layer.q(x).reshape(batch, -1, layer.heads, channels // layer.heads)
+    q = _linear(layer.q, x).reshape(batch, -1, layer.heads, channels // layer.heads)
     if layer.sr_ratio > 1:
         source = source.permute(0, 2, 1).reshape(batch, channels, height, width)
         source = layer.sr(source).reshape(batch, channels, -1).permute(0, 2, 1)
         source = layer.norm(source)
-    kv = layer.kv(source).reshape(batch, -1, 2, layer.heads, channels // layer.heads)
+    kv = _linear(layer.kv, source).reshape(batch, -1, 2, layer.heads, channels // layer.heads)
     y = attention(q, kv[:, :, 0], kv[:, :, 1])
-    return layer.proj(y.reshape(x.shape))
+    return _linear(layer.proj, y.reshape(x.shape))
+
+
+def mix_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """SegFormer's Mix-FFN; arguments as `ops.mix_ffn`."""
+    hidden = F.linear(x, fc1_weight, fc1_bias)
+    hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width)
+    return F.linear(hidden, fc2_weight, fc2_bias)
 
 
 def _mix_ffn(mlp: MixFFN, x: Tensor, height: int, width: int) -> Tensor:
-    conv = mlp.dwconv.dwconv
-    return mlp.fc2(depthwise_conv_gelu(mlp.fc1(x), conv.weight, conv.bias, height, width))
+    conv, first, last = mlp.dwconv.dwconv, mlp.fc1, mlp.fc2
+    return mix_ffn(
+        x, first.weight, first.bias, conv.weight, conv.bias, last.weight, last.bias, height, width
+    )
 
 
 def _pooling_mixer_block(block: ParallelPoolingMixer, x: Tensor) -> Tensor:
@@ -233,6 +256,29 @@ def _channel_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     var = (x - mean).pow(2).mean(1, keepdim=True)
     x = (x - mean) / torch.sqrt(var + norm.eps)
     return norm.weight[:, None, None] * x + norm.bias[:, None, None]
+
+
+def _encode_stage(encoder: MixTransformer, s: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Stage s on a map `[B, C, H, W]`: embedded `[B, C, h, w]` and encoded `[B, h w, C]`."""
+    embed = getattr(encoder, f"patch_embed{s + 1}")
+    x = embed.proj(x)
+    height, width = x.shape[-2:]
+    x = embed.norm(_to_tokens(x))
+    embedded = _to_nchw(x, height, width)
+    for block in getattr(encoder, f"block{s + 1}"):
+        y = block.norm1(x)
+        x = x + _attention_layer(block.attn, y, y, height, width)
+        x = x + _mix_ffn(block.mlp, block.norm2(x), height, width)
+    return embedded, getattr(encoder, f"norm{s + 1}")(x)
+
+
+def encode(encoder: MixTransformer, images: Tensor) -> Tensor:
+    """Mix Transformer: images `[B, 3, H, W]` -> features of the last stage `[B, C, h, w]`."""
+    x = images
+    for s in range(4):
+        embedded, tokens = _encode_stage(encoder, s, x)
+        x = _to_nchw(tokens, *embedded.shape[-2:])
+    return x
 
 
 class EagerBaseline:
@@ -286,15 +332,10 @@ class EagerBaseline:
         for s in range(4):
             embedded, encoded = [], []
             for x in maps:
-                x = getattr(self.model.encoder, f"patch_embed{s + 1}").proj(x)
-                height, width = x.shape[-2:]
-                x = getattr(self.model.encoder, f"patch_embed{s + 1}").norm(_to_tokens(x))
-                embedded.append(_to_nchw(x, height, width))
-                for block in getattr(self.model.encoder, f"block{s + 1}"):
-                    y = block.norm1(x)
-                    x = x + _attention_layer(block.attn, y, y, height, width)
-                    x = x + _mix_ffn(block.mlp, block.norm2(x), height, width)
-                encoded.append(getattr(self.model.encoder, f"norm{s + 1}")(x))
+                pair = _encode_stage(self.model.encoder, s, x)
+                embedded.append(pair[0])
+                encoded.append(pair[1])
+            height, width = embedded[0].shape[-2:]
             tokens = self._cross(s, embedded, encoded, height, width)
             branches, merged = self._balance(s, tokens)
             features.append(tokens)

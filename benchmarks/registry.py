@@ -6,6 +6,7 @@ import importlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from itertools import product
 from typing import Any
 
@@ -19,11 +20,13 @@ from equiseg_fast.models.config import HEADS, SR_RATIOS, VARIANTS
 STEMS = (
     "attention",
     "depthwise",
+    "mix_ffn",
     "query_hub",
     "pooling_mixer",
     "guided_gate",
     "prototypes",
     "losses",
+    "encoder",
     "model",
 )
 
@@ -38,6 +41,7 @@ PROVIDERS = {
     "compile": "torch.compile of the torch backend",
     "sdpa_flash": "scaled_dot_product_attention, FlashAttention backend",
     "sdpa_efficient": "scaled_dot_product_attention, memory-efficient backend",
+    "transformers": "SegformerModel of transformers, eager",
     "sdpa_cudnn": "scaled_dot_product_attention, cuDNN backend",
 }
 COMMON_PROVIDERS = ("baseline", "reference", "torch", "triton", "compile")
@@ -256,6 +260,8 @@ def unavailable(op: Op, provider: str, device: torch.device) -> str:
     """Why a provider is out before anything is tried; empty if it is not."""
     if provider not in op.providers:
         return "no such implementation of this operation"
+    if provider == "transformers":
+        return "" if find_spec("transformers") else "transformers is not installed"
     if device.type != "cuda":
         if provider == "triton":
             return f"kernels are timed on a GPU only; the device is {device.type!r}"
@@ -277,7 +283,8 @@ def _reasons(function: str, inputs: Mapping[str, Any]) -> list[str]:
 class Suite:
     """Which cases, dtypes and modes, and how long each may take.
 
-    seconds: of timing, per case and mode, shared by all providers; rounds: at least and at most.
+    ops: names of operations, empty for all. seconds: of timing, per case and mode, shared by all
+    providers; rounds: at least and at most.
     """
 
     variants: tuple[str, ...]
@@ -290,6 +297,7 @@ class Suite:
     providers: tuple[str, ...]
     seconds: float
     rounds: tuple[int, int]
+    ops: tuple[str, ...] = ()
 
     def shapes(self, op: Op) -> list[Shape]:
         """The cases of one operation."""
@@ -310,6 +318,32 @@ SUITES = {
         providers=("baseline", "reference", "torch", "triton"),
         seconds=0.1,
         rounds=(2, 30),
+        # All but the encoder, which is most of the model.
+        ops=(
+            "attention",
+            "depthwise",
+            "mix_ffn",
+            "query_hub",
+            "pooling_mixer",
+            "guided_gate",
+            "prototypes",
+            "losses",
+            "model",
+            "training",
+        ),
+    ),
+    "cpu": Suite(
+        variants=("b0",),
+        sizes=((512, 512),),
+        batches=(1,),
+        modalities=(1, 4),
+        stages=(0,),
+        dtypes=("fp32",),
+        modes=("fwd", "step"),
+        providers=("baseline", "transformers", "torch"),
+        seconds=20.0,
+        rounds=(7, 30),
+        ops=("encoder", "model", "training"),
     ),
     "core": Suite(
         variants=("b0", "b2"),

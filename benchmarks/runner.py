@@ -78,7 +78,7 @@ class Phases:
 def plan(options: Options) -> list[Case]:
     """All cases of a run. Raises ValueError on a name that does not exist."""
     suite = SUITES[options.suite]
-    chosen = _pick("op", options.ops, tuple(operations()), tuple(operations()))
+    chosen = _pick("op", options.ops, suite.ops or tuple(operations()), tuple(operations()))
     dtypes = _pick("dtype", options.dtypes, suite.dtypes, tuple(DTYPES))
     modes = _pick("mode", options.modes, suite.modes, timing.MODES)
     wanted = _pick("provider", options.providers, suite.providers, tuple(PROVIDERS))

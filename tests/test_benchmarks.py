@@ -27,6 +27,7 @@ PROVIDERS = ("baseline", "reference", "torch")
 OPS = (
     "attention",
     "depthwise",
+    "mix_ffn",
     "query_hub",
     "pooling_mixer",
     "guided_gate",
@@ -130,7 +131,7 @@ def run_case(case: Case) -> dict[tuple[str, str], Record]:
     return {(r.provider, r.mode): r for r in rows}
 
 
-@pytest.mark.parametrize("name", [*OPS, "model", "training"])
+@pytest.mark.parametrize("name", [*OPS, "encoder", "model", "training"])
 def test_every_provider_is_correct_and_measured(name: str) -> None:
     case = case_of(operations()[name])
     rows = run_case(case)
@@ -152,7 +153,20 @@ def test_every_provider_is_correct_and_measured(name: str) -> None:
             assert rows[provider, "step"].peak_mib > rows[provider, "fwd"].peak_mib
 
 
-@pytest.mark.parametrize("name", [*OPS, "model", "training"])
+def test_segformer_of_transformers_runs_on_our_parameters() -> None:
+    """The same features, and through the same leaves the same gradients."""
+    case = case_of(operations()["encoder"])
+    rows = run_case(replace(case, providers=("torch", "transformers")))
+    assert {r.status for r in rows.values()} == {"ok"}
+    problem = case.op.build(case.shape, torch.float32, CPU, 0)
+    with torch.no_grad():
+        for leaf in problem.leaves.values():
+            leaf.normal_(std=0.1)
+    (ours,), (theirs,) = problem.calls["torch"](), problem.calls["transformers"]()
+    torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", [*OPS, "encoder", "model", "training"])
 def test_half_precision_passes_the_gate(name: str) -> None:
     shape = replace(SMALL, batch=1)
     rows = run_case(case_of(operations()[name], "bf16", shape))
@@ -236,6 +250,12 @@ HAND = {
         5 * 2 * (6 * 96 * 6 * 64),
     ),
     "depthwise": (4 * 2 * 147_456, 19 * 147_456, 4 * 3 * 147_456, 56 * 147_456),
+    "mix_ffn": (
+        4 * 2 * 36_864,
+        576 * (2 * 2 * 64 * 256 + 19 * 256),
+        4 * 3 * 36_864,
+        576 * (4 * 2 * 64 * 256 + 38 * 256),
+    ),
     "query_hub": (4 * 2 * 36_864, 25 * 36_864, 4 * 3 * 36_864, 65 * 36_864),
     "pooling_mixer": (4 * 2 * 36_864, 116 * 36_864, 4 * 3 * 36_864, 214 * 36_864),
     "guided_gate": (
@@ -519,7 +539,9 @@ def test_numbers_have_three_digits(value: float | None, text: str) -> None:
 @pytest.mark.parametrize("suite", list(SUITES))
 def test_every_suite_can_be_planned(suite: str) -> None:
     cases = plan(Options(suite=suite))
-    assert {case.op.name for case in cases} == {*OPS, "model", "training"}
+    quick = {*OPS, "model", "training"}
+    names = {"quick": quick, "cpu": {"encoder", "model", "training"}}
+    assert {case.op.name for case in cases} == names.get(suite, {*quick, "encoder"})
     labels = [case.label for case in cases]
     assert len(set(labels)) == len(labels)
     assert all(case.shape.height % 32 == case.shape.width % 32 == 0 for case in cases)

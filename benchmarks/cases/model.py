@@ -48,7 +48,7 @@ def _model(shape: Shape, device: torch.device, seed: int) -> EQUISeg:
     return model.to(device)
 
 
-def _on(backend: str, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
+def on_backend(backend: str, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
     def run() -> Outputs:
         with use_backend(backend):
             return call()
@@ -60,6 +60,18 @@ def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManage
     if dtype == torch.float32:
         return nullcontext()
     return torch.autocast(device.type, dtype)
+
+
+def cast_to(
+    device: torch.device, dtype: torch.dtype, call: Callable[[], Outputs]
+) -> Callable[[], Outputs]:
+    """`call` under autocast, or as it is in fp32."""
+
+    def run() -> Outputs:
+        with _autocast(device, dtype):
+            return call()
+
+    return run
 
 
 def _build(
@@ -86,26 +98,19 @@ def _build(
             return (baseline.loss(images, labels, generator=teachers()),)
         return (baseline.forward(images),)
 
-    def cast_to(wanted: torch.dtype, call: Callable[[], Outputs]) -> Callable[[], Outputs]:
-        def run() -> Outputs:
-            with _autocast(device, wanted):
-                return call()
-
-        return run
-
     compiled = lazily_compiled(model), lazily_compiled(model.loss)
     plain = {
         "baseline": theirs,
-        "reference": _on("reference", lambda: ours(model, model.loss)),
-        "torch": _on("torch", lambda: ours(model, model.loss)),
-        "triton": _on("auto", lambda: ours(model, model.loss)),
-        "compile": _on("torch", lambda: ours(*compiled)),
+        "reference": on_backend("reference", lambda: ours(model, model.loss)),
+        "torch": on_backend("torch", lambda: ours(model, model.loss)),
+        "triton": on_backend("auto", lambda: ours(model, model.loss)),
+        "compile": on_backend("torch", lambda: ours(*compiled)),
     }
     leaves = dict(model.named_parameters()) if training else {}
     return Problem(
-        calls={name: cast_to(dtype, call) for name, call in plain.items()},
+        calls={name: cast_to(device, dtype, call) for name, call in plain.items()},
         leaves=leaves,
-        cast=lambda wanted: (cast_to(wanted, plain["reference"]), list(leaves.values())),
+        cast=lambda wanted: (cast_to(device, wanted, plain["reference"]), list(leaves.values())),
         synchronising=frozenset({"baseline"}) if training else frozenset(),
         output_names=("loss",) if training else ("logits",),
         agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),

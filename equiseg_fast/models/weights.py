@@ -69,6 +69,24 @@ class _Layout:
 
 _OURS = re.compile(r"(patch_embed|block|norm)([1-4])(?:\.(\d+))?(?:\.(.+))?\.(weight|bias)")
 
+HUGGING_FACE_V5 = _Layout(
+    "Hugging Face v5",
+    0,
+    "stages.{s}.patch_embeddings",
+    "stages.{s}.blocks.{j}",
+    "stages.{s}.layer_norm",
+    {
+        "norm": "layer_norm",
+        "norm1": "layernorm_before",
+        "norm2": "layernorm_after",
+        "attn.q": "attention.q_proj",
+        "attn.kv": "attention.k_proj attention.v_proj",
+        "attn.proj": "attention.o_proj",
+        "attn.sr": "attention.sequence_reduction.sequence_reduction",
+        "attn.norm": "attention.sequence_reduction.layer_norm",
+    },
+)
+
 _LAYOUTS = (
     _Layout("NVlabs", 1, "patch_embed{s}", "block{s}.{j}", "norm{s}"),
     _Layout(
@@ -90,23 +108,7 @@ _LAYOUTS = (
             "mlp.fc2": "mlp.dense2",
         },
     ),
-    _Layout(
-        "Hugging Face v5",
-        0,
-        "stages.{s}.patch_embeddings",
-        "stages.{s}.blocks.{j}",
-        "stages.{s}.layer_norm",
-        {
-            "norm": "layer_norm",
-            "norm1": "layernorm_before",
-            "norm2": "layernorm_after",
-            "attn.q": "attention.q_proj",
-            "attn.kv": "attention.k_proj attention.v_proj",
-            "attn.proj": "attention.o_proj",
-            "attn.sr": "attention.sequence_reduction.sequence_reduction",
-            "attn.norm": "attention.sequence_reduction.layer_norm",
-        },
-    ),
+    HUGGING_FACE_V5,
 )
 
 # Models around an encoder with NVlabs' names, told apart by what else they have.

@@ -1,0 +1,85 @@
+"""The Mix Transformer alone, beside `SegformerModel` of transformers with the same parameters.
+
+The images of all modalities are one batch. What is compared are the features of the last stage and
+the gradients of all parameters.
+"""
+
+from collections.abc import Callable
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from benchmarks import baselines, data
+from benchmarks.cases.model import AGREEMENT, HALF_AGREEMENT, cast_to, on_backend
+from benchmarks.registry import Op, Outputs, Problem, Shape, lazily_compiled
+from equiseg_fast.models import MixTransformer
+from equiseg_fast.models.config import VARIANTS
+from equiseg_fast.models.weights import HUGGING_FACE_V5
+
+
+def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Callable[[], Outputs]:
+    """`SegformerModel` on the parameters of `encoder`; keys and values, one matrix here and two
+    there, are views of it."""
+    from transformers import SegformerConfig, SegformerModel
+
+    dims, depths = VARIANTS[variant]
+    config = SegformerConfig(
+        hidden_sizes=dims,
+        depths=depths,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        drop_path_rate=0.0,
+    )
+    theirs = SegformerModel(config).to(images.device).eval()
+
+    def run() -> Outputs:
+        parameters = {}
+        for name, parameter in encoder.named_parameters():
+            sources = HUGGING_FACE_V5.sources(name)
+            parameters |= zip(sources, parameter.chunk(len(sources)), strict=True)
+        output = torch.func.functional_call(theirs, parameters, (images,), strict=True)
+        return (output.last_hidden_state,)
+
+    return run
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        # The eps of transformers.
+        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5).to(device)
+    images = data.images(shape.modalities, shape.batch, shape.height, shape.width, seed)
+    images = images.flatten(0, 1).to(device)
+    compiled = lazily_compiled(encoder)
+    plain = {
+        "baseline": lambda: (baselines.encode(encoder, images),),
+        "reference": on_backend("reference", lambda: (encoder(images)[-1],)),
+        "torch": on_backend("torch", lambda: (encoder(images)[-1],)),
+        "triton": on_backend("auto", lambda: (encoder(images)[-1],)),
+        "compile": on_backend("torch", lambda: (compiled(images)[-1],)),
+    }
+    if find_spec("transformers"):
+        plain["transformers"] = _transformers(encoder, shape.variant, images)
+    leaves = dict(encoder.named_parameters())
+    return Problem(
+        calls={name: cast_to(device, dtype, call) for name, call in plain.items()},
+        leaves=leaves,
+        cast=lambda wanted: (cast_to(device, wanted, plain["reference"]), list(leaves.values())),
+        output_names=("features",),
+        agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
+        ignored=(images, *leaves.values()),
+    )
+
+
+OPS = (
+    Op(
+        "encoder",
+        "",
+        build,
+        None,
+        "Mix Transformer, features of the last stage",
+        extra_providers=("transformers",),
+        stages=(0,),
+    ),
+)

@@ -1,0 +1,59 @@
+"""`ops.mix_ffn`, the feed-forward half of a block, with hidden tokens four times as wide."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.cases.depthwise import RATIO
+from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    c, e = shape.channels, RATIO * shape.channels
+    sizes = {
+        "x": ((shape.rows, shape.tokens, c), 1.0),
+        "fc1_weight": ((e, c), c**-0.5),
+        "fc1_bias": ((e,), 1.0),
+        "dw_weight": ((e, 1, 3, 3), 1 / 3),
+        "dw_bias": ((e,), 1.0),
+        "fc2_weight": ((c, e), e**-0.5),
+        "fc2_bias": ((c,), 1.0),
+    }
+    inputs = {
+        name: random_normal(size, dtype, seed=seed + i, scale=scale, device=device)
+        for i, (name, (size, scale)) in enumerate(sizes.items())
+    }
+    return op_problem(
+        {**inputs, "height": shape.h, "width": shape.w},
+        tuple(inputs),
+        backends(ops.mix_ffn, baselines.mix_ffn),
+        reference.mix_ffn,
+        kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x, write out, as if hidden features cost nothing; two products of C by 4 C and
+    the depthwise convolution with GELU between them.
+
+    Backward: read x and the gradient, write its own; two products for each of the forward, two
+    convolutions for the one, GELU's derivative and the product with it.
+    """
+    tokens = shape.rows * shape.tokens
+    c, e = shape.channels, RATIO * shape.channels
+    moved = tokens * c * itemsize
+    return Cost(2 * moved, tokens * (4 * c * e + 19 * e), 3 * moved, tokens * (8 * c * e + 38 * e))
+
+
+OPS = (
+    Op(
+        "mix_ffn",
+        "mix_ffn",
+        build,
+        cost,
+        "bytes: x + out; FLOPs: 16 C^2 + 76 C per token",
+    ),
+)
