@@ -20,6 +20,7 @@ COLOURS = {
     "torch": "#dd8452",
     "triton": "#2a9d4e",
     "compile": "#8172b3",
+    "transformers": "#64b5cd",
     "sdpa_flash": "#c44e52",
     "sdpa_efficient": "#937860",
     "sdpa_cudnn": "#da8bc3",

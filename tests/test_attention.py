@@ -1,5 +1,6 @@
 """Attention: the Triton kernels against the fp64 oracle, and the operation within PyTorch."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -31,6 +32,8 @@ LARGE_SCORES = {
     torch.float16: (override("attention", "A floor", kind="gradient", rms=4.0, reason=RECOMPUTED),),
 }
 LARGE_SCORES[torch.bfloat16] = LARGE_SCORES[torch.float16]
+
+attention_module = importlib.import_module("equiseg_fast.ops.attention")
 
 
 def make(
@@ -216,6 +219,26 @@ class TestBackends:
             differentiable=("q", "k", "v"),
             kinds={"out1": "statistic"} if return_lse else {},
             contraction=1,  # it stores half-precision intermediates: measured against eager alone
+        )
+
+    @pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU shares out rows alone")
+    @pytest.mark.parametrize(
+        ("threads", "rows", "heads", "queries", "parts"),
+        [(6, 1, 1, 12, 6), (2, 1, 5, 8, 2), (2, 1, 1, 7, 1), (2, 2, 1, 8, 1), (4, 1, 3, 24, 4)],
+    )
+    def test_queries_are_cut_for_idle_threads(
+        self, monkeypatch: pytest.MonkeyPatch,
+        threads: int, rows: int, heads: int, queries: int, parts: int,
+    ) -> None:  # fmt: skip
+        inputs = make(batch=rows, heads=heads, queries=queries)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        assert attention_module._query_parts(inputs["q"]) == parts
+        check_op_parity(
+            partial(attention, backend="torch"),
+            reference.attention,
+            inputs,
+            differentiable=("q", "k", "v"),
+            contraction=1,
         )
 
     def test_torch_backend_in_float64(self) -> None:

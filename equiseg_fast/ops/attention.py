@@ -106,8 +106,30 @@ def _stock(
     half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
     if return_lse or half_training:
         return _matmul_softmax(q, k, v, scale, return_lse)
+    parts = _query_parts(q) if needs_grad(q, k, v) else 1
+    if parts > 1:
+        batch, _, heads, dim = q.shape
+        q = q.unflatten(1, (parts, -1)).flatten(0, 1)
+        k, v = (x[:, None].expand(-1, parts, -1, -1, -1).flatten(0, 1) for x in (k, v))
+        out = F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v)), scale=scale)
+        return out.transpose(1, 2).reshape(batch, -1, heads, dim)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+def _query_parts(q: Tensor) -> int:
+    """Into how many parts to cut the queries so that the CPU has work for all threads.
+
+    Its backward of scaled_dot_product_attention shares out batch rows and heads, nothing else.
+    """
+    batch, queries, heads, _ = q.shape
+    if q.device.type != "cpu" or torch.compiler.is_compiling() or batch == 0:
+        return 1
+    rows, threads = batch * heads, torch.get_num_threads()
+    fewest = -(-threads // rows)
+    candidates = [n for n in range(fewest, 2 * fewest + 1) if queries % n == 0]
+    # Best are shares of the same size.
+    return min(candidates, key=lambda n: (rows * n % threads != 0, n), default=1)
 
 
 def _matmul_softmax(
