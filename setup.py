@@ -10,6 +10,7 @@ from setuptools import setup
 setup(
     packages=[
         "equiseg_fast",
+        "equiseg_fast.integrations",
         "equiseg_fast.kernels",
         "equiseg_fast.models",
         "equiseg_fast.nn",

@@ -8,6 +8,18 @@ from equiseg_fast.ops._layout import linear, to_map, to_tokens
 from .common import Linear
 
 
+def reduce_tokens(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
+    """A convolution whose kernel is its stride r, on tokens: `[R, L, C]` -> `[R, L', C']`, where
+    L' = (height // r) * (width // r)."""
+    r = conv.stride[0]
+    if height % r or width % r:
+        return to_tokens(conv(to_map(x, height, width)))
+    # One matrix product over patches, which beats every strided convolution measured.
+    patches = x.unflatten(1, (height // r, r, width // r, r)).transpose(2, 3)
+    weight = conv.weight.permute(0, 2, 3, 1).flatten(1)
+    return linear(patches.flatten(3).flatten(1, 2), weight, conv.bias)
+
+
 class CrossModalAttention(nn.Module):
     """Queries from one sequence, keys and values from another of the same size.
 
@@ -32,20 +44,10 @@ class CrossModalAttention(nn.Module):
     def forward(self, x: Tensor, source: Tensor, height: int, width: int) -> Tensor:
         """x, source `[R, L, dim]`, L = height * width -> `[R, L, dim]`."""
         if self.sr_ratio > 1:
-            source = self.norm(self._reduce(source, height, width))
+            source = self.norm(reduce_tokens(self.sr, source, height, width))
         q = self.q(x).unflatten(-1, (self.heads, -1))
         k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(2)
         return self.proj(attention(q, k, v).flatten(2))
-
-    def _reduce(self, x: Tensor, height: int, width: int) -> Tensor:
-        r = self.sr_ratio
-        if height % r or width % r:
-            return to_tokens(self.sr(to_map(x, height, width)))
-        # Kernel equals stride, so the convolution is one matrix product over patches, which beats
-        # every strided convolution measured.
-        patches = x.unflatten(1, (height // r, r, width // r, r)).transpose(2, 3)
-        weight = self.sr.weight.permute(0, 2, 3, 1).flatten(1)
-        return linear(patches.flatten(3).flatten(1, 2), weight, self.sr.bias)
 
     def extra_repr(self) -> str:
         return f"heads={self.heads}, sr_ratio={self.sr_ratio}"
