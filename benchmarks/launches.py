@@ -46,9 +46,13 @@ class KernelCounter(TorchDispatchMode):
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         name = func.overloadpacket.__name__
-        if func.namespace == "equiseg_fast":
-            with self:
+        with self:
+            if func.namespace == "equiseg_fast":
                 return LAUNCHERS[name](*args, **(kwargs or {}))
+            # Inside our operations nothing has taken composite ones like `contiguous` apart yet.
+            result = func.decompose(*args, **(kwargs or {}))
+            if result is not NotImplemented:
+                return result
         if not func.is_view and name not in NO_KERNEL:
             self.stock[name] += 1
         return func(*args, **(kwargs or {}))

@@ -224,7 +224,14 @@ class TestBackends:
     @pytest.mark.skipif(DEVICE == "cuda", reason="only the CPU shares out rows alone")
     @pytest.mark.parametrize(
         ("threads", "rows", "heads", "queries", "parts"),
-        [(6, 1, 1, 12, 6), (2, 1, 5, 8, 2), (2, 1, 1, 7, 1), (2, 2, 1, 8, 1), (4, 1, 3, 24, 4)],
+        [
+            (6, 1, 1, 12, 6),
+            (2, 1, 5, 8, 2),
+            (2, 1, 1, 7, 1),
+            (2, 2, 1, 8, 1),
+            (4, 1, 3, 24, 4),
+            (6, 2, 1, 12, 3),
+        ],
     )
     def test_queries_are_cut_for_idle_threads(
         self, monkeypatch: pytest.MonkeyPatch,

@@ -9,7 +9,13 @@ from torch import Tensor
 
 from equiseg_fast import explain, guided_gate, reference
 from equiseg_fast.ops import _backend
-from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal, same_bits
+from equiseg_fast.testing import (
+    assert_deterministic,
+    check_op_parity,
+    random_normal,
+    same_bits,
+    with_layout,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -38,9 +44,9 @@ def make(
 
 
 def some_absent(modalities: int, batch: int) -> Tensor:
-    """`[M, B]` bool: every image has lost another modality, none has lost all."""
+    """`[M, B]` bool: image b has lost b + 1 modalities from b on; a single one is never lost."""
     m, b = torch.arange(modalities)[:, None], torch.arange(batch)
-    return ((m != b % modalities) | (modalities == 1)).to(DEVICE)
+    return (((m - b) % modalities > b) | (modalities == 1)).to(DEVICE)
 
 
 def parity(inputs: dict[str, Any], backend: str = "triton", **kwargs: Any) -> None:
@@ -99,6 +105,21 @@ class TestParity:
     @pytest.mark.parametrize("cotangent", LAYOUTS)
     def test_strides_of_cotangents(self, cotangent: str) -> None:
         parity(make(), cotangent=cotangent)
+
+    def test_strides_of_cotangents_that_are_used_as_they_are(self) -> None:
+        x, logits = make(tokens=70).values()
+        plain = [random_normal(t.shape, seed=5, device=DEVICE) for t in (x, x[0])]
+        strided = (
+            with_layout(plain[0], "transposed", unit_last_stride=True),
+            with_layout(plain[1], "sliced", unit_last_stride=True),
+        )
+
+        def step(*cotangents: Tensor) -> tuple[Tensor, ...]:
+            backward = torch.ops.equiseg_fast.guided_gate_bwd
+            return backward(*cotangents, x, logits, None, 0.5, True, True)
+
+        for actual, expected in zip(step(*strided), step(*plain), strict=True):
+            assert same_bits(actual, expected)
 
     @pytest.mark.parametrize("dtype", DTYPES)
     def test_view_of_batch_major_features(self, dtype: torch.dtype) -> None:
@@ -207,6 +228,23 @@ class TestParity:
 
         assert_deterministic(step, repeats=20 if DEVICE == "cuda" else 3)
 
+    @pytest.mark.parametrize("dim", [0, 1, 2])
+    def test_strides_beyond_32_bits(self, dim: int) -> None:
+        """Modalities, images or chunks of tokens up to 2^31 elements apart."""
+        x, logits = make(3, 3, 65, 2, torch.float16).values()
+        strides = list(x.stride())
+        strides[dim] = 2**31 // (x.size(dim) - 1) + x.numel()
+        memory = torch.empty(2**31 + 2**18, dtype=x.dtype, device=DEVICE)
+        far = memory.as_strided(x.shape, strides).copy_(x)
+
+        def step(t: Tensor) -> tuple[Tensor, ...]:
+            ops = torch.ops.equiseg_fast
+            grads = ops.guided_gate_bwd(t, t[0], t, logits, None, 0.5, True, True)
+            return *triton_gate(t, logits), *grads
+
+        for actual, expected in zip(step(far), step(x), strict=True):
+            assert same_bits(actual, expected)
+
     def test_results_of_an_image_do_not_depend_on_the_batch(self) -> None:
         inputs = make(batch=3)
         together = triton_gate(**inputs)[0]
@@ -250,7 +288,7 @@ class TestAutograd:
         def gradient_penalty(fn: Any, inputs: dict[str, Tensor]) -> tuple[Tensor, ...]:
             leaves = [t.detach().clone().requires_grad_() for t in inputs.values()]
             x, logits = leaves
-            outputs = fn(x, logits + x.mean(dim=2), present=present)
+            outputs = fn(x, logits + x.mean(dim=2), present=present, rho=0.3)
             loss = sum((y * y.detach().cos()).sum() for y in outputs)
             first = torch.autograd.grad(loss, leaves, create_graph=True)
             return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
@@ -320,7 +358,7 @@ class TestRegistration:
         )
         torch.library.opcheck(forward, (x, logits, None, 0.5))
         torch.library.opcheck(forward, (strided, logits, some_absent(3, 2), 0.5))
-        a, b = torch.randn_like(x), torch.randn_like(x[0])
+        a, b = torch.randn_like(strided), torch.randn_like(x[0])
         torch.library.opcheck(backward, (a, b, strided, logits, None, 0.5, True, True))
         torch.library.opcheck(backward, (None, b, x, logits, some_absent(3, 2), 0.5, True, False))
         torch.library.opcheck(backward, (a, None, x, logits, None, 0.5, False, True))

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines, launches
-from equiseg_fast import EQUISeg, attention
+from equiseg_fast import EQUISeg, attention, pooling_mixer
 from equiseg_fast.kernels import _common
 from equiseg_fast.ops import _backend
 
@@ -54,6 +54,16 @@ class TestCounter:
         assert counter.fused.items() >= (fused | {"attention_bwd_dkdv": 1}).items()
         assert "attention_bwd" not in counter.stock
 
+    def test_copies_inside_our_operations_count(self) -> None:
+        x, weight, bias = torch.randn(1, 64, 32), torch.randn(32, 1, 7, 7), torch.randn(32)
+        with torch.no_grad(), launches.counting() as counter:
+            pooling_mixer(x, weight, bias, 8, 8)
+        assert counter.stock == {"clone": 1}  # the taps, channels last
+        x = x.mT.contiguous().mT
+        with torch.no_grad(), launches.counting() as counter:
+            pooling_mixer(x, weight, bias, 8, 8)
+        assert counter.stock == {"clone": 2}
+
     def test_nothing_stays_changed(self) -> None:
         from equiseg_fast.kernels import attention as kernels
 
@@ -69,7 +79,7 @@ class TestCrossModalBlock:
     """The fewer launches, the more of a step a GPU computes; see the table in a report."""
 
     @pytest.mark.parametrize(
-        ("stage", "fused", "total", "folded"), [(1, 5, 31, 29), (2, 5, 32, 30), (3, 6, 33, 31)]
+        ("stage", "fused", "total", "folded"), [(1, 5, 32, 30), (2, 5, 33, 31), (3, 6, 34, 32)]
     )
     def test_forward(self, rows: dict, stage: int, fused: int, total: int, folded: int) -> None:
         """Stages beyond 128 channels have a kernel for scores; the others are one or two copies
@@ -102,7 +112,7 @@ class TestCrossModalBlock:
         with launches.counting() as backward:
             out.backward(cotangent)
         assert (forward.fused.total(), backward.fused.total()) == (5, 12)
-        assert forward.stock.total() <= 29
+        assert forward.stock.total() <= 30
         assert backward.stock.total() <= 60
         # No reordering of features, no indexing, nothing that waits for the device.
         assert not {"index_put_", "nonzero", "_local_scalar_dense", "avg_pool2d"} & {

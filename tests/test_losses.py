@@ -155,6 +155,14 @@ class TestParity:
         expected = F.cross_entropy(inputs["logits"], labels, ignore_index=100, reduction="none")
         torch.testing.assert_close(triton_loss(**inputs), expected)
 
+    def test_a_common_offset_changes_no_bit(self) -> None:
+        """The large number cancels before the small logarithm is added."""
+        inputs = make(samples=(6, 8))
+        inputs["logits"] = inputs["logits"].round()
+        expected = triton_loss(**inputs)
+        inputs["logits"] += 1000
+        assert torch.equal(triton_loss(**inputs), expected)
+
     def test_label_that_is_no_class_is_seen(self) -> None:
         inputs = make()
         inputs["labels"][0, 3, 4] = 77
@@ -223,7 +231,10 @@ class TestConfigs:
         assert _configs.losses_strip(32, 16, config, 132) == 1
         for programs in (1, 100, 10**6):
             for lines in (1, 4, 32):
-                assert 1 <= _configs.losses_lines(90, programs, lines, 132) <= lines
+                n = _configs.losses_lines(90, programs, lines, 132)
+                assert 1 <= n <= lines
+                # No more parts than fill the device, at 12 programs per processor.
+                assert programs * -(-lines // n) <= max(programs, 12 * 132)
         assert _configs.losses_lines(90, 10**6, 4, 132) == 4
         assert _configs.losses_lines(90, 10, 4, 132) == 1
 
@@ -266,10 +277,11 @@ class TestBackends:
             triton_loss(**make(classes=257, label_dtype=torch.int16))
         with pytest.raises(ValueError, match=r"dtype torch\.float64"):
             triton_loss(**make(dtype=torch.float64))
-        logits = torch.empty(1, 1, 1, 40000).expand(1, 2, 40000, 40000)
-        labels = torch.zeros(1, 1, dtype=torch.uint8).expand(1, 40000, 40000)
-        text = explain("upsample_cross_entropy", logits, labels)
-        assert "positions of 40000 pixels over 40000 samples exceed 32 bits" in text
+        for size in ((40000, 1), (1, 40000)):
+            logits = torch.empty(1, 1, 1, 1).expand(1, 2, *size)
+            labels = torch.zeros(1, 1, 1, dtype=torch.uint8).expand(1, *size)
+            text = explain("upsample_cross_entropy", logits, labels)
+            assert "positions of 40000 pixels over 40000 samples exceed 32 bits" in text
 
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
@@ -448,6 +460,11 @@ class TestOhem:
             reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=ratio),
         )
 
+    @pytest.mark.parametrize("fn", [ohem, reference.ohem])
+    def test_a_loss_on_the_threshold_is_not_hard(self, fn: Callable[..., Tensor]) -> None:
+        loss = torch.tensor([0.0, 0.0, 2.0, 4.0], device=DEVICE)
+        assert fn(loss, torch.ones_like(loss, dtype=torch.bool), thresh=1.0) == 3.0
+
     def test_double_backward(self) -> None:
         x = torch.rand(50, dtype=torch.float64, device=DEVICE, requires_grad=True)
         valid = torch.ones(50, dtype=torch.bool, device=DEVICE)
@@ -468,6 +485,7 @@ class TestOhem:
             ((loss, valid[:1]), {}, ValueError, r"valid must have shape that of loss = \[2, 3\]"),
             ((loss, valid.to("meta")), {}, ValueError, "valid must be on the device of loss"),
             ((loss, valid), {"thresh": 0.0}, ValueError, r"thresh must be in \(0, 1\]; got 0.0"),
+            ((loss, valid), {"thresh": 1.5}, ValueError, r"thresh must be in \(0, 1\]; got 1.5"),
             ((loss, valid), {"min_kept_ratio": 0}, ValueError, "min_kept_ratio must be at least 1"),
         ]
         for args, kwargs, error, message in cases:

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._dynamo.testing import CompileCounterWithBackend
 
 from equiseg_fast import explain, mix_ffn, reference
 from equiseg_fast.ops import _backend
@@ -101,6 +102,17 @@ class TestParity:
     def test_bands(self, dtype: torch.dtype, height: int, narrow_bands: None) -> None:
         """The first, the last and bands between, next to one another."""
         parity(make(2, height, 5, dtype=dtype))
+
+    @pytest.mark.parametrize("dtype", HALF)
+    def test_sums_over_many_bands_are_wide(self, dtype: torch.dtype, narrow_bands: None) -> None:
+        """Added up in half precision, a hundred parts of about the same size would lose digits."""
+        inputs = {n: x.abs() if isinstance(x, Tensor) else x for n, x in make(1, 200, 4).items()}
+        inputs = {n: x.to(dtype) if isinstance(x, Tensor) else x for n, x in inputs.items()}
+        tensors = leaves(inputs)
+        (whole,) = torch.autograd.grad(reference.mix_ffn(**inputs).sum(), [inputs["dw_bias"]])
+        (banded,) = torch.autograd.grad(torch_op(**inputs).sum(), [tensors[4]])
+        error = (banded.float() - whole.float()).abs() / whole.float().abs()
+        assert error.max() < 4 * torch.finfo(dtype).eps
 
     @pytest.mark.parametrize("backend", ["triton", "torch"])
     def test_composition_around_the_kernel(self, backend: str) -> None:
@@ -271,6 +283,15 @@ class TestBehaviour:
             torch.testing.assert_close(
                 torch.autograd.grad(actual, tensors), torch.autograd.grad(expected, tensors)
             )
+
+    def test_compiled_code_knows_no_bands(self, narrow_bands: None) -> None:
+        """Other sizes have other bands, but the same graph."""
+        torch._dynamo.reset()
+        counter = CompileCounterWithBackend("aot_eager")
+        compiled = torch.compile(torch_op, fullgraph=True, dynamic=True, backend=counter)
+        for height, width in ((3, 5), (7, 2), (20, 6)):
+            compiled(**make(2, height, width))
+        assert counter.frame_count == 1
 
     def test_explicit_triton_never_falls_back(self, monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.raises(ValueError, match=r"mix_ffn: dtype torch\.float64"):

@@ -557,7 +557,7 @@ class TestFolded:
 class TestLinear:
     """`nn.Linear` on tokens takes another way on the CPU, where sizes allow."""
 
-    @pytest.mark.parametrize("tokens", [1, 8, 35, 64])
+    @pytest.mark.parametrize("tokens", [1, 8, 12, 35, 64])
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
     def test_agrees_with_torch(self, tokens: int, bias: bool, dtype: torch.dtype) -> None:

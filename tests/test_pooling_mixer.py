@@ -10,7 +10,13 @@ from torch import Tensor
 
 from equiseg_fast import explain, pooling_mixer, reference
 from equiseg_fast.ops import _backend
-from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
+from equiseg_fast.testing import (
+    assert_deterministic,
+    check_op_parity,
+    random_normal,
+    same_bits,
+    with_layout,
+)
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -136,6 +142,37 @@ class TestParity:
     @pytest.mark.parametrize("cotangent", ["transposed", "sliced", "expanded", "channels_last"])
     def test_strides_of_cotangents(self, cotangent: str) -> None:
         parity(make(3, 4, 16), cotangent=cotangent)
+
+    def test_strides_of_cotangents_that_are_used_as_they_are(self) -> None:
+        x, weight, *_ = make(2, 4, 16, batch=2).values()
+        plain = random_normal(x.shape, seed=5, device=DEVICE)
+        strided = with_layout(plain, "transposed", unit_last_stride=True)
+        backward = torch.ops.equiseg_fast.pooling_mixer_bwd
+        args = x, weight, 2, 4, True, True, True
+        for actual, expected in zip(backward(strided, *args), backward(plain, *args), strict=True):
+            assert same_bits(actual, expected)
+
+    @pytest.mark.parametrize(("dim", "batch", "height"), [(0, 3, 2), (1, 1, 33)])
+    def test_strides_beyond_32_bits(
+        self, dim: int, batch: int, height: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Images or strips up to 2^31 elements apart; the last strip reads from row 29 or 27 on."""
+        from equiseg_fast.kernels import _configs
+
+        monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 16)
+        x, *others = make(height, 1, 2, batch, torch.float16).values()
+        strides = list(x.stride())
+        strides[dim] = 2**31 // min(x.size(dim) - 1, 27) + x.numel()
+        memory = torch.empty(x.size(dim) * strides[dim], dtype=x.dtype, device=DEVICE)
+        far = memory.as_strided(x.shape, strides).copy_(x)
+
+        def step(fn: Callable[..., Tensor], t: Tensor) -> tuple[Tensor, ...]:
+            leaf = t.detach().requires_grad_()
+            out = fn(leaf, *others)
+            return out, *torch.autograd.grad(out, leaf, t)
+
+        for actual, expected in zip(step(triton_mixer, far), step(torch_mixer, x), strict=True):
+            torch.testing.assert_close(actual, expected)
 
     @pytest.mark.parametrize("wanted", [("x",), ("weight",), ("bias",), ("x", "bias")])
     def test_only_wanted_gradients(self, wanted: tuple[str, ...]) -> None:
@@ -334,7 +371,7 @@ class TestRegistration:
         ops = torch.ops.equiseg_fast
         torch.library.opcheck(ops.pooling_mixer_fwd, (strided, weight, bias, 1, 2))
         for needs in ((True, False, True), (False, True, False)):
-            args = (torch.randn_like(x), strided, weight, 1, 2, *needs)
+            args = (torch.randn_like(strided), strided, weight, 1, 2, *needs)
             torch.library.opcheck(ops.pooling_mixer_bwd, args)
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="stock operators stand in where no GPU is")

@@ -112,6 +112,15 @@ class TestParity:
     def test_strides_of_cotangents(self, cotangent: str) -> None:
         parity(make(), cotangent=cotangent)
 
+    def test_strides_of_cotangents_that_are_used_as_they_are(self) -> None:
+        inputs = make(stride=1)
+        prototypes, counts = triton_prototypes(**inputs)
+        plain = random_normal(prototypes.shape, seed=5, device=DEVICE)
+        strided = with_layout(plain, "transposed", unit_last_stride=True)
+        backward = torch.ops.equiseg_fast.class_prototypes_bwd
+        args = inputs["labels"], counts, 255, torch.float32
+        assert same_bits(backward(strided, *args), backward(plain, *args))
+
     def test_view_of_batch_major_features(self) -> None:
         x = random_normal((2, 3, 35, 32), seed=4, device=DEVICE).transpose(0, 1)
         parity({**make(3, 2, channels=32), "x": x})
@@ -177,8 +186,33 @@ class TestParity:
 
         monkeypatch.setattr(_configs, "token_chunks", token_chunks)
         monkeypatch.setattr(_configs, "class_sums_config", lambda *_: _configs.TokenTile(16, 32, 4))
+        monkeypatch.setattr(_configs, "CLASS_MEANS_TILE", (4, 128))
         for dtype in (torch.float32, torch.bfloat16):
             parity(make(1, 2, 13, 11, 20, dtype=dtype))
+
+    @pytest.mark.parametrize("backend", ["triton", "torch"])
+    def test_not_a_number_stays_in_its_channel(self, backend: str) -> None:
+        inputs = make()
+        expected, _ = class_prototypes(**inputs, backend=backend)
+        inputs["x"][0, 1, :, 3] = float("nan")
+        prototypes, _ = class_prototypes(**inputs, backend=backend)
+        assert prototypes[0, 1, :, 3].isnan().any()
+        prototypes[0, 1, :, 3] = expected[0, 1, :, 3]
+        assert torch.equal(prototypes, expected)
+
+    def test_strides_beyond_32_bits(self) -> None:
+        """Modalities, images, chunks of tokens or rows of labels up to 2^31 elements apart."""
+        sizes = {"modalities": 3, "batch": 3, "height": 13, "width": 5, "channels": 2, "stride": 1}
+        inputs = make(**sizes, dtype=torch.float16)
+        expected = triton_prototypes(**inputs)
+        for name, dim in (("x", 0), ("x", 1), ("x", 2), ("labels", 1)):
+            t = inputs[name].to(torch.float16 if name == "x" else torch.uint8)
+            strides = list(t.stride())
+            strides[dim] = 2**31 // (t.size(dim) - 1) + t.numel()
+            memory = torch.empty(2**31 + 2**18, dtype=t.dtype, device=DEVICE)
+            far = {**inputs, name: memory.as_strided(t.shape, strides).copy_(t)}
+            for a, b in zip(triton_prototypes(**far), expected, strict=True):
+                assert same_bits(a, b)
 
     @pytest.mark.parametrize("backend", ["triton", "torch"])
     def test_empty_batch(self, backend: str) -> None:
@@ -356,6 +390,16 @@ class TestRegistration:
                 rtol=1e-4,
                 atol=1e-5,
             )
+
+    def test_compiled_torch_backend_under_autocast(self) -> None:
+        """The compiler, like a GPU, gets another formula than the CPU: a product."""
+        torch._dynamo.reset()
+        inputs = make()
+        fn = partial(class_prototypes, backend="torch")
+        compiled = torch.compile(fn, fullgraph=True, backend="aot_eager")
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = compiled(**inputs)
+        torch.testing.assert_close(actual, fn(**inputs))
 
     @pytest.mark.parametrize("reentrant", [False, True])
     def test_checkpointing(self, reentrant: bool) -> None:

@@ -105,8 +105,16 @@ class EQUISeg(nn.Module):
         self.head.fold_()
         return self.eval()
 
-    def forward(self, images: Images, present: Present = None) -> Tensor:
-        """Logits `[B, num_classes, H, W]` at the size of the input.
+    def forward(
+        self,
+        images: Images,
+        present: Present = None,
+        *,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Any:
+        """Logits `[B, num_classes, H, W]` at the size of the input; with labels what `loss` returns
+        (distributed wrappers work on `forward` alone).
 
         images: mapping name -> `[B, 3, H, W]`, or a tensor `[M, B, 3, H, W]` in the order of
             `config.modalities`; normalised, floating, on the model's device. Sizes that are no
@@ -118,6 +126,8 @@ class EQUISeg(nn.Module):
 
         Raises TypeError or ValueError naming what is wrong.
         """
+        if labels is not None:
+            return self.loss(images, labels, present, generator=generator)
         x, mask, subset = self._inputs(images, present)
         stages, padded = self._stages(x, mask, subset)
         height, width = x.shape[-2:]
@@ -216,8 +226,11 @@ class EQUISeg(nn.Module):
     ) -> tuple[list[StageOutput], tuple[int, int]]:
         """The four stages, and the padded size of the images."""
         modalities, batch = x.shape[:2]
-        padding = (0, -x.shape[-1] % STRIDE, 0, -x.shape[-2] % STRIDE)
-        maps = F.pad(x.flatten(0, 1), padding)
+        height, width = x.shape[-2:]
+        # Written without a modulus, which the compiler cannot check for sizes it does not know.
+        more_rows = (height + STRIDE - 1) // STRIDE * STRIDE - height
+        more_columns = (width + STRIDE - 1) // STRIDE * STRIDE - width
+        maps = F.pad(x.flatten(0, 1), (0, more_columns, 0, more_rows))
         padded = (maps.shape[-2], maps.shape[-1])
         maps = maps.contiguous(memory_format=torch.channels_last)
         outputs = []

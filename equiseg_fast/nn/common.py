@@ -1,6 +1,7 @@
 """Small layers that several others are made of."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast.ops import depthwise_conv_gelu, mix_ffn
@@ -35,7 +36,23 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class TokenBatchNorm(nn.BatchNorm2d):
+class BatchNorm2d(nn.BatchNorm2d):
+    """`nn.BatchNorm2d` that also works when parameters are cast and running statistics are not, as
+    in sharded training with mixed precision: it computes in the dtype of the statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        dtype = self.running_mean.dtype
+        if self.weight.dtype == dtype:
+            return super().forward(x)
+        if self.training:
+            self.num_batches_tracked.add_(1)
+        return F.batch_norm(
+            x, self.running_mean, self.running_var, self.weight.to(dtype), self.bias.to(dtype),
+            self.training, self.momentum, self.eps,
+        )  # fmt: skip
+
+
+class TokenBatchNorm(BatchNorm2d):
     """Batch normalisation of tokens `[R, L, C]` over rows and tokens.
 
     In training `rows` `[R]` bool says which rows the statistics are taken from; rows of absent

@@ -8,6 +8,8 @@ from torch import Tensor, nn
 
 from equiseg_fast.ops._layout import pointwise_conv, to_map
 
+from .common import BatchNorm2d
+
 
 class _Projection(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
@@ -19,7 +21,7 @@ class _Fuse(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False)
-        self.bn = nn.BatchNorm2d(dim)
+        self.bn = BatchNorm2d(dim)
 
 
 class SegmentationHead(nn.Module):

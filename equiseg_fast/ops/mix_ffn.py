@@ -158,7 +158,7 @@ def _forward(
             near = _widened(rows, 1, height)
             hidden = pointwise_conv(_band(x, images, near, width), fc1_weight, fc1_bias)
             hidden = _rows(_depthwise(hidden, dw_weight, dw_bias), rows, near.start)
-            hidden = torch.ops.aten.gelu_(hidden)
+            hidden = F.gelu(hidden)
             _put(out, images, rows, width, pointwise_conv(hidden, fc2_weight, fc2_bias))
     return out
 

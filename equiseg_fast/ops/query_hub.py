@@ -178,7 +178,8 @@ def _gradients(
     dz = torch.stack(dots) * (score * (1 - score))
     # The token at distance d from a score saw it through the tap at distance -d.
     around = F.pad(dz.unflatten(-1, (height, width)), (1, 1, 1, 1))
-    taps = around.unfold(2, height, 1).unfold(3, width, 1).flip(2, 3).reshape(-1, 9, dz.shape[-1])
+    shifted = [around[:, :, i : i + height, j : j + width] for i in (2, 1, 0) for j in (2, 1, 0)]
+    taps = torch.stack(shifted, dim=2).reshape(-1, 9, dz.shape[-1])
     dx, dweight, dbias = (weight.new_empty(0) for _ in range(3))
     if needs_dx:
         dx = _rows(wide, modalities, wide.dtype)
@@ -237,6 +238,8 @@ def _stock_forward(
     nodes = list(_gate(x, score, present))
     out = _rows(x, len(nodes), weight.dtype)
     rows = dict(zip(outcomes, out, strict=True))
+    if torch.compiler.is_compiling():  # exported programs must not write into memory of their own
+        rows = {}
     for a, b in pairs:
         if len(nodes) in rows:
             nodes.append(torch.maximum(nodes[a], nodes[b], out=rows[len(nodes)]))
@@ -245,6 +248,8 @@ def _stock_forward(
     for node, row in rows.items():
         if node < x.shape[0]:
             row.copy_(nodes[node])
+    if not rows:
+        out = torch.stack([nodes[node] for node in outcomes])
     out = _masked(out, _others(x, present), 0.0)
     return out.to(x.dtype), score, x.new_zeros(0, dtype=torch.uint8)
 

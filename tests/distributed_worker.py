@@ -1,0 +1,92 @@
+"""What `test_workflows.py` runs in two processes: sharded training equals a single process.
+
+    torchrun --nproc-per-node 2 tests/distributed_worker.py
+
+Every rank computes the gradients of the whole batch alone, then those of its share in a
+distributed model, and compares. Normalisation uses running statistics, because those of a batch
+are not the same for a share of it.
+"""
+
+import copy
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from equiseg_fast import EQUISeg
+from equiseg_fast.models.mix_transformer import TransformerBlock
+from equiseg_fast.nn import CrossModalBlock
+
+Gradients = dict[str, Tensor]
+
+
+def build() -> EQUISeg:
+    torch.manual_seed(0)
+    model = EQUISeg.from_name("b0", modalities=("rgb", "depth"), num_classes=5, drop_path=0.0)
+    for gate in model.gates:
+        nn.init.normal_(gate.fc2.weight, std=0.1)
+    return model.double().eval()
+
+
+def gradients(model: nn.Module, images: Tensor, wrapped: nn.Module | None = None) -> Gradients:
+    logits = (model if wrapped is None else wrapped)(images)
+    logits.double().square().mean().backward()
+    found = {}
+    for name, p in model.named_parameters():
+        assert p.grad is not None, f"{name} has no gradient"
+        found[name] = p.grad.full_tensor() if hasattr(p.grad, "full_tensor") else p.grad
+    return found
+
+
+def compare(label: str, actual: Gradients, expected: Gradients, tolerance: float) -> None:
+    assert actual.keys() == expected.keys()
+    norm = sum(float(g.double().square().sum()) for g in expected.values()) ** 0.5
+    worst = max(float((actual[n].double() - g).norm()) for n, g in expected.items()) / norm
+    assert worst <= tolerance, f"{label}: gradients differ by {worst:.1e}"
+    if dist.get_rank() == 0:
+        print(f"{label}: gradients of {len(expected)} parameters differ by {worst:.1e} at most")
+
+
+def sharded(model: EQUISeg, **options: object) -> EQUISeg:
+    for module in model.modules():
+        if isinstance(module, TransformerBlock | CrossModalBlock):
+            fully_shard(module, **options)
+    fully_shard(model, **options)
+    return model
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo")
+    rank, ranks = dist.get_rank(), dist.get_world_size()
+    model = build()
+    images = torch.randn(2, 2 * ranks, 3, 32, 64, dtype=torch.float64)
+    share = images[:, 2 * rank : 2 * rank + 2]
+    expected = gradients(copy.deepcopy(model), images)
+
+    ours = copy.deepcopy(model)
+    wrapped = DistributedDataParallel(ours)
+    compare("DDP", gradients(ours, share, wrapped), expected, 1e-12)
+
+    ours = sharded(copy.deepcopy(model))
+    compare("FSDP2", gradients(ours, share), expected, 1e-12)
+
+    half = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    ours = sharded(copy.deepcopy(model).float(), mp_policy=half)
+    compare("FSDP2 in bf16", gradients(ours, share.float()), expected, 0.1)
+
+    ours = sharded(copy.deepcopy(model))
+    compiled: Callable[..., Tensor] = torch.compile(ours, backend="aot_eager")
+    compare("FSDP2 compiled", gradients(ours, share, compiled), expected, 1e-12)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
