@@ -56,6 +56,18 @@ def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, wi
     return F.gelu(_to_tokens(y))
 
 
+def add_layer_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """A residual connection and the norm of what comes next, as `ops.add_layer_norm`."""
+    total = x + update
+    y = total
+    if x.device.type == "cpu":
+        # Half-precision gradients of the parameters would be added up in half precision, and wrong.
+        y, weight, bias = _wide(total), _wide(weight), _wide(bias)
+    return total, F.layer_norm(y, weight.shape, weight, bias, eps).to(x.dtype)
+
+
 def _scored(x: Tensor, net: ScoreNet) -> Tensor:
     """CMNeXt's self-gating of one modality: x `[B, C, H, W]` -> the same."""
     dw_weight, dw_bias, pw_weight, pw_bias = net

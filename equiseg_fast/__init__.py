@@ -18,6 +18,7 @@ if not (Path(__file__).parent / "kernels").is_dir() and (_checkout / "setup.py")
     __path__.append(str(_checkout))
 
 from .ops import (  # noqa: E402  (the line above must come first)
+    add_layer_norm,
     attention,
     class_prototypes,
     depthwise_conv_gelu,
@@ -42,6 +43,7 @@ __all__ = [
     "EQUISeg",
     "EQUISegConfig",
     "MixTransformer",
+    "add_layer_norm",
     "attention",
     "class_prototypes",
     "depthwise_conv_gelu",

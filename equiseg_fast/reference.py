@@ -80,6 +80,20 @@ def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, wi
     return _to_tokens(F.gelu(y))
 
 
+def add_layer_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """Residual addition, then LayerNorm over channels with statistics in fp32.
+
+    x, update `[..., C]`, weight, bias `[C]` -> total `x + update` and its normalisation, `[..., C]`
+    both.
+    """
+    total = x + update
+    wide = total.to(statistics_dtype(total))
+    var, mean = torch.var_mean(wide, dim=-1, correction=0, keepdim=True)
+    return total, ((wide - mean) * (var + eps).rsqrt() * weight + bias).to(x.dtype)
+
+
 # ---- query hub and pooling mixer (CMNeXt) -------------------------------------------------------
 
 

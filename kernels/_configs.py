@@ -516,3 +516,25 @@ def strip_rows(strips: int, height: int, slots: int) -> int:
         best = min(best, (waves * (rows + _STRIP_OVERHEAD), chunks, rows))
         chunks *= 2
     return best[2]
+
+
+def _norm_tile(channels: int, elements: int, num_warps: int) -> TokenTile:
+    """Whole rows; a row of more than `elements` gets more warps instead of more per thread."""
+    block_c = max(16, _power_of_two(channels))
+    wide = max(1, block_c // elements)
+    return TokenTile(max(1, elements // block_c), block_c, num_warps * wide)
+
+
+def norm_fwd_config(channels: int) -> TokenTile:
+    """Rows that a program adds and normalises: 16 elements of either input per thread."""
+    return _norm_tile(channels, 4096, 8)
+
+
+NORM_BWD_REGISTERS = 128
+"""Per thread of the backward. With four warps all programs that `token_chunks` makes are resident;
+left alone the compiler takes more, or, for sm_100, rather spills than takes more than 96."""
+
+
+def norm_bwd_config(itemsize: int, channels: int) -> TokenTile:
+    """Rows of one step of its backward; two sums per element stay in registers."""
+    return _norm_tile(channels, 2048 if itemsize == 2 else 1024, 4)

@@ -73,6 +73,12 @@ def _samples(p_logits, o_i, o_j, o_k, m, w, pitch):
 
 
 @triton.jit
+def _class_of(b_label, K):
+    """Labels as int32, -1 if they are no class; compared before they could lose bits."""
+    return tl.where((b_label >= 0) & (b_label < K), b_label.to(tl.int32), -1)
+
+
+@triton.jit
 def _mix(b_0, b_1, b_f):
     return b_0 * (1.0 - b_f)[:, None] + b_1 * b_f[:, None]
 
@@ -123,12 +129,12 @@ def _losses_fwd_kernel(
             m = m_y & (o_x < x_stop)
             b_label = tl.load(p_labels + o_line + o_x, mask=m, other=0)
             m_valid = b_label != ignore_index
-            b_label = b_label.to(tl.int32)
+            b_class = _class_of(b_label, K)
             b_v = _mix(b_l, b_r, _fraction(o_x, o_j, W, w, scale_x))
             b_max = tl.max(b_v, 1)
             b_sum = tl.sum(tl.math.exp2((b_v - b_max[:, None]) * LOG2_E), 1)
-            b_target = tl.sum(tl.where(o_k[None, :] == b_label[:, None], b_v, 0.0), 1)
-            b_target = tl.where((b_label >= 0) & (b_label < K), b_target, float("nan"))
+            b_target = tl.sum(tl.where(o_k[None, :] == b_class[:, None], b_v, 0.0), 1)
+            b_target = tl.where(b_class >= 0, b_target, float("nan"))
             b_log = tl.math.log2(b_sum) * LN2
             tl.store(
                 p_loss + o_line + o_x, tl.where(m_valid, (b_max - b_target) + b_log, 0.0), mask=m
@@ -139,7 +145,7 @@ def _losses_fwd_kernel(
 @triton.jit
 def _add_cells(
     b_row, b_l, b_r, p_labels, p_lse, p_grad, o_line, o_j, o_k, m_y,
-    w, W, n_x, ignore_index, scale_x,
+    K, w, W, n_x, ignore_index, scale_x,
     RIGHT: tl.constexpr,
 ):  # fmt: skip
     """Add a line of pixels of the cells `o_j`, by their weight for the right or left corner."""
@@ -155,7 +161,7 @@ def _add_cells(
         b_lse = tl.load(p_lse + o_line + o_x, mask=m_valid, other=float("inf")) * LOG2_E
         b_f = _fraction(o_x, o_j, W, w, scale_x)
         b_p = tl.math.exp2(_mix(b_l, b_r, b_f) * LOG2_E - b_lse[:, None])
-        b_p = tl.where(o_k[None, :] == b_label.to(tl.int32)[:, None], b_p - 1.0, b_p)
+        b_p = tl.where(o_k[None, :] == _class_of(b_label, K)[:, None], b_p - 1.0, b_p)
         if RIGHT:
             b_grad *= b_f
         else:
@@ -205,11 +211,11 @@ def _losses_bwd_kernel(
             b_row = tl.zeros([BLOCK_M, BLOCK_K], tl.float32)
             b_row = _add_cells(
                 b_row, b_l, b_m, p_labels, p_lse, p_grad, o_line, o_j - 1, o_k, m_y,
-                w, W, n_x, ignore_index, scale_x, True,
+                K, w, W, n_x, ignore_index, scale_x, True,
             )  # fmt: skip
             b_row = _add_cells(
                 b_row, b_m, b_r, p_labels, p_lse, p_grad, o_line, o_j, o_k, m_y,
-                w, W, n_x, ignore_index, scale_x, False,
+                K, w, W, n_x, ignore_index, scale_x, False,
             )  # fmt: skip
             b_here += b_row * (1.0 - b_fy)[:, None]
             b_below += b_row * b_fy[:, None]

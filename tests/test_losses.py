@@ -214,6 +214,13 @@ class TestParity:
             assert loss.shape == (0, 6, 8)
             assert torch.autograd.grad(loss.sum(), logits)[0].shape == logits.shape
 
+    def test_labels_that_are_no_class_are_seen_in_64_bits(self) -> None:
+        """Cut to 32 bits, this one would be class 1."""
+        inputs = make(label_dtype=torch.int64)
+        inputs["labels"][0, 2, 3] = 2**32 + 1
+        loss = upsample_cross_entropy(**inputs, backend="triton")
+        assert loss.isnan().nonzero().tolist() == [[0, 2, 3]]
+
 
 class TestConfigs:
     def test_launches_cover_the_work(self) -> None:
@@ -296,6 +303,16 @@ class TestBackends:
 
 
 class TestAutograd:
+    @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
+    def test_backward_inside_autocast_is_the_same(self, backend: str) -> None:
+        inputs = make()
+        logits = inputs["logits"].requires_grad_()
+        fn = partial(upsample_cross_entropy, backend=backend)
+        (expected,) = torch.autograd.grad(fn(**inputs).sum(), logits)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            (actual,) = torch.autograd.grad(fn(**inputs).sum(), logits)
+        assert torch.equal(actual, expected)
+
     @pytest.mark.parametrize("backend", ["triton", "torch"])
     def test_double_backward(self, backend: str) -> None:
         def gradient_penalty(fn: Callable[..., Any], inputs: dict[str, Any]) -> Tensor:

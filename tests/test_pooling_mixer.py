@@ -299,6 +299,18 @@ class TestBackends:
 
 
 class TestAutograd:
+    @pytest.mark.skipif(DEVICE == "cuda", reason="there autograd differentiates stock operators")
+    def test_backward_inside_autocast_sums_in_fp32(self) -> None:
+        inputs = make()
+        tensors = [x.requires_grad_() for x in inputs.values() if isinstance(x, Tensor)]
+        out = pooling_mixer(**inputs, backend="torch")
+        g = torch.randn_like(out)
+        expected = torch.autograd.grad(out, tensors, g, retain_graph=True)
+        with torch.autocast(DEVICE, torch.bfloat16):
+            actual = torch.autograd.grad(out, tensors, g)
+        for a, b in zip(actual, expected, strict=True):
+            assert torch.equal(a, b)
+
     @pytest.mark.parametrize("backend", ["triton", "torch"])
     def test_double_backward(self, backend: str) -> None:
         def gradient_penalty(fn: Callable[..., Any], inputs: dict[str, Any]) -> list[Tensor]:

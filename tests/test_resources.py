@@ -55,6 +55,8 @@ REGISTERS = {
     r"class_sums bf16 K(64|128)": 228,
     r"class_sums bf16 K256": 248,
     r"class_gather bf16": 64,
+    r"add_layer_norm_fwd bf16": 56,
+    r"add_layer_norm_bwd bf16": 128,
     r"losses_fwd bf16": 128,
     r"losses_bwd bf16": 224,
 }

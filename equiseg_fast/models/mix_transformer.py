@@ -1,12 +1,19 @@
 """Mix Transformer, the encoder of SegFormer (arXiv 2105.15203)."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
+from equiseg_fast.ops import add_layer_norm
 from equiseg_fast.ops._layout import to_map
 
 from .config import HEADS, SR_RATIOS, VARIANTS, check_variant, drop_path_rates
+
+
+def _add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
+    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
 
 
 class TransformerBlock(nn.Module):
@@ -22,10 +29,29 @@ class TransformerBlock(nn.Module):
         self.mlp = MixFFN(dim, 4 * dim)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width."""
-        x = x + self.drop_path(self.attn(self.norm1(x), height, width))
-        return x + self.drop_path(self.mlp(self.norm2(x), height, width))
+    def forward(
+        self,
+        x: Tensor,
+        height: int,
+        width: int,
+        update: Tensor | None = None,
+        *,
+        defer: bool = False,
+    ) -> Any:
+        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width.
+
+        update `[R, L, dim]` is added to x first. With `defer` the last update of the block is not
+        added but returned beside x, `(x, update)`: whoever has the LayerNorm that follows adds and
+        normalises in one pass.
+        """
+        if update is None:
+            y = self.norm1(x)
+        else:
+            x, y = _add_norm(x, update, self.norm1)
+        update = self.drop_path(self.attn(y, height, width))
+        x, y = _add_norm(x, update, self.norm2)
+        update = self.drop_path(self.mlp(y, height, width))
+        return (x, update) if defer else x + update
 
 
 class MixTransformer(nn.Module):
@@ -67,9 +93,10 @@ class MixTransformer(nn.Module):
 
     def encode(self, stage: int, x: Tensor, height: int, width: int) -> Tensor:
         """Stage 0..3: blocks and final LayerNorm, tokens `[R, L, dim]` -> `[R, L, dim]`."""
+        update = None
         for block in getattr(self, f"block{stage + 1}"):
-            x = block(x, height, width)
-        return getattr(self, f"norm{stage + 1}")(x)
+            x, update = block(x, height, width, update, defer=True)
+        return _add_norm(x, update, getattr(self, f"norm{stage + 1}"))[1]
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images `[R, C, H, W]` -> four maps `[R, dim_s, H_s, W_s]` in channels-last memory."""

@@ -11,11 +11,13 @@ from .depthwise import depthwise_conv_gelu
 from .guided_gate import guided_gate
 from .losses import ohem, upsample_cross_entropy
 from .mix_ffn import mix_ffn
+from .norm import add_layer_norm
 from .pooling_mixer import pooling_mixer
 from .prototypes import class_prototypes
 from .query_hub import query_hub
 
 __all__ = [
+    "add_layer_norm",
     "attention",
     "class_prototypes",
     "depthwise_conv_gelu",

@@ -192,6 +192,11 @@ def _chunked_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tenso
 
 
 def _chunked_backward(grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    with without_autocast(logits.device.type):
+        return _chunked_gradient(grad, logits, labels, ignore_index)
+
+
+def _chunked_gradient(grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     if not labels.numel():
         return torch.zeros_like(logits)
     upsampling = _Upsampling(logits, (labels.shape[1], labels.shape[2]))

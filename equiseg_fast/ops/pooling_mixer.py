@@ -136,18 +136,19 @@ def _stock_backward(
             weight.new_zeros(weight.shape[0]) if needs_dbias else dbias,
         )
     dtype, channels = reference.statistics_dtype(x), x.shape[-1]
-    dy = _add_pools(to_map(grad_out.to(dtype), height, width), transposed=True)
-    if needs_dx:
-        turned = weight.to(dtype).flip(2, 3)
-        dx = to_tokens(_convolution(dy, turned, None)).to(x.dtype).contiguous()
-    if needs_dweight:
-        # Of the three gradients of convolution_backward, the other two are faster by themselves.
-        dweight = torch.ops.aten.convolution_backward(
-            dy, to_map(x.to(dtype), height, width), weight.to(dtype), None,
-            [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False],
-        )[1].to(weight.dtype).contiguous()  # fmt: skip
-    if needs_dbias:
-        dbias = dy.sum((0, 2, 3)).to(weight.dtype)
+    with without_autocast(x.device.type):
+        dy = _add_pools(to_map(grad_out.to(dtype), height, width), transposed=True)
+        if needs_dx:
+            turned = weight.to(dtype).flip(2, 3)
+            dx = to_tokens(_convolution(dy, turned, None)).to(x.dtype).contiguous()
+        if needs_dweight:
+            # Of its three gradients the other two are faster by themselves.
+            dweight = torch.ops.aten.convolution_backward(
+                dy, to_map(x.to(dtype), height, width), weight.to(dtype), None,
+                [1, 1], [3, 3], [1, 1], False, [0, 0], channels, [False, True, False],
+            )[1].to(weight.dtype).contiguous()  # fmt: skip
+        if needs_dbias:
+            dbias = dy.sum((0, 2, 3)).to(weight.dtype)
     return dx, dweight, dbias
 
 

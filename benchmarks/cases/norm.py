@@ -1,0 +1,49 @@
+"""`ops.add_layer_norm` on the residual stream of the encoder."""
+
+import torch
+
+from benchmarks import baselines
+from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from equiseg_fast import ops, reference
+from equiseg_fast.testing import random_normal
+
+
+def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    features, channels = (shape.rows, shape.tokens, shape.channels), (shape.channels,)
+    sizes = {"x": features, "update": features, "weight": channels, "bias": channels}
+    inputs = {
+        name: random_normal(size, dtype, seed=seed + i, device=device)
+        for i, (name, size) in enumerate(sizes.items())
+    }
+    return op_problem(
+        inputs,
+        tuple(sizes),
+        backends(ops.add_layer_norm, baselines.add_layer_norm),
+        reference.add_layer_norm,
+        output_names=("total", "normed"),
+        kinds={"dweight": "parameter", "dbias": "parameter"},
+        contraction=0,
+        chain=shape.rows * shape.tokens,
+    )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """Forward: read x and update, write total and normed (weights and statistics are nothing); per
+    element the addition, 4 for mean and variance, and 3 to normalise.
+
+    Backward: read total and both gradients, write the one of x and update; per element 2 for the
+    normalised total, 3 for both gradients of the parameters, and 9 for dx.
+    """
+    n = shape.rows * shape.tokens * shape.channels
+    return Cost(4 * n * itemsize, 8 * n, 4 * n * itemsize, 14 * n)
+
+
+OPS = (
+    Op(
+        "norm",
+        "add_layer_norm",
+        build,
+        cost,
+        "bytes: x + update + total + normed; FLOPs: 8 per element",
+    ),
+)
