@@ -180,9 +180,9 @@ class TestBands:
         """A step needs about half of one of them beside features; eager needs six."""
         from benchmarks.memory import peak_bytes
 
-        inputs = make(1, 256, 256, (16, 128, 16))
+        inputs = make(1, 512, 256, (16, 128, 16))
         tensors = leaves(inputs)
-        hidden = 256 * 256 * 128 * 4
+        hidden = 512 * 256 * 128 * 4
 
         def step() -> tuple[Tensor, ...]:
             out = torch_op(**inputs)

@@ -1,5 +1,6 @@
 """Pooling mixer: the Triton kernels against the fp64 oracle, and the operation within PyTorch."""
 
+import importlib
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -296,6 +297,16 @@ class TestBackends:
         inputs = make()
         out = pooling_mixer(**inputs, backend="reference")
         assert torch.equal(out, reference.pooling_mixer(**inputs))
+
+    def test_images_in_parts(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Those that the caches hold together, and the rest."""
+        inputs = make(batch=5)
+        whole = pooling_mixer(**inputs, backend="torch")
+        module = importlib.import_module("equiseg_fast.ops.pooling_mixer")
+        for images in (1, 2):
+            size = images * 4 * inputs["x"][0].numel()
+            monkeypatch.setattr(module, "_CACHED_BYTES", size)
+            assert torch.equal(pooling_mixer(**inputs, backend="torch"), whole)
 
 
 class TestAutograd:

@@ -30,11 +30,12 @@ def depthwise_conv_gelu(
     backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
     Returns `[B, L, C]` in the dtype of x. The least that has to move is x and the result, in the
-    backward also both gradients (the convolution is computed again, only the inputs are saved);
-    19 FLOP per element forward, 56 backward. Products add up in fp32 (fp64 for fp64). The GELU of
-    the triton backend is erf's in fp32 and a fit in half precision, which is closer to erf than
-    1/60 of the rounding of the result near 1. The backward is deterministic. Under autocast all
-    inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad input.
+    backward also both gradients (the kernels compute the convolution again and save the inputs
+    alone); 19 FLOP per element forward, 56 backward. Products add up in fp32 (fp64 for fp64). The
+    GELU of the triton backend is erf's in fp32 and a fit in half precision, which is closer to erf
+    than 1/60 of the rounding of the result near 1. The backward is deterministic. Under autocast
+    all inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
+    input.
     Source: Mix-FFN of SegFormer (arXiv 2105.15203), equation 3.
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
@@ -48,13 +49,10 @@ def depthwise_conv_gelu(
     chosen = _backend.resolve("depthwise_conv_gelu", backend, x.device, _reasons(x))
     if chosen == "reference":
         return reference.depthwise_conv_gelu(x, weight, bias, height, width)
-    training = needs_grad(x, weight, bias)
-    if chosen == "torch" and not (training and x.device.type == "cpu"):
-        # Only on the CPU is it known to cost no time to compute u again in the backward.
-        y = F.gelu(to_tokens(_convolution(x, weight, bias, height, width)))
-        return y.contiguous()
-    if training:
-        return _DepthwiseConvGelu.apply(x, weight, bias, height, width, chosen == "torch")
+    if chosen == "torch":
+        return _stock_forward(x, weight, bias, height, width)
+    if needs_grad(x, weight, bias):
+        return _DepthwiseConvGelu.apply(x, weight, bias, height, width)
     return _FORWARD(x, weight, bias, height, width)
 
 
@@ -71,7 +69,6 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: in
 
 def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     # GELU is up to 1.5 times faster on tokens, which are contiguous, than on a channels-last map.
-    # Not in place: selective checkpointing may have kept the result of the convolution.
     return F.gelu(to_tokens(_convolution(x, weight, bias, height, width))).contiguous()
 
 
@@ -156,20 +153,16 @@ _BACKWARD = register(
 
 
 class _DepthwiseConvGelu(torch.autograd.Function):
-    """Autograd over the registered operations, or over their stock twins; saves the inputs alone.
-
-    Double backward through the reference.
-    """
+    """Autograd over the registered operations; saves the inputs alone. Double backward through the
+    reference."""
 
     @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, stock: bool
-    ) -> Tensor:
-        return (_stock_forward if stock else _FORWARD)(x, weight, bias, height, width)
+    def forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+        return _FORWARD(x, weight, bias, height, width)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.height, ctx.width, ctx.stock = inputs
+        *tensors, ctx.height, ctx.width = inputs
         ctx.save_for_backward(*tensors)
 
     @staticmethod
@@ -182,7 +175,6 @@ class _DepthwiseConvGelu(torch.autograd.Function):
                 (grad_out,),
             )
         else:
-            backward = _stock_backward if ctx.stock else _BACKWARD
-            grads = backward(grad_out, *ctx.saved_tensors, height, width, *needs)
+            grads = _BACKWARD(grad_out, *ctx.saved_tensors, height, width, *needs)
         wanted = zip(grads, needs, strict=True)
-        return *(grad if needed else None for grad, needed in wanted), None, None, None
+        return *(grad if needed else None for grad, needed in wanted), None, None

@@ -15,7 +15,7 @@ from ._layout import pointwise_conv, to_map, to_tokens
 from ._registry import autocast, needs_grad, reference_gradients, without_autocast
 from .depthwise import depthwise_conv_gelu
 
-_HIDDEN_BYTES = 2 * 2**20
+_HIDDEN_BYTES = 3 * 2**20
 """Size of the hidden features that the CPU works on at a time; they stay in its caches."""
 
 _MIN_ROWS = 8

@@ -15,6 +15,9 @@ from ._registry import autocast, needs_grad, reference_gradients, register, with
 
 _POOLS = (3, 7, 11)
 
+_CACHED_BYTES = 2 * 2**20
+"""The CPU works on images of about this size at a time: nine passes over what its caches hold."""
+
 
 def pooling_mixer(
     x: Tensor,
@@ -109,8 +112,19 @@ def _add_pools(y: Tensor, transposed: bool = False) -> Tensor:
 
 
 def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    if x.shape[0] == 0:
+    batch = x.shape[0]
+    if batch == 0:
         return x.new_empty(x.shape)
+    images = max(1, _CACHED_BYTES // (4 * x[0].numel()))
+    if images >= batch or torch.compiler.is_compiling():
+        return _mix(x, weight, bias, height, width)
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    for i in range(0, batch, images):
+        out[i : i + images] = _mix(x[i : i + images], weight, bias, height, width)
+    return out
+
+
+def _mix(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     dtype = reference.statistics_dtype(x)
     with without_autocast(x.device.type):
         y = to_map(x.to(dtype), height, width)
