@@ -355,6 +355,7 @@ def depthwise_conv_gelu_bwd(
         x, grad_out, weight, bias, du, sums,
         *_map_strides(x, width), *_map_strides(grad_out, width), height, width, channels, rows,
         num_warps=config.num_warps, num_stages=1,
+        max_registers=_configs.depthwise_bwd_max_registers(x.element_size()),
         NEEDS_DU=needs_dx, NEEDS_SUMS=needs_sums, FITTED=x.element_size() == 2,
         **_block_constexprs(config, channels),
     )  # fmt: skip
@@ -395,6 +396,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _depthwise_bwd_kernel, case + " du" * needs_du + " sums" * needs_sums, types,
                     blocks | needs, config.num_warps, 1, scores=tile,
+                    max_registers=_configs.depthwise_bwd_max_registers(itemsize),
                 )  # fmt: skip
         blocks = {"BLOCK_N": _configs.SUMS_BLOCK_N, "BLOCK_C": _configs.SUMS_BLOCK_C}
         yield offline_entry(_depthwise_bwd_reduce_kernel, dtype, types, blocks, 4, 1)

@@ -47,7 +47,7 @@ GATES = {
 # 168 registers leave three programs of four warps on a multiprocessor, and 128 four.
 REGISTERS = {
     r"depthwise_conv bf16": 168,
-    r"depthwise_bwd bf16": 152,
+    r"depthwise_bwd bf16": 140,
     r"query_hub_\w+ bf16 C(32|64|128|160|320)": 208,
     r"pooling_mixer_\w+ bf16 C(160|256)": 168,
     r"guided_gate_fwd bf16": 168,
