@@ -84,6 +84,21 @@ def needs_grad(*tensors: Tensor) -> bool:
     return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
 
 
+def empty_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
+    """Contiguous memory for the gradients that are needed, and `[0]` for the others: what every
+    registered backward returns, and its fake."""
+    return tuple(
+        x.new_empty(x.shape if needed else (0,)) for x, needed in zip(tensors, needs, strict=True)
+    )
+
+
+def only_needed(
+    gradients: Sequence[Tensor | None], needs: Sequence[bool]
+) -> tuple[Tensor | None, ...]:
+    """None instead of the gradients that autograd does not need."""
+    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+
+
 def reference_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:

@@ -10,7 +10,14 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import autocast, needs_grad, reference_gradients, register
+from ._registry import (
+    autocast,
+    empty_gradients,
+    needs_grad,
+    only_needed,
+    reference_gradients,
+    register,
+)
 
 MAX_HEAD_DIM = 128
 _KEYS = "[B, Lk, H, D]"
@@ -222,8 +229,7 @@ def _fake_backward(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((q, k, v), (needs_dq, needs_dk, needs_dv), strict=True)
-    dq, dk, dv = (x.new_empty(x.shape if needed else (0,)) for x, needed in wanted)
+    dq, dk, dv = empty_gradients((q, k, v), (needs_dq, needs_dk, needs_dv))
     return dq, dk, dv
 
 
@@ -278,5 +284,4 @@ class _Attention(torch.autograd.Function):
                 grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.allow_tf32,
                 *ctx.needs_input_grad[:3],
             )  # fmt: skip
-        wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return *(grad if needed else None for grad, needed in wanted), None, None
+        return *only_needed(grads, ctx.needs_input_grad[:3]), None, None

@@ -10,7 +10,14 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
-from ._registry import autocast, needs_grad, reference_gradients, register
+from ._registry import (
+    autocast,
+    empty_gradients,
+    needs_grad,
+    only_needed,
+    reference_gradients,
+    register,
+)
 
 
 def depthwise_conv_gelu(
@@ -129,8 +136,8 @@ def _fake_backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((x, weight, bias), (needs_dx, needs_dweight, needs_dbias), strict=True)
-    dx, dweight, dbias = (t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
+    needs = (needs_dx, needs_dweight, needs_dbias)
+    dx, dweight, dbias = empty_gradients((x, weight, bias), needs)
     return dx, dweight, dbias
 
 
@@ -176,5 +183,4 @@ class _DepthwiseConvGelu(torch.autograd.Function):
             )
         else:
             grads = _BACKWARD(grad_out, *ctx.saved_tensors, height, width, *needs)
-        wanted = zip(grads, needs, strict=True)
-        return *(grad if needed else None for grad, needed in wanted), None, None
+        return *only_needed(grads, needs), None, None

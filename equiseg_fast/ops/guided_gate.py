@@ -9,7 +9,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import needs_grad, reference_gradients, register
+from ._registry import needs_grad, only_needed, reference_gradients, register
 
 MAX_MODALITIES = 8
 
@@ -202,5 +202,4 @@ class _GuidedGate(torch.autograd.Function):
             grads = (_stock_backward if ctx.stock else _BACKWARD)(
                 grad_branches, grad_fused, x, logits, present, ctx.rho, *ctx.needs_input_grad[:2]
             )
-        wanted = zip(grads, ctx.needs_input_grad[:2], strict=True)
-        return *(grad if needed else None for grad, needed in wanted), None, None, None
+        return *only_needed(grads, ctx.needs_input_grad[:2]), None, None, None

@@ -163,8 +163,9 @@ def _forward(
     return out
 
 
-def _weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, groups: int) -> Tensor:
+def _weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight `[out, in / groups, k, k]` of a convolution that keeps the size."""
+    groups = x.shape[1] // weight.shape[1]
     pad = [weight.shape[-1] // 2] * 2
     return torch.ops.aten.convolution_backward(
         grad_out, x, weight, None, [1, 1], pad, [1, 1], False, [0, 0], groups, [False, True, False]
@@ -192,9 +193,9 @@ def _backward(
     d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2 = sums
     d_fc2_bias = grad_out.sum((0, 1), dtype=wide) if needs[6] else None
     dx = x.new_empty(x.shape) if needs[0] else None
-    hidden_channels = fc1_weight.shape[0]
+    fc1_back, fc2_back = (w.t().contiguous() for w in (fc1_weight, fc2_weight))
     turned = dw_weight.flip(2, 3)
-    row_bytes = width * hidden_channels * x.element_size()
+    row_bytes = width * fc1_weight.shape[0] * x.element_size()
     needs_dhidden = any(needs[:3])
     with without_autocast("cpu"):
         for images, rows in _bands(x.shape[0], height, row_bytes):
@@ -207,10 +208,9 @@ def _backward(
             own_grad = _rows(grad, rows, near.start)
             if d_fc2 is not None:
                 activated = F.gelu(_rows(u, rows, near.start))
-                d_fc2 += _weight_gradient(own_grad, activated, fc2_weight[:, :, None, None], 1)[
-                    :, :, 0, 0
-                ]
-            du = torch.ops.aten.gelu_backward(pointwise_conv(grad, fc2_weight.t(), None), u)
+                taps = fc2_weight[:, :, None, None]
+                d_fc2 += _weight_gradient(own_grad, activated, taps)[:, :, 0, 0]
+            du = torch.ops.aten.gelu_backward(pointwise_conv(grad, fc2_back, None), u)
             if d_dw_bias is not None:
                 d_dw_bias += _rows(du, rows, near.start).sum((0, 2, 3), dtype=wide)
             if needs_dhidden:
@@ -219,18 +219,15 @@ def _backward(
                     d_fc1_bias += dhidden.sum((0, 2, 3), dtype=wide)
                 if d_fc1 is not None:
                     own = _band(x, images, rows, width)
-                    d_fc1 += _weight_gradient(dhidden, own, fc1_weight[:, :, None, None], 1)[
-                        :, :, 0, 0
-                    ]
+                    taps = fc1_weight[:, :, None, None]
+                    d_fc1 += _weight_gradient(dhidden, own, taps)[:, :, 0, 0]
                 if dx is not None:
-                    _put(dx, images, rows, width, pointwise_conv(dhidden, fc1_weight.t(), None))
+                    _put(dx, images, rows, width, pointwise_conv(dhidden, fc1_back, None))
             if d_dw is not None:
                 # What the rows beside contribute belongs to other bands.
                 du[:, :, : rows.start - near.start] = 0
                 du[:, :, rows.stop - near.start :] = 0
-                d_dw += _weight_gradient(
-                    du, _rows(hidden, near, far.start), dw_weight, hidden_channels
-                )
+                d_dw += _weight_gradient(du, _rows(hidden, near, far.start), dw_weight)
     grads = (d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2, d_fc2_bias)
     return dx, *(None if g is None else g.to(x.dtype) for g in grads)
 
@@ -238,21 +235,7 @@ def _backward(
 class _MixFFN(torch.autograd.Function):
     """Autograd over bands on the CPU; saves the inputs alone; double backward as the reference."""
 
-    @staticmethod
-    def forward(
-        x: Tensor,
-        fc1_weight: Tensor,
-        fc1_bias: Tensor,
-        dw_weight: Tensor,
-        dw_bias: Tensor,
-        fc2_weight: Tensor,
-        fc2_bias: Tensor,
-        height: int,
-        width: int,
-    ) -> Tensor:
-        return _forward(
-            x, fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias, height, width
-        )
+    forward = staticmethod(_forward)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

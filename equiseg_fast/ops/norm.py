@@ -11,6 +11,7 @@ from equiseg_fast import reference
 from . import _backend, _checks
 from ._registry import (
     autocast_is_on,
+    empty_gradients,
     needs_grad,
     reference_gradients,
     register,
@@ -186,8 +187,8 @@ def _fake_backward(
     needs_dweight: bool,
     needs_dbias: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    wanted = zip((total, weight, weight), (needs_dx, needs_dweight, needs_dbias), strict=True)
-    dx, dweight, dbias = (t.new_empty(t.shape if needed else (0,)) for t, needed in wanted)
+    needs = (needs_dx, needs_dweight, needs_dbias)
+    dx, dweight, dbias = empty_gradients((total, weight, weight), needs)
     return dx, dweight, dbias
 
 

@@ -11,7 +11,14 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
-from ._registry import autocast, needs_grad, reference_gradients, register, without_autocast
+from ._registry import (
+    autocast,
+    needs_grad,
+    only_needed,
+    reference_gradients,
+    register,
+    without_autocast,
+)
 
 _POOLS = (3, 7, 11)
 
@@ -243,5 +250,4 @@ class _PoolingMixer(torch.autograd.Function):
         else:
             backward = _stock_backward if ctx.stock else _BACKWARD
             grads = backward(grad_out, x, weight, ctx.height, ctx.width, *needed)
-        wanted = (g if n else None for g, n in zip(grads, needed, strict=True))
-        return *wanted, None, None, None
+        return *only_needed(grads, needed), None, None, None

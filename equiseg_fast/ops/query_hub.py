@@ -11,7 +11,14 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import autocast, needs_grad, reference_gradients, register, without_autocast
+from ._registry import (
+    autocast,
+    needs_grad,
+    only_needed,
+    reference_gradients,
+    register,
+    without_autocast,
+)
 
 MAX_MODALITIES = 8
 _NOBODY = 15
@@ -447,5 +454,4 @@ class _QueryHub(torch.autograd.Function):
                 grad_out, x, weight, present, score, winner, ctx.height, ctx.width, needs_dx,
                 any(needs_dw),
             )  # fmt: skip
-        wanted = zip(grads, ctx.needs_input_grad[:3], strict=True)
-        return *(grad if needed else None for grad, needed in wanted), None, None, None, None
+        return *only_needed(grads, ctx.needs_input_grad[:3]), None, None, None, None
