@@ -76,7 +76,8 @@ def parity(inputs: dict[str, Any], fn: Callable[..., Any] = torch_op, **kwargs: 
 
 @pytest.fixture
 def narrow_bands(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Bands of two rows instead of whole images."""
+    """Bands of a few rows instead of whole images, however small they are."""
+    monkeypatch.setattr(BANDS, "_WHOLE_BYTES", -1)
     monkeypatch.setattr(BANDS, "_HIDDEN_BYTES", 1)
     monkeypatch.setattr(BANDS, "_MIN_ROWS", 2)
 
@@ -92,9 +93,18 @@ class TestParity:
             (1, 9, 1, (33, 40, 33)),
         ],
     )
+    @pytest.mark.parametrize("whole_bytes", [-1, 2**30], ids=["in bands", "whole"])
     def test_sizes(
-        self, dtype: torch.dtype, batch: int, height: int, width: int, channels: tuple
+        self,
+        dtype: torch.dtype,
+        batch: int,
+        height: int,
+        width: int,
+        channels: tuple,
+        whole_bytes: int,
+        monkeypatch: pytest.MonkeyPatch,
     ) -> None:
+        monkeypatch.setattr(BANDS, "_WHOLE_BYTES", whole_bytes)
         parity(make(batch, height, width, channels, dtype))
 
     @pytest.mark.parametrize("dtype", DTYPES)
@@ -167,13 +177,18 @@ class TestBands:
         assert rows == [26, 26, 26, 26, 26]
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="there the vendor's products save their inputs")
-    def test_only_the_inputs_are_saved(self) -> None:
+    @pytest.mark.parametrize("kept", [False, True])
+    def test_only_the_inputs_are_saved_unless_hidden_features_are_small(
+        self, kept: bool, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
         inputs = make()
+        hidden_bytes = 2 * 7 * 5 * 20 * 4
+        monkeypatch.setattr(BANDS, "_WHOLE_BYTES", hidden_bytes if kept else hidden_bytes - 1)
         pointers = {x.data_ptr() for x in leaves(inputs)}
         saved: list[Tensor] = []
         with torch.autograd.graph.saved_tensors_hooks(saved.append, lambda x: x):
             torch_op(**inputs)
-        assert {x.data_ptr() for x in saved} == pointers
+        assert ({x.data_ptr() for x in saved} == pointers) != kept
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="memory of the CPU")
     def test_wide_tensors_never_exist(self) -> None:
@@ -199,6 +214,7 @@ class TestBands:
 
 class TestBehaviour:
     def test_bands_change_no_result(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(BANDS, "_WHOLE_BYTES", -1)
         inputs = make(2, 12, 5, dtype=torch.float64)
         tensors = leaves(inputs)
 
@@ -228,7 +244,7 @@ class TestBehaviour:
         assert torch.autograd.gradcheck(fn, leaves(inputs))
         assert torch.autograd.gradgradcheck(fn, leaves(inputs))
 
-    def test_functional_transforms(self) -> None:
+    def test_functional_transforms(self, narrow_bands: None) -> None:
         inputs = make(1, 3, 4)
         x = inputs.pop("x")
         loss = lambda f: lambda x: f(x, **inputs).square().sum()  # noqa: E731

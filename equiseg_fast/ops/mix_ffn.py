@@ -11,12 +11,15 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._layout import pointwise_conv, to_map, to_tokens
+from ._layout import linear, pointwise_conv, to_map, to_tokens
 from ._registry import autocast, needs_grad, reference_gradients, without_autocast
 from .depthwise import depthwise_conv_gelu
 
 _HIDDEN_BYTES = 3 * 2**20
 """Size of the hidden features that the CPU works on at a time; they stay in its caches."""
+
+_WHOLE_BYTES = 2 * _HIDDEN_BYTES
+"""Up to this size the CPU keeps all of them: computing them again would cost more."""
 
 _MIN_ROWS = 8
 """A band of an image has at least so many rows: up to two before and after are computed twice."""
@@ -44,10 +47,11 @@ def mix_ffn(
     backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
     Returns `[B, L, D]` in the dtype of x. On a GPU this is two matrix products of the vendor around
-    `depthwise_conv_gelu`. On the CPU it runs over bands of the image whose hidden features fit into
-    the caches, forward and backward; the backward computes them again, so that nothing but the
-    inputs is saved. Under autocast all inputs are cast to its dtype. Raises TypeError or ValueError
-    naming the argument. Source: SegFormer (arXiv 2105.15203), equation 3.
+    `depthwise_conv_gelu`. On the CPU, if the hidden features take more than 6 MiB, it runs over
+    bands of the image whose share fits into the caches, forward and backward; the backward computes
+    them again, so that nothing but the inputs is saved. Under autocast all inputs are cast to its
+    dtype. Raises TypeError or ValueError naming the argument. Source: SegFormer (arXiv 2105.15203),
+    equation 3.
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
     _checks.check_tokens("x", x, height, width)
@@ -56,16 +60,14 @@ def mix_ffn(
     chosen = _backend.resolve("mix_ffn", backend, x.device, _reasons(x))
     if chosen == "reference":
         return reference.mix_ffn(x, *parameters, height, width)
-    if chosen == "triton" or x.device.type != "cpu" or torch.compiler.is_compiling():
-        # Bands would only hide from a compiler what belongs together.
-        fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
-        with without_autocast(x.device.type):
-            hidden = F.linear(x, fc1_weight, fc1_bias)
-            hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width, backend=chosen)
-            return F.linear(hidden, fc2_weight, fc2_bias)
-    if needs_grad(x, *parameters):
-        return _MixFFN.apply(x, *parameters, height, width)
-    return _forward(x, *parameters, height, width)
+    if chosen == "torch" and _in_bands(x, parameters[0].shape[0]):
+        banded = _MixFFN.apply if needs_grad(x, *parameters) else _forward
+        return banded(x, *parameters, height, width)
+    fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
+    with without_autocast(x.device.type):
+        hidden = linear(x, fc1_weight, fc1_bias)
+        hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width, backend=chosen)
+        return linear(hidden, fc2_weight, fc2_bias)
 
 
 def _check(
@@ -104,6 +106,13 @@ def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
 
 
 _backend.register_reasons("mix_ffn", _reasons)
+
+
+def _in_bands(x: Tensor, hidden: int) -> bool:
+    # Bands would only hide from a compiler what belongs together.
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
+        return False
+    return x.shape[0] * x.shape[1] * hidden * x.element_size() > _WHOLE_BYTES
 
 
 def _bands(batch: int, height: int, row_bytes: int) -> Iterator[tuple[slice, range]]:
