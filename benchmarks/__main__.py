@@ -25,7 +25,7 @@ from rich.progress import (  # noqa: E402
 )
 
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks import report, resources, timing  # noqa: E402
+from benchmarks import report, resources, timing, tune  # noqa: E402
 from benchmarks.compare import compare, lost  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
@@ -82,6 +82,10 @@ def _parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
     compiled.set_defaults(run=lambda args, console: resources.main(args))
+
+    searched = commands.add_parser("tune", help="search faster launch configurations on a GPU")
+    tune.add_arguments(searched)
+    searched.set_defaults(run=tune.main)
 
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)

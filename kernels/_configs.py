@@ -17,6 +17,8 @@ from __future__ import annotations
 import functools
 from dataclasses import dataclass
 
+from equiseg_fast.kernels._tuned import tunable
+
 INTERPRETER = 0
 
 HALF, TF32, IEEE = "half", "tf32", "ieee"
@@ -77,6 +79,7 @@ def _has_mma_sync(arch: int) -> bool:
     return arch < 90 or arch >= 120
 
 
+@tunable
 def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the forward kernel; the loop runs over keys.
 
@@ -96,6 +99,7 @@ def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig
     return TileConfig(128, 64, 8, 3 if head_dim <= 32 else 2)
 
 
+@tunable
 def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the kernel for dK and dV; the loop runs over queries."""
     if arch == INTERPRETER:
@@ -115,6 +119,7 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
     return TileConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
 
 
+@tunable
 def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the kernel for dQ; the loop runs over keys."""
     if arch == INTERPRETER:
@@ -234,6 +239,7 @@ def query_hub_max_registers(arch: int) -> int | None:
     return 255 if arch >= 100 else None
 
 
+@tunable
 def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
     """Tiles of the forward kernel.
 
@@ -248,6 +254,7 @@ def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
     return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
+@tunable
 def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
     """Tiles of the kernel that computes scores alone."""
     if arch == INTERPRETER:
@@ -256,6 +263,7 @@ def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
     return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
+@tunable
 def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the backward kernel that sums over channels; the loop runs over them."""
     if arch == INTERPRETER:
@@ -264,11 +272,13 @@ def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Token
     return TokenTile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
 
 
+@tunable
 def query_hub_dx_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the kernel for dx."""
     return query_hub_bwd_score_config(arch, itemsize, channels)
 
 
+@tunable
 def query_hub_dweight_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Tiles of the kernel for dweight; the loop runs over tokens, nine sums stay in registers."""
     if arch == INTERPRETER:
@@ -310,11 +320,13 @@ def _gate_tile(
     return TokenTile(block_l, block_c, num_warps)
 
 
+@tunable
 def guided_gate_fwd_config(arch: int, itemsize: int, modalities: int, channels: int) -> TokenTile:
     """Tiles of the forward kernel: enough tokens to keep all modalities of one in one thread."""
     return _gate_tile(arch, modalities, channels, 4096, 8 if itemsize == 4 else 4)
 
 
+@tunable
 def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> TokenTile:
     """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
     # The compiler for sm_100 rather spills than gives up a resident program of four warps.
@@ -333,6 +345,7 @@ def padded_classes(arch: int, num_classes: int) -> int:
     return max(64 if arch in (90, 100) else 16, _power_of_two(num_classes))
 
 
+@tunable
 def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int) -> TokenTile:
     """Tiles of the kernel that adds up the features of every class; the loop runs over tokens."""
     if arch == INTERPRETER:
@@ -343,6 +356,7 @@ def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int)
     return TokenTile(block_l, 32 if wide and many else channel_block(channels), 8 if many else 4)
 
 
+@tunable
 def class_gather_config(arch: int, channels: int) -> TokenTile:
     """Tiles of the kernel that hands the gradients of prototypes to their tokens."""
     if arch == INTERPRETER:
@@ -367,16 +381,19 @@ def _mixer_tile(arch: int, channels: int, elements: int, num_warps: int) -> RowT
     return RowTile(elements // block_c, block_c, num_warps)
 
 
+@tunable
 def pooling_mixer_conv_config(arch: int, channels: int) -> RowTile:
     """Tiles of the 7x7 convolution: beside 49 weights a thread has room for two elements."""
     return _mixer_tile(arch, channels, 256, 4)
 
 
+@tunable
 def pooling_mixer_pool_config(arch: int, channels: int) -> RowTile:
     """Tiles of the pools: 24 sums in the making; four elements a thread make loads of 16 bytes."""
     return _mixer_tile(arch, channels, 512, 4)
 
 
+@tunable
 def pooling_mixer_dweight_config(arch: int, channels: int) -> RowTile:
     """Tiles of the gradients of the weights: 50 sums, 7 rows and 7 shifts."""
     return _mixer_tile(arch, channels, 256, 4)
@@ -431,12 +448,14 @@ def _class_tile(arch: int, block_k: int, elements: int) -> TileConfig:
     return TileConfig(max(1, elements // block_k), block_k, 2, 1)
 
 
+@tunable
 def losses_fwd_config(arch: int, classes: int) -> TileConfig:
     """`block_m` cells by all classes (`block_n`)."""
     block_k = max(CLASS_PITCH, 1 << (classes - 1).bit_length())
     return _class_tile(arch, block_k, 512)
 
 
+@tunable
 def losses_bwd_config(arch: int, classes: int) -> TileConfig:
     """`block_m` columns by a block of classes (`block_n`)."""
     return _class_tile(arch, CLASS_PITCH if classes <= CLASS_PITCH else _CLASS_BLOCK, 512)
@@ -480,6 +499,7 @@ def _strip(channels: int, num_warps: int, resident: int) -> StripConfig:
     return StripConfig(512 // block_c, block_c, num_warps, resident)
 
 
+@tunable
 def depthwise_conv_config(arch: int, itemsize: int, channels: int) -> StripConfig:
     """Strips of the 3x3 depthwise convolution: every thread loads 16 bytes at a time."""
     if arch == INTERPRETER:
@@ -493,6 +513,7 @@ def depthwise_bwd_max_registers(itemsize: int) -> int | None:
     return 136 if itemsize == 2 else None
 
 
+@tunable
 def depthwise_bwd_config(arch: int, channels: int) -> StripConfig:
     """Strips of its backward: ten sums leave registers for four elements per thread."""
     if arch == INTERPRETER:
@@ -531,8 +552,10 @@ def _norm_tile(channels: int, elements: int, num_warps: int) -> TokenTile:
     return TokenTile(max(1, elements // block_c), block_c, num_warps * wide)
 
 
-def norm_fwd_config(channels: int) -> TokenTile:
-    """Rows that a program adds and normalises: 16 elements of either input per thread."""
+@tunable
+def norm_fwd_config(arch: int, channels: int) -> TokenTile:
+    """Rows that a program adds and normalises: 16 elements of either input per thread, on any
+    architecture."""
     return _norm_tile(channels, 4096, 8)
 
 
@@ -541,6 +564,8 @@ NORM_BWD_REGISTERS = 128
 left alone the compiler takes more, or, for sm_100, rather spills than takes more than 96."""
 
 
-def norm_bwd_config(itemsize: int, channels: int) -> TokenTile:
-    """Rows of one step of its backward; two sums per element stay in registers."""
+@tunable
+def norm_bwd_config(arch: int, itemsize: int, channels: int) -> TokenTile:
+    """Rows of one step of its backward; two sums per element stay in registers, on any
+    architecture."""
     return _norm_tile(channels, 2048 if itemsize == 2 else 1024, 4)

@@ -209,7 +209,8 @@ def add_layer_norm_fwd(
         return total, normed, mean, rstd
     x, update = _rows(x), _rows(update)
     rows, channels = x.shape
-    config = _configs.norm_fwd_config(channels)
+    arch, _ = device_facts(x.device)
+    config = _configs.norm_fwd_config(arch, channels)
     launch(
         _add_layer_norm_fwd_kernel, (triton.cdiv(rows, config.block_l),),
         x, update, weight.contiguous(), bias.contiguous(), total, normed, mean, rstd,
@@ -242,8 +243,8 @@ def add_layer_norm_bwd(
     has_dtotal = grad_total is not None
     grad_total = _rows(grad_total) if has_dtotal else grad_normed
     rows, channels = total.shape
-    _, processors = device_facts(total.device)
-    config = _configs.norm_bwd_config(total.element_size(), channels)
+    arch, processors = device_facts(total.device)
+    config = _configs.norm_bwd_config(arch, total.element_size(), channels)
     chunks, blocks = _configs.token_chunks(1, triton.cdiv(rows, config.block_l), processors)
     shape = (chunks, 2, channels) if needs_sums else (0,)
     sums = torch.empty(shape, dtype=torch.float32, device=total.device)
@@ -286,12 +287,12 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         types = {f"p_{name}": dtype for name in names} | statistics
         for channels in widths:
             case = f"{dtype} C{channels}"
-            config = _configs.norm_fwd_config(channels)
+            config = _configs.norm_fwd_config(arch, channels)
             yield offline_entry(
                 _add_layer_norm_fwd_kernel, case, types, _constexprs(config, channels),
                 config.num_warps, 1,
             )  # fmt: skip
-            config = _configs.norm_bwd_config(itemsize, channels)
+            config = _configs.norm_bwd_config(arch, itemsize, channels)
             for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
                 yield offline_entry(
                     _add_layer_norm_bwd_kernel, f"{case} without {left_out}" if left_out else case,

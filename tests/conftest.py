@@ -16,6 +16,9 @@ if not HAS_CUDA:
         raise RuntimeError("triton was imported before tests/conftest.py could ask to interpret")
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What is tested are the default launch configurations.
+os.environ.pop("EQUISEG_FAST_TUNED", None)
+
 from torch._dynamo import trace_rules  # noqa: E402  (after the lines above)
 
 from equiseg_fast.testing import nan_poison  # noqa: E402

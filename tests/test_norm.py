@@ -121,7 +121,10 @@ class TestParity:
         from equiseg_fast.kernels import _configs
 
         for channels in (1, 16, 33, 160, 512, 1024, 4096):
-            for tile in (_configs.norm_fwd_config(channels), _configs.norm_bwd_config(2, channels)):
+            for tile in (
+                _configs.norm_fwd_config(90, channels),
+                _configs.norm_bwd_config(90, 2, channels),
+            ):
                 assert channels <= tile.block_c < max(32, 2 * channels)
                 assert 1024 <= tile.block_l * tile.block_c <= 4096
                 elements = tile.block_l * tile.block_c // (32 * tile.num_warps)

@@ -1,0 +1,112 @@
+"""Launch configurations that a search found to be faster, from a file; none unless asked for.
+
+Pure Python, no Triton. Such a file replaces choices of the functions in `_configs` for some of
+their arguments: architecture, precision, channels, but never the size of an image or a batch, so
+that what it says holds for all of them. `python -m benchmarks tune` writes one; people read it
+before they use it, by naming it in the environment variable EQUISEG_FAST_TUNED or with `use`. The
+same file and the same input give the same bits.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+VARIABLE = "EQUISEG_FAST_TUNED"
+SCHEMA = 1
+
+Key = tuple[str, tuple[Any, ...]]
+"""Name of a function in `_configs` and its arguments."""
+Table = Mapping[Key, Any]
+_Choose = TypeVar("_Choose", bound=Callable[..., Any])
+
+_functions: dict[str, Callable[..., Any]] = {}
+# Of the process, not of a context: the backward of a GPU runs on a thread of its own.
+_in_use: Table | None = None
+
+
+def tunable(choose: _Choose) -> _Choose:
+    """Let the table in use decide first; `choose` takes its arguments by position."""
+    name = choose.__name__
+    _functions[name] = choose
+
+    @functools.wraps(choose)
+    def chosen(*arguments: Any) -> Any:
+        table = _from_environment() if _in_use is None else _in_use
+        found = table.get((name, arguments))
+        return choose(*arguments) if found is None else found
+
+    return chosen  # type: ignore[return-value]
+
+
+def default(key: Key) -> Any:
+    """What is launched without any table."""
+    name, arguments = key
+    return _functions[name](*arguments)
+
+
+@contextmanager
+def use(table: Table) -> Iterator[None]:
+    """This table and no other, in the whole process; an empty one for the defaults."""
+    global _in_use
+    previous, _in_use = _in_use, table
+    try:
+        yield
+    finally:
+        _in_use = previous
+
+
+@functools.cache
+def _from_environment() -> Table:
+    path = os.environ.get(VARIABLE)
+    return read(Path(path)) if path else {}
+
+
+def read(path: Path) -> dict[Key, Any]:
+    """The table of a file. Raises ValueError naming the file and the entry that is wrong."""
+    try:
+        content = json.loads(path.read_text())
+        schema, entries = content["schema"], content["configs"]
+    except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{VARIABLE} must name a file of `python -m benchmarks tune`; {path.name} is none "
+            f"({type(error).__name__}: {error})"
+        ) from error
+    if schema != SCHEMA:
+        raise ValueError(f"{path.name}: schema must be {SCHEMA}; got {schema!r}")
+    return dict(_entry(path.name, entry) for entry in entries)
+
+
+def _entry(file: str, entry: Mapping[str, Any]) -> tuple[Key, Any]:
+    name, arguments = entry["function"], tuple(entry["arguments"])
+    if name not in _functions:
+        raise ValueError(f"{file}: function must be one of {sorted(_functions)}; got {name!r}")
+    try:
+        known = asdict(default((name, arguments)))
+    except (TypeError, KeyError, ValueError) as error:
+        raise ValueError(
+            f"{file}: {name} takes no arguments {list(arguments)} ({error})"
+        ) from error
+    for field, value in entry["config"].items():
+        if field not in known:
+            raise ValueError(f"{file}: {name} has {', '.join(known)}; got {field!r}")
+        if type(known[field]) is bool:
+            kind, fits = "a bool", type(value) is bool
+        else:
+            kind, fits = "a positive integer", type(value) is int and value > 0
+        if not fits:
+            raise ValueError(f"{file}: {field} of {name} must be {kind}; got {value!r}")
+    return (name, arguments), replace(default((name, arguments)), **entry["config"])
+
+
+def write(path: Path, configs: list[dict[str, Any]], made_on: Mapping[str, Any]) -> None:
+    """A file that `read` understands. configs: dictionaries with "function", "arguments", "config"
+    and whatever else a reader should know; made_on: the device and versions of the search."""
+    content = {"schema": SCHEMA, "made_on": dict(made_on), "configs": configs}
+    path.write_text(json.dumps(content, indent=1) + "\n")

@@ -1,0 +1,255 @@
+"""Tuned launch configurations: the file, its use, and the search that writes it."""
+
+import json
+import subprocess
+import sys
+import threading
+from argparse import Namespace
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+
+from benchmarks import tune
+from benchmarks.__main__ import main as benchmark_main
+from benchmarks.timing import Timing
+from equiseg_fast import guided_gate
+from equiseg_fast.testing import random_normal
+
+pytest.importorskip("triton", reason="needs triton")
+from equiseg_fast.kernels import _configs, _tuned
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+KEY = ("attention_fwd_config", (90, "half", 32))
+ENTRY = {"function": KEY[0], "arguments": list(KEY[1]), "config": {"block_m": 64, "num_warps": 4}}
+ANY = Timing(1.0, 1.0, 1.0, 1.0, 3, "wall")
+
+
+def chosen() -> Any:
+    return _configs.attention_fwd_config(*KEY[1])
+
+
+def write(path: Path, *entries: dict[str, Any]) -> Path:
+    _tuned.write(path, list(entries), {"device": "a test"})
+    return path
+
+
+class TestFile:
+    def test_replaces_what_it_names_and_nothing_else(self, tmp_path: Path) -> None:
+        default = chosen()
+        other = _configs.attention_fwd_config(80, "half", 32)
+        with _tuned.use(_tuned.read(write(tmp_path / "t.json", ENTRY))):
+            assert chosen() == replace(default, block_m=64, num_warps=4)
+            assert _configs.attention_fwd_config(80, "half", 32) == other
+            with _tuned.use({}):
+                assert chosen() == default
+            assert chosen().block_m == 64
+        assert chosen() == default
+
+    def test_every_configuration_with_a_choice_is_tunable(self) -> None:
+        names = {n for n in vars(_configs) if n.endswith("_config") and not n.startswith("_")}
+        assert names - set(_tuned._functions) == {"pooling_mixer_reduce_config"}
+
+    def test_holds_in_other_threads(self) -> None:
+        """The backward of a GPU runs on a thread of its own."""
+        found: list[Any] = []
+        config = replace(chosen(), num_warps=2)
+        with _tuned.use({KEY: config}):
+            thread = threading.Thread(target=lambda: found.append(chosen()))
+            thread.start()
+            thread.join()
+        assert found == [config]
+
+    def test_named_in_the_environment(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "t.json", ENTRY)
+        code = (
+            "from equiseg_fast.kernels import _configs;"
+            f"print(_configs.attention_fwd_config{KEY[1]!r}.block_m)"
+        )
+        for variables, block_m in (({}, "128"), ({"EQUISEG_FAST_TUNED": str(path)}, "64")):
+            done = subprocess.run(
+                [sys.executable, "-c", code], env={**_environment(), **variables}, text=True,
+                capture_output=True, check=True,
+            )  # fmt: skip
+            assert done.stdout.strip() == block_m
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", r"must name a file of `python -m benchmarks tune`; t\.json is none"),
+            ("[]", "t.json is none"),
+            ('{"schema": 1}', r"t\.json is none \(KeyError: 'configs'\)"),
+            ('{"schema": 9, "configs": []}', r"t\.json: schema must be 1; got 9"),
+        ],
+    )
+    def test_what_is_no_such_file(self, tmp_path: Path, text: str, message: str) -> None:
+        path = tmp_path / "t.json"
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            _tuned.read(path)
+
+    def test_missing(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"t\.json is none \(FileNotFoundError"):
+            _tuned.read(tmp_path / "t.json")
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"function": "exec"}, r"function must be one of \[.*got 'exec'"),
+            ({"arguments": [90]}, r"attention_fwd_config takes no arguments \[90\]"),
+            ({"config": {"block_x": 1}}, "attention_fwd_config has .*got 'block_x'"),
+            ({"config": {"block_m": "64"}}, "block_m of attention_fwd_config must be a positive"),
+            ({"config": {"block_m": 0}}, "block_m of attention_fwd_config must be a positive"),
+            ({"config": {"lean": 1}}, "lean of attention_fwd_config must be a bool; got 1"),
+        ],
+    )
+    def test_bad_entries(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ValueError, match=message):
+            _tuned.read(write(tmp_path / "t.json", {**ENTRY, **changes}))
+
+
+def _environment() -> dict[str, str]:
+    import os
+
+    return {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+
+
+def gate_problem() -> dict[str, Any]:
+    x = random_normal((2, 1, 200, 32), torch.float32, seed=0, device=DEVICE)
+    return {"x": x, "logits": random_normal((2, 1, 32), torch.float32, seed=1, device=DEVICE)}
+
+
+class TestUse:
+    def test_the_kernel_is_launched_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from equiseg_fast.kernels import guided_gate as kernels
+
+        launched: list[int] = []
+        launch: Callable[..., None] = kernels.launch
+        monkeypatch.setattr(
+            kernels, "launch", lambda *a, **k: (launched.append(k["BLOCK_L"]), launch(*a, **k))
+        )
+        inputs = gate_problem()
+        expected = guided_gate(**inputs, backend="triton")
+        arch = 0 if DEVICE == "cpu" else None
+        if arch is None:
+            pytest.skip("the arguments on a GPU depend on the GPU")
+        key = ("guided_gate_fwd_config", (arch, 4, 2, 32))
+        with _tuned.use({key: replace(_tuned.default(key), block_l=16)}):
+            actual = guided_gate(**inputs, backend="triton")
+        assert launched == [64, 16]
+        torch.testing.assert_close(actual, expected)
+
+
+def test_neighbours_are_one_step_away_and_positive() -> None:
+    config = _configs.TileConfig(16, 1, 16, 1, lean=True)
+    found = tune.neighbours(config)
+    changed = [tune._differing(config, other) for other in found]
+    assert changed == ["block_m=32", "block_m=8", "block_n=2", "num_warps=8", "num_stages=2"]
+    assert all(other.lean for other in found)
+
+
+needs_interpreter = pytest.mark.skipif(
+    DEVICE == "cuda", reason="a GPU searches with real times; this rehearses in the interpreter"
+)
+
+
+@needs_interpreter
+class TestSearch:
+    def run(self, out: Path, **changes: Any) -> dict[str, Any]:
+        args = {
+            "op": ("guided_gate",), "dtype": None, "device": "cpu", "minutes": 1.0, "out": out,
+            "dry_run": False,
+        }  # fmt: skip
+        assert tune.main(Namespace(**{**args, **changes}), Console(file=None, quiet=True)) == 0
+        return json.loads((out / "search.json").read_text())
+
+    def test_the_fastest_correct_candidate_wins(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        beside: list[list[str]] = []
+
+        def times(self: tune.Search, trials: dict[str, dict], mode: str) -> dict[str, Timing]:
+            beside.append([function for function, _ in trials["default"]])
+            fast = {"block_l=32": 0.5, "num_warps=8": 0.9}
+            return {n: replace(ANY, p20_us=t, p50_us=t, p80_us=t)
+                    for n in trials for t in [fast.get(n, 1.0)]}  # fmt: skip
+
+        monkeypatch.setattr(tune.Search, "time", times)
+        # Twice the same: what is decided is not searched again.
+        found = self.run(tmp_path, op=("guided_gate", "guided_gate"))["configs"]
+        forward, backward = found
+        assert beside == [[], ["guided_gate_fwd_config"]]
+        assert [e["function"] for e in found] == [
+            "guided_gate_fwd_config",
+            "guided_gate_bwd_config",
+        ]
+        assert [e["mode"] for e in found] == ["fwd", "bwd"]
+        assert forward["config"] == {**forward["default"], "block_l": 32}
+        assert (forward["default_us"], forward["tuned_us"]) == (1.0, 0.5)
+        assert backward["config"] == {**backward["default"], "block_l": 32}
+        tuned = _tuned.read(tmp_path / "tuned.json")
+        assert {name: config.block_l for (name, _), config in tuned.items()} == {
+            "guided_gate_fwd_config": 32,
+            "guided_gate_bwd_config": 32,
+        }
+
+    @pytest.mark.parametrize(
+        "faster",
+        [replace(ANY, p20_us=0.97, p50_us=0.99, p80_us=0.99), replace(ANY, p20_us=0.5, p50_us=0.9)],
+        ids=["less than 2 percent", "bands overlap"],
+    )
+    def test_noise_does_not_win(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, faster: Timing
+    ) -> None:
+        monkeypatch.setattr(
+            tune.Search,
+            "time",
+            lambda self, trials, mode: {n: ANY if n == "default" else faster for n in trials},
+        )
+        assert all(e["config"] == e["default"] for e in self.run(tmp_path)["configs"])
+        assert _tuned.read(tmp_path / "tuned.json") == {}
+
+    def test_wrong_candidates_are_refused(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A block that no longer holds whole rows makes another LayerNorm."""
+        monkeypatch.setattr(
+            tune.Search, "time", lambda self, trials, mode: dict.fromkeys(trials, ANY)
+        )
+        forward = self.run(tmp_path, op=("norm",))["configs"][0]
+        assert forward["function"] == "norm_fwd_config"
+        assert list(forward["refused"]) == ["block_c=16"]
+        assert "block_c=16" not in forward["tried_us"]
+        assert len(forward["tried_us"]) > 3
+
+    def test_really_measures(self, tmp_path: Path) -> None:
+        content = self.run(tmp_path)
+        assert content["made_on"]["rehearsal"]
+        times = [t for e in content["configs"] for t in e["tried_us"].values()]
+        assert len(times) > 6
+        assert len(set(times)) > 6
+        assert min(times) > 100
+
+    def test_out_of_time(self, tmp_path: Path) -> None:
+        assert self.run(tmp_path, minutes=0.0)["configs"] == []
+
+    def test_dry_run(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        args = ["tune", "--device", "cpu", "--dry-run", "--out", str(tmp_path / "none")]
+        assert benchmark_main(args) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "attention b0 s1 64x64 B1 M2 fp32: attention"
+        assert lines[-1] == f"{len(tune.HOTTEST)} cases; nothing was run"
+        assert not (tmp_path / "none").exists()
+
+    def test_unknown_operation(self, tmp_path: Path) -> None:
+        with pytest.raises(ValueError, match=r"--op must be among attention, .*; got 'model'"):
+            self.run(tmp_path, op=("model",))
+
+    def test_without_the_interpreter(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delenv("TRITON_INTERPRET")
+        with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
+            self.run(tmp_path)
