@@ -183,3 +183,26 @@ def load_tile(
     else:
         b = tl.load(p_tile)
     return b
+
+
+@triton.jit(do_not_specialize=["n"])
+def sum_partials_kernel(
+    p_sums, p_dw, p_db, n, C, TAPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+):
+    """Partial sums [n, TAPS + 1, C] over n, in a fixed order: into p_dw [C, TAPS], then p_db [C].
+
+    Grid (channel blocks, TAPS + 1).
+    """
+    i_k = tl.program_id(1)
+    o_n, o_c = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    m_c = o_c < C
+    p_tile = p_sums + i_k * C + o_n[:, None] * ((TAPS + 1) * C) + o_c[None, :]
+    b_sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
+    for i_n in tl.range(0, n, BLOCK_N):
+        b_sums += tl.load(p_tile, mask=(o_n < n - i_n)[:, None] & m_c[None, :], other=0.0)
+        p_tile += BLOCK_N * (TAPS + 1) * C
+    b_sum = tl.sum(b_sums, 0)
+    if i_k < TAPS:
+        tl.store(p_dw + o_c * TAPS + i_k, b_sum.to(p_dw.dtype.element_ty), mask=m_c)
+    else:
+        tl.store(p_db + o_c, b_sum.to(p_db.dtype.element_ty), mask=m_c)

@@ -522,7 +522,7 @@ def depthwise_bwd_config(arch: int, channels: int) -> StripConfig:
     return _strip(channels, 8, 2) if arch >= 120 else _strip(channels, 4, 3)
 
 
-SUMS_BLOCK_N, SUMS_BLOCK_C = 128, 32
+SUMS_TILE = {"BLOCK_N": 128, "BLOCK_C": 32}
 """Partial sums and channels that a program of the second pass adds at a time."""
 
 _MIN_STRIP_ROWS = 8

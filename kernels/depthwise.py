@@ -47,6 +47,7 @@ from equiseg_fast.kernels._common import (
     launch,
     offline_entry,
     strides,
+    sum_partials_kernel,
 )
 
 
@@ -252,26 +253,6 @@ def _depthwise_bwd_kernel(
         tl.store(p_sums + 9 * C + o_c, tl.sum(b_dbias, 0), mask=m_c)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _depthwise_bwd_reduce_kernel(
-    p_sums, p_dw, p_db, n, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Grid (channel blocks, 10): sums [n, 10, C] (nine taps, bias) over n, in a fixed order."""
-    i_k = tl.program_id(1)
-    o_n, o_c = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    p_tile = p_sums + i_k * C + o_n[:, None] * (10 * C) + o_c[None, :]
-    b_sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for i_n in tl.range(0, n, BLOCK_N):
-        b_sums += tl.load(p_tile, mask=(o_n < n - i_n)[:, None] & m_c[None, :], other=0.0)
-        p_tile += BLOCK_N * 10 * C
-    b_sum = tl.sum(b_sums, 0)
-    if i_k < 9:
-        tl.store(p_dw + o_c * 9 + i_k, b_sum.to(p_dw.dtype.element_ty), mask=m_c)
-    else:
-        tl.store(p_db + o_c, b_sum.to(p_db.dtype.element_ty), mask=m_c)
-
-
 def _block_constexprs(config: _configs.StripConfig, channels: int) -> dict:
     pad = channels % config.block_c != 0
     return {"BLOCK_W": config.block_w, "BLOCK_C": config.block_c, "PAD_C": pad}
@@ -363,9 +344,9 @@ def depthwise_conv_gelu_bwd(
         whole_dweight = dweight if needs_dweight else torch.empty_like(weight)
         whole_dbias = dbias if needs_dbias else torch.empty_like(bias)
         launch(
-            _depthwise_bwd_reduce_kernel, (triton.cdiv(channels, _configs.SUMS_BLOCK_C), 10),
+            sum_partials_kernel, (triton.cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 10),
             sums, whole_dweight, whole_dbias, n_sums, channels,
-            num_warps=4, num_stages=1, BLOCK_N=_configs.SUMS_BLOCK_N, BLOCK_C=_configs.SUMS_BLOCK_C,
+            num_warps=4, num_stages=1, TAPS=9, **_configs.SUMS_TILE,
         )  # fmt: skip
     dx = _convolve(du, weight, bias, height, width, forward=False) if needs_dx else du
     return dx, dweight, dbias
@@ -398,5 +379,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     blocks | needs, config.num_warps, 1, scores=tile,
                     max_registers=_configs.depthwise_bwd_max_registers(itemsize),
                 )  # fmt: skip
-        blocks = {"BLOCK_N": _configs.SUMS_BLOCK_N, "BLOCK_C": _configs.SUMS_BLOCK_C}
-        yield offline_entry(_depthwise_bwd_reduce_kernel, dtype, types, blocks, 4, 1)
+        blocks = {"TAPS": 9, **_configs.SUMS_TILE}
+        yield offline_entry(sum_partials_kernel, f"{dtype} x10", types, blocks, 4, 1)

@@ -45,6 +45,7 @@ from equiseg_fast.kernels._common import (
     launch,
     offline_entry,
     strides,
+    sum_partials_kernel,
 )
 
 
@@ -160,26 +161,6 @@ def _add_layer_norm_bwd_kernel(
         tl.store(p_sums + C + o_c, tl.sum(b_db, 0), mask=o_c < C)
 
 
-@triton.jit(do_not_specialize=["n"])
-def _add_layer_norm_bwd_reduce_kernel(
-    p_sums, p_dw, p_db, n, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
-):
-    """Grid (channel blocks, 2): sums [n, 2, C] (weight, bias) over n, in a fixed order."""
-    i_k = tl.program_id(1)
-    o_n, o_c = tl.arange(0, BLOCK_N), tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    m_c = o_c < C
-    p_tile = p_sums + i_k * C + o_n[:, None] * (2 * C) + o_c[None, :]
-    b_sums = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    for i_n in tl.range(0, n, BLOCK_N):
-        b_sums += tl.load(p_tile, mask=(o_n < n - i_n)[:, None] & m_c[None, :], other=0.0)
-        p_tile += BLOCK_N * 2 * C
-    b_sum = tl.sum(b_sums, 0)
-    if i_k == 0:
-        tl.store(p_dw + o_c, b_sum.to(p_dw.dtype.element_ty), mask=m_c)
-    else:
-        tl.store(p_db + o_c, b_sum.to(p_db.dtype.element_ty), mask=m_c)
-
-
 def _constexprs(config: _configs.TokenTile, channels: int) -> dict:
     return {**config.blocks(), "PAD_C": channels != config.block_c}
 
@@ -259,10 +240,10 @@ def add_layer_norm_bwd(
     )  # fmt: skip
     if needs_sums:
         launch(
-            _add_layer_norm_bwd_reduce_kernel, (triton.cdiv(channels, _configs.SUMS_BLOCK_C), 2),
+            sum_partials_kernel, (triton.cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 2),
             sums, dweight if needs_dweight else torch.empty_like(weight),
             dbias if needs_dbias else torch.empty_like(weight), chunks, channels,
-            num_warps=4, num_stages=1, BLOCK_N=_configs.SUMS_BLOCK_N, BLOCK_C=_configs.SUMS_BLOCK_C,
+            num_warps=4, num_stages=1, TAPS=1, **_configs.SUMS_TILE,
         )  # fmt: skip
     return dx, dweight, dbias
 
@@ -300,5 +281,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     _constexprs(config, channels) | {flag: flag != left_out for flag in flags},
                     config.num_warps, 1, max_registers=_configs.NORM_BWD_REGISTERS,
                 )  # fmt: skip
-        blocks = {"BLOCK_N": _configs.SUMS_BLOCK_N, "BLOCK_C": _configs.SUMS_BLOCK_C}
-        yield offline_entry(_add_layer_norm_bwd_reduce_kernel, dtype, types, blocks, 4, 1)
+        blocks = {"TAPS": 1, **_configs.SUMS_TILE}
+        yield offline_entry(sum_partials_kernel, f"{dtype} x2", types, blocks, 4, 1)

@@ -92,7 +92,7 @@ class TestParity:
         monkeypatch.setattr(_configs, "depthwise_conv_config", lambda *_: config)
         monkeypatch.setattr(_configs, "depthwise_bwd_config", lambda *_: config)
         monkeypatch.setattr(_configs, "strip_rows", lambda *_: rows)
-        monkeypatch.setattr(_configs, "SUMS_BLOCK_N", 4)
+        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_N", 4)
         parity(make(1, 4, 5, 17, dtype))
 
     def test_strip_rows_cover_the_image(self) -> None:

@@ -99,8 +99,8 @@ class TestParity:
         monkeypatch.setattr(_configs, "norm_fwd_config", lambda *_: tile)
         monkeypatch.setattr(_configs, "norm_bwd_config", lambda *_: tile)
         monkeypatch.setattr(_configs, "token_chunks", lambda *_: (6, 3))
-        monkeypatch.setattr(_configs, "SUMS_BLOCK_N", 4)
-        monkeypatch.setattr(_configs, "SUMS_BLOCK_C", 16)
+        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_N", 4)
+        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_C", 16)
         inputs = make(66, channels, dtype=dtype)
         parity(inputs)
         # All with strides of their own.
