@@ -24,9 +24,9 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
+from benchmarks import against, compare, report, resources, timing  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks import report, resources, timing  # noqa: E402
-from benchmarks.compare import compare, lost  # noqa: E402
+from benchmarks.options import choose_device, names  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
 
@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     run = commands.add_parser("run", help="check, measure, and write a folder of results")
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
     for name in ("op", "provider", "dtype", "mode"):
-        run.add_argument(f"--{name}", type=_names, default=(), metavar="A,B", help="only these")
+        run.add_argument(f"--{name}", type=names, default=(), metavar="A,B", help="only these")
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
         "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
@@ -70,14 +70,13 @@ def _parser() -> argparse.ArgumentParser:
     again.add_argument("results", type=Path, help="results.jsonl or its folder")
     again.set_defaults(run=_report)
 
-    difference = commands.add_parser("compare", help="what became slower between two runs")
-    difference.add_argument("base", type=Path)
-    difference.add_argument("new", type=Path)
-    difference.add_argument("--threshold", type=_fraction, default=0.05, metavar="5%%")
-    difference.add_argument("--atol-us", type=float, default=30.0)
-    difference.add_argument("--fail", action="store_true", help="exit with 1 if anything is slower")
-    difference.add_argument("--force", action="store_true", help="even on different devices")
-    difference.set_defaults(run=_compare)
+    for module, name, text in (
+        (compare, "compare", "what became slower between two runs"),
+        (against, "against", "the working tree beside another revision, measured in turn"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
 
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
@@ -86,26 +85,6 @@ def _parser() -> argparse.ArgumentParser:
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
     return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
-
-
-def _fraction(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no GPU here")
-    return device
 
 
 def _list(args: argparse.Namespace, console: Console) -> int:
@@ -124,12 +103,12 @@ def _list(args: argparse.Namespace, console: Console) -> int:
 
 
 def _env(args: argparse.Namespace, console: Console) -> int:
-    console.print_json(json.dumps(records_of.environment(_device(None))))
+    console.print_json(json.dumps(records_of.environment(choose_device(None))))
     return 0
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = _device(args.device)
+    device = choose_device(args.device)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
         args.seed,
@@ -244,33 +223,6 @@ def _report(args: argparse.Namespace, console: Console) -> int:
         _write_report(rows, env, folder)
     report.terminal(rows, console)
     return 0
-
-
-def _compare(args: argparse.Namespace, console: Console) -> int:
-    base, new = records_of.read_jsonl(args.base), records_of.read_jsonl(args.new)
-    devices = [_device_of(path) for path in (args.base, args.new)]
-    if devices[0] != devices[1] and not args.force:
-        raise ValueError(
-            f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
-        )
-    changes = compare(base, new, threshold=args.threshold, atol_us=args.atol_us)
-    slower = [change for change in changes if change.verdict == "slower"]
-    for change in sorted(changes, key=lambda c: -c.ratio):
-        if change.verdict != "same":
-            console.print(change.text)
-    failed = lost(base, new)
-    for row in failed:
-        console.print(f"lost: {row.op} {row.shape.label} {row.mode} {row.provider}: {row.reason}")
-    faster = sum(change.verdict == "faster" for change in changes)
-    console.print(
-        f"{len(changes)} compared: {len(slower)} slower, {faster} faster, {len(failed)} lost"
-    )
-    return 1 if args.fail and (slower or failed) else 0
-
-
-def _device_of(path: Path) -> str:
-    env = (path if path.is_dir() else path.parent) / "env.json"
-    return json.loads(env.read_text())["device"] if env.is_file() else "an unknown device"
 
 
 def _default_folder(device: torch.device) -> Path:

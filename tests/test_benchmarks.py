@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from benchmarks import data, memory, plots, report, sensors, timing
 from benchmarks.__main__ import main
 from benchmarks.baselines import EagerBaseline
-from benchmarks.compare import compare, lost
 from benchmarks.launches import Row
 from benchmarks.record import Record, environment, read_jsonl, write_jsonl
 from benchmarks.registry import MODES, SUITES, Op, Problem, Shape, Suite, operations, unavailable
@@ -453,38 +452,6 @@ def test_environment_names_versions_and_nothing_private() -> None:
     assert env["env_id"] == environment(CPU, {"bandwidth": 1.0})["env_id"]
 
 
-@pytest.mark.parametrize(
-    ("new", "width", "verdict"),
-    [
-        (1200.0, 10.0, "slower"),
-        (800.0, 10.0, "faster"),
-        (1040.0, 1.0, "same"),  # 4 % is below 5 %
-        (1200.0, 150.0, "same"),  # the bands overlap
-    ],
-)
-def test_comparison(new: float, width: float, verdict: str) -> None:
-    base = record(1000.0, width=width)
-    (change,) = compare([base], [record(new, width=width)], threshold=0.05, atol_us=30.0)
-    assert change.verdict == verdict
-    assert change.ratio == pytest.approx(new / 1000)
-
-
-def test_comparison_needs_the_absolute_threshold_too() -> None:
-    pair = [record(100.0)], [record(125.0)]
-    assert compare(*pair, threshold=0.05, atol_us=30.0)[0].verdict == "same"
-    assert compare(*pair, threshold=0.05, atol_us=20.0)[0].verdict == "slower"
-
-
-def test_comparison_joins_on_everything_and_sees_what_was_lost() -> None:
-    base = [record(100.0), record(100.0, mode="step")]
-    broken = replace(record(1.0, mode="step", status="incorrect"), p50_us=None)
-    assert (
-        len(compare(base, [record(100.0, provider="baseline"), broken], threshold=0, atol_us=0))
-        == 0
-    )
-    assert lost(base, [broken]) == [broken]
-
-
 def test_ratios_are_against_the_baseline_and_the_strongest_other() -> None:
     group = [
         record(t, provider=p) for p, t in (("baseline", 8.0), ("reference", 4.0), ("torch", 2.0))
@@ -577,7 +544,7 @@ def test_usage_errors_name_what_is_allowed(
     assert message in capsys.readouterr().err
 
 
-def test_run_report_and_compare(
+def test_run_and_report(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tiny = replace(tiny_suite(), sizes=((64, 96),), stages=(4,))
@@ -599,26 +566,6 @@ def test_run_report_and_compare(
     (out / "report.md").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.md").is_file()
-
-    slow = tmp_path / "second"
-    slow.mkdir()
-    (slow / "env.json").write_text(json.dumps(env))
-    for row in rows:
-        if row.p50_us is not None:
-            row.p20_us, row.p50_us, row.p80_us = (
-                1e6 + 9 * v for v in (row.p20_us, row.p50_us, row.p80_us)
-            )
-    write_jsonl(rows, slow / "results.jsonl")
-    capsys.readouterr()
-    assert main(["compare", str(out), str(slow)]) == 0
-    assert main(["compare", str(out), str(slow), "--threshold", "5%", "--fail"]) == 1
-    assert main(["compare", str(slow), str(slow), "--fail"]) == 0
-    assert "slower: guided_gate" in capsys.readouterr().out
-
-    (slow / "env.json").write_text(json.dumps(env | {"device": "another chip"}))
-    with pytest.raises(SystemExit):
-        main(["compare", str(out), str(slow)])
-    assert main(["compare", str(out), str(slow), "--force"]) == 0
 
 
 def test_the_picture_of_the_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
