@@ -27,8 +27,23 @@ from rich.progress import (  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks import report, resources, timing  # noqa: E402
 from benchmarks.compare import compare, lost  # noqa: E402
-from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
-from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
+from benchmarks.plan import (  # noqa: E402
+    MODEL_COMPILED,
+    PARTS,
+    SHAPE_FIELDS,
+    Options,
+    dry_run,
+    plan,
+)
+from benchmarks.registry import (  # noqa: E402
+    DTYPES,
+    PROVIDERS,
+    SCOPES,
+    SUITES,
+    operations,
+    unavailable,
+)
+from benchmarks.runner import Phases, Runner  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +67,21 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check, measure, and write a folder of results")
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    for name in ("op", "provider", "dtype", "mode"):
-        run.add_argument(f"--{name}", type=_names, default=(), metavar="A,B", help="only these")
+    for name, values in (
+        ("op", tuple(operations())), ("provider", tuple(PROVIDERS)), ("dtype", tuple(DTYPES)),
+    ):  # fmt: skip
+        run.add_argument(
+            f"--{name}", type=_names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
+        )
+    run.add_argument("--mode", type=_names, default=(), metavar="A,B", help=MODE_HELP)
+    run.add_argument(
+        "--shape",
+        type=_pairs,
+        default=(),
+        metavar="K=V,..",
+        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
+        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
+    )
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
         "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
@@ -88,6 +116,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODE_HELP = (
+    "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
+    "Or parts of the model, which are then all that runs, in those modes or the suite's: "
+    + "; ".join(f"{part} ({SCOPES[part]})" for part in PARTS)
+    + f"; {MODEL_COMPILED} (the model's compiled providers beside the baseline)"
+)
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    found = tuple(tuple(pair.split("=", 1)) for pair in _names(text))
+    if any(len(pair) != 2 for pair in found):
+        raise argparse.ArgumentTypeError(f"must be like variant=b2,stage=1; got {text!r}")
+    return found
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
@@ -99,11 +142,11 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, needed: bool = True) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if needed and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no GPU here")
     return device
 
@@ -129,14 +172,15 @@ def _env(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = _device(args.device)
+    device = _device(args.device, needed=not args.dry_run)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-        args.seed,
+        args.seed, args.shape,
     )  # fmt: skip
     cases = plan(options)
     if args.dry_run:
-        return _dry_run(cases, device, console)
+        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        return 0
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1; got {args.threads}")
@@ -179,20 +223,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         f"total {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU time on "
         f"{torch.get_num_threads()} threads); written to {_shown(out)}"
     )
-    return 0
-
-
-def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
-    ops = {case.op.name: case for case in cases}
-    for case in cases:
-        usable = [p for p in case.providers if not unavailable(case.op, p, device)]
-        console.print(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable)}")
-    for name, case in ops.items():
-        for provider in case.providers:
-            if reason := unavailable(case.op, provider, device):
-                console.print(f"skipped: {name} {provider}: {reason}")
-    timings = sum(len(case.modes) for case in cases)
-    console.print(f"{len(cases)} cases, {timings} with their modes; nothing was run")
     return 0
 
 
