@@ -24,11 +24,12 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import against, compare, report, resources, timing  # noqa: E402
+from benchmarks import against, compare, profiling, report, resources, timing  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks.options import choose_device, names  # noqa: E402
+from benchmarks.options import choose_device, selection_arguments  # noqa: E402
+from benchmarks.plan import Options, dry_run, plan  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
-from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
+from benchmarks.runner import Phases, Runner  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -52,8 +53,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check, measure, and write a folder of results")
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    for name in ("op", "provider", "dtype", "mode"):
-        run.add_argument(f"--{name}", type=names, default=(), metavar="A,B", help="only these")
+    selection_arguments(run)
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
         "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
@@ -73,6 +73,7 @@ def _parser() -> argparse.ArgumentParser:
     for module, name, text in (
         (compare, "compare", "what became slower between two runs"),
         (against, "against", "the working tree beside another revision, measured in turn"),
+        (profiling, "profile", "the operators or kernels of one case, and a trace"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
@@ -108,14 +109,15 @@ def _env(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = choose_device(args.device)
+    device = choose_device(args.device, needed=not args.dry_run)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-        args.seed,
+        args.seed, args.shape,
     )  # fmt: skip
     cases = plan(options)
     if args.dry_run:
-        return _dry_run(cases, device, console)
+        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        return 0
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1; got {args.threads}")
@@ -158,20 +160,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         f"total {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU time on "
         f"{torch.get_num_threads()} threads); written to {_shown(out)}"
     )
-    return 0
-
-
-def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
-    ops = {case.op.name: case for case in cases}
-    for case in cases:
-        usable = [p for p in case.providers if not unavailable(case.op, p, device)]
-        console.print(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable)}")
-    for name, case in ops.items():
-        for provider in case.providers:
-            if reason := unavailable(case.op, provider, device):
-                console.print(f"skipped: {name} {provider}: {reason}")
-    timings = sum(len(case.modes) for case in cases)
-    console.print(f"{len(cases)} cases, {timings} with their modes; nothing was run")
     return 0
 
 

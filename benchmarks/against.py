@@ -21,7 +21,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -29,15 +28,16 @@ from benchmarks import compare
 from benchmarks.alternate import Side, Task, measure
 from benchmarks.options import (
     ROOT,
-    case_arguments,
+    cases_at,
     choose_device,
-    chosen_cases,
+    selection_arguments,
+    shape_argument,
     verdict_arguments,
 )
+from benchmarks.plan import Options, dry_run
 from benchmarks.record import Record, write_jsonl
-from benchmarks.registry import SUITES, unavailable
+from benchmarks.registry import SUITES
 from benchmarks.report import contention
-from benchmarks.runner import Case, Options
 
 OURS = ("torch", "triton")
 BLOCK_SECONDS = 0.1
@@ -48,7 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks against`."""
     parser.add_argument("--base", required=True, metavar="REV", help="any revision git knows")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    case_arguments(parser, ("op", "dtype", "mode", "provider"))
+    selection_arguments(parser)
+    shape_argument(parser)
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
     parser.add_argument(
         "--blocks", type=int, default=9, help="measurements of each version, at least 3"
     )
@@ -64,21 +68,22 @@ def main(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--blocks must be at least 3, or bands mean nothing; got {args.blocks}")
     if args.threads is not None and args.threads < 1:
         raise ValueError(f"--threads must be at least 1; got {args.threads}")
-    device = choose_device(args.device)
+    device = choose_device(args.device, needed=not args.dry_run)
     options = Options(
         suite=args.suite, ops=args.op, providers=args.provider or OURS, dtypes=args.dtype,
         modes=args.mode, device=str(device), method=args.method, seed=args.seed,
+        shape=args.shape,
     )  # fmt: skip
     suite = replace(SUITES[args.suite], seconds=BLOCK_SECONDS, rounds=BLOCK_ROUNDS)
+    cases = cases_at(options, args.at)
     tasks = [
-        Task(replace(case, modes=(mode,)), options, suite)
-        for case in chosen_cases(options, args.shape)
-        for mode in case.modes
+        Task(replace(case, modes=(mode,)), options, suite) for case in cases for mode in case.modes
     ]
     sha = _git("rev-parse", "--verify", "--quiet", f"{args.base}^{{commit}}")
     console.print(f"base: {_git('log', '-1', '--format=%h %s', sha)}; new: the working tree")
     if args.dry_run:
-        return _dry_run([task.case for task in tasks], device, console)
+        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        return 0
 
     out = args.out or Path("benchmark-results") / f"against-{sha[:10]}-{datetime.now():%Y%m%d-%H%M}"
     for name in ("base", "new"):
@@ -110,15 +115,6 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(line, markup=False)
     console.print(f"{compare.summary(changes)}; written to {out.name}")
     return 1 if args.fail and compare.failed(changes) else 0
-
-
-def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
-    for case in cases:
-        reasons = {p: unavailable(case.op, p, device) for p in case.providers}
-        usable = [p for p, reason in reasons.items() if not reason]
-        console.print(f"{case.label} {case.modes[0]}: {', '.join(usable) or 'nothing'}")
-    console.print(f"{len(cases)} measurements of each version; nothing was run")
-    return 0
 
 
 def _environments(sides: Sequence[Side], sha: str, out: Path) -> list[dict[str, Any]]:

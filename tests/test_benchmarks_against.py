@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 INIT = Path("equiseg_fast/__init__.py")
 GATE = Path("equiseg_fast/ops/guided_gate.py")
 WEIGHTS = Path("equiseg_fast/models/weights.py")
-TINY = ("--shape", "height=64,width=64,modalities=2", "--mode", "fwd", "--device", "cpu")
+TINY = ("--at", "height=64,width=64,modalities=2", "--mode", "fwd", "--device", "cpu")
 
 
 def git(repository: Path, *arguments: str) -> str:
@@ -133,8 +133,8 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
             "worker of base ended with 1: ImportError: on purpose",
         ),
         (("--base", "main", "--blocks", "2"), "--blocks must be at least 3"),
-        (("--base", "main", "--shape", "colour=3"), "must set some of variant, stage"),
-        (("--base", "main", "--shape", "height=65"), "height must be a multiple of 32; got 65"),
+        (("--base", "main", "--at", "colour=3"), "--at must be among variant, stage"),
+        (("--base", "main", "--at", "height=0"), "height must be a positive integer; got '0'"),
         (("--base", "main", "--op", "atention"), "--op must be among attention"),
     ],
 )
@@ -150,8 +150,8 @@ def test_dry_run_measures_nothing(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "none"
     done = against(repository, "--base", "main", "--dry-run", *TINY, "--out", str(out))
     assert done.returncode == 0
-    assert "attention b0 s2 64x64 B1 M2 fp32 fwd: torch\n" in done.stdout
-    assert "model b0 64x64 B1 M2 fp32 fwd: torch\n" in done.stdout
+    assert "attention b0 s2 64x64 B1 M2 fp32: fwd: torch\n" in done.stdout
+    assert "model b0 64x64 B1 M2 fp32: fwd: torch\n" in done.stdout
     assert "nothing was run" in done.stdout
     assert not out.exists()
 
