@@ -24,7 +24,16 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import against, compare, profiling, report, resources, timing  # noqa: E402
+from benchmarks import (  # noqa: E402
+    against,
+    compare,
+    exercise,
+    profiling,
+    report,
+    resources,
+    timing,
+    visit,
+)
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Options, dry_run, plan  # noqa: E402
@@ -74,6 +83,8 @@ def _parser() -> argparse.ArgumentParser:
         (compare, "compare", "what became slower between two runs"),
         (against, "against", "the working tree beside another revision, measured in turn"),
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
+        (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
+        (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
