@@ -570,7 +570,9 @@ def test_run_and_report(
     shown = capsys.readouterr().out
     assert "total" in shown
     assert str(tmp_path) not in shown
-    assert {p.name for p in out.iterdir()} == {"results.jsonl", "env.json", "report.md", "plots"}
+    assert {p.name for p in out.iterdir()} == {
+        "results.jsonl", "results.csv", "env.json", "report.md", "plots"
+    }  # fmt: skip
     assert {p.name for p in (out / "plots").iterdir()} == {"latency.png", "memory.png"}
     rows = read_jsonl(out)
     env = json.loads((out / "env.json").read_text())
