@@ -159,7 +159,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             results.add(found)
             progress.advance(task)
         notes, images = [], []
-        if args.suite == "quick":
+        if args.suite == "quick" and not find_spec("skimage"):
+            console.print("no picture of the sensors: scikit-image is not installed")
+        elif args.suite == "quick":
             progress.update(task, description="sensors: training and blanking")
             notes, images = _sensors(out, args.seed, phases)
             progress.advance(task)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -163,13 +162,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 under --fail if anything is slower or lost. Raises ValueError on results of
     different devices, and on results that have nothing in common."""
-    envs = [_environment(path) for path in (args.base, args.new)]
+    envs = [record.read_environment(path) for path in (args.base, args.new)]
     devices = [env.get("device", "an unknown device") for env in envs]
     if devices[0] != devices[1] and not args.force:
         raise ValueError(
             f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
         )
-    rows = [record.read_jsonl(path) for path in (args.base, args.new)]
+    rows = [record.read(path) for path in (args.base, args.new)]
     changes = compare(*rows, threshold=args.threshold, atol_us=args.atol_us)
     if not changes:
         raise ValueError("no case, mode, provider and dtype was measured in both")
@@ -182,8 +181,3 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(line)
     console.print(summary(changes))
     return 1 if args.fail and failed(changes) else 0
-
-
-def _environment(path: Path) -> dict[str, Any]:
-    beside = (path if path.is_dir() else path.parent) / "env.json"
-    return json.loads(beside.read_text()) if beside.is_file() else {}

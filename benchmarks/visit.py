@@ -26,6 +26,7 @@ from rich.console import Console
 
 from benchmarks.budget import State, Step, Task, run, shares
 from benchmarks.options import ROOT, choose_device
+from benchmarks.plan import Options, plan
 from benchmarks.visit_summary import failed, table, unfinished, write_summary
 
 PYTHON = sys.executable
@@ -37,17 +38,17 @@ OPTIONAL = {
     "matplotlib": "no plots",
 }
 # The hottest first, for the case that time runs out.
-PARITY = (
+HOTTEST = (
     "attention", "depthwise", "norm", "mix_ffn", "query_hub", "pooling_mixer", "guided_gate",
     "prototypes", "losses",
-)  # fmt: skip
-CORE = (
-    "attention", "depthwise", "mix_ffn", "norm", "query_hub", "pooling_mixer", "guided_gate",
-    "prototypes", "losses", "training", "model", "block", "stage", "encoder",
 )  # fmt: skip
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 REHEARSED_TESTS = "test_rho or test_rounds_once"
+REHEARSED_CASES = (
+    "--shape", "variant=b0,stage=4", "--dtype", "fp32", "--provider", "baseline,torch,triton",
+    "--threads", "1",
+)  # fmt: skip
 
 
 def bench(*words: str) -> tuple[str, ...]:
@@ -69,7 +70,7 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
             impossible=_missing_command("calibrate"),
         ),
         _parity_step(folder, cuda),
-        _core_step(folder, on, CORE if cuda else ("guided_gate", "query_hub")),
+        _core_step(folder, on, core_operations() if cuda else ("guided_gate", "query_hub")),
         _memory_step(folder, on, cuda),
         _sanitizer_step(cuda),
         Step(
@@ -91,6 +92,13 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
             (_task("report", bench("report", str(folder / "core"))),),
         ),
     )
+
+
+def core_operations() -> list[str]:
+    """Those of the core suite, single operations and the whole model before its parts."""
+    names = [case.op.name for case in plan(Options(suite="core"))]
+    first = [name for name in (*HOTTEST, "training", "model") if name in names]
+    return list(dict.fromkeys((*first, *names)))
 
 
 def _task(name: str, command: Sequence[str], **options: Any) -> Task:
@@ -124,7 +132,7 @@ def _parity_step(folder: Path, cuda: bool) -> Step:
         return _task(f"parity/{stem}", command, variables=variables, restarts=5)
 
     if cuda:
-        tasks = [tests(stem) for stem in PARITY]
+        tasks = [tests(stem) for stem in HOTTEST]
         tasks += [tests(stem, "-m", "gpu") for stem in GPU_ONLY]
     else:
         tasks = [tests(stem, "-k", REHEARSED_TESTS) for stem in ("guided_gate", "norm")]
@@ -143,18 +151,18 @@ def _at_once(cuda: bool) -> int:
 
 
 def _core_step(folder: Path, on: tuple[str, ...], ops: Sequence[str]) -> Step:
-    suite = ("core",) if on[1] == "cuda" else ("quick", "--threads", "1")
+    suite = ("--suite", "core", *on, *(() if on[1] == "cuda" else REHEARSED_CASES))
     tasks = tuple(
         # One process per operation: an error of the device spoils all later calls of a process.
-        _task(f"core/{op}", bench("run", "--suite", *suite, *on, "--op", op, "--out", out))
+        _task(f"core/{op}", bench("run", *suite, "--op", op, "--out", out))
         for op in ops
         for out in [str(folder / "core" / op / "{attempt}")]
     )
-    return Step("core", f"speed, suite {suite[0]}", 3.5, tasks)
+    return Step("core", "speed, suite core", 3.5, tasks)
 
 
 def _memory_step(folder: Path, on: tuple[str, ...], cuda: bool) -> Step:
-    what = ("--suite", "quick", "--op", "guided_gate", "--mode", "fwd", "--threads", "1")
+    what = ("--suite", "core", "--op", "guided_gate", "--mode", "fwd", *REHEARSED_CASES)
     if cuda:
         what = (
             "--suite", "full", "--op", "training,model", "--mode", "fwd,step", "--dtype", "bf16",

@@ -125,6 +125,11 @@ def _measured_outcome(step: Step, folder: Path) -> str:
     return "; ".join([shown, *sorted(wrong)])
 
 
+def _report_outcome(step: Step, folder: Path) -> str:
+    made = [*(folder / "core").glob("report.*"), *(folder / "core" / "plots").glob("*.png")]
+    return ", ".join(sorted(str(path.relative_to(folder)) for path in made))
+
+
 def _sanitizer_outcome(step: Step, folder: Path) -> str:
     found = []
     for task in step.tasks:
@@ -140,4 +145,5 @@ OUTCOMES = {
     "core": _measured_outcome,
     "memory": _measured_outcome,
     "sanitizer": _sanitizer_outcome,
+    "report": _report_outcome,
 }

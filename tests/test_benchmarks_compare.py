@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -119,6 +119,22 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", base, new, "--fail"]) == 1
     assert main(["compare", new, base, "--fail"]) == 0
     assert main(["compare", base, new + "/results.jsonl", "--fail", "--atol-us", "400"]) == 0
+
+
+def test_files_of_pytest_benchmark_on_either_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = results(tmp_path / "base", [record(1000.0)])
+    path = tmp_path / "new.json"
+    slow = {"name": "test_case[attention]", "extra_info": asdict(record(2000.0))}
+    env = ENV | {"threads": 1}
+    path.write_text(json.dumps({"machine_info": {"equiseg_fast": env}, "benchmarks": [slow]}))
+    assert main(["compare", base, str(path), "--fail"]) == 1
+    out = capsys.readouterr().out
+    assert "+100.0 %" in out
+    assert "not the same: threads: 2 -> 1" in out
+    assert main(["compare", str(path), base, "--fail"]) == 0
+    assert "1 faster" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
