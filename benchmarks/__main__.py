@@ -24,8 +24,8 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
+from benchmarks import calibrate, report, resources, roofline  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks import report, resources, timing  # noqa: E402
 from benchmarks.compare import compare, lost  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
@@ -82,6 +82,16 @@ def _parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
     compiled.set_defaults(run=lambda args, console: resources.main(args))
+
+    calibration = commands.add_parser("calibrate", help="what this device can do at most")
+    calibrate.add_arguments(calibration)
+    calibration.set_defaults(
+        run=lambda args, console: calibrate.main(args, console, _device(args.device))
+    )
+
+    floors = commands.add_parser("roofline", help="predicted floors on a GPU, without having one")
+    roofline.add_arguments(floors)
+    floors.set_defaults(run=roofline.main)
 
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
@@ -146,7 +156,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     phases = Phases()
     phases.seconds["imports"] = perf_counter() - STARTED
     with phases.phase("device limits"):
-        limits = timing.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
+        limits = calibrate.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
     env = records_of.environment(device, asdict(limits))
     out = args.out or _default_folder(device)
     out.mkdir(parents=True, exist_ok=True)

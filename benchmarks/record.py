@@ -126,8 +126,8 @@ def read_jsonl(path: Path) -> list[Record]:
 def environment(device: torch.device, limits: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything a number depends on, without names of hosts, users or folders.
 
-    limits: what `timing.device_limits` measured. load: average number of runnable processes in the
-    last minute. `env_id` is a hash of what does not change from run to run.
+    limits: what `calibrate.device_limits` measured. load: average number of runnable processes in
+    the last minute. `env_id` is a hash of what does not change from run to run.
     """
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.cost import Cost
 from benchmarks.timing import MODES
 from equiseg_fast import explain
 from equiseg_fast.models.config import HEADS, SR_RATIOS, VARIANTS
@@ -107,26 +108,6 @@ class Shape:
         stage = f" s{self.stage}" if self.stage else ""
         size = f"{self.height}x{self.width}"
         return f"{self.variant}{stage} {size} B{self.batch} M{self.modalities}"
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an operation cannot do without: FLOPs (a multiply-add is 2), and bytes read or written
-    once each, as if intermediate results cost nothing. The same for every provider, so that ratios
-    of throughput are ratios of time."""
-
-    fwd_bytes: float
-    fwd_flops: float
-    bwd_bytes: float
-    bwd_flops: float
-
-    def of(self, mode: str) -> tuple[float, float]:
-        """(bytes, FLOPs) of one call in this mode."""
-        if mode == "bwd":
-            return self.bwd_bytes, self.bwd_flops
-        if mode == "step":
-            return self.fwd_bytes + self.bwd_bytes, self.fwd_flops + self.bwd_flops
-        return self.fwd_bytes, self.fwd_flops
 
 
 Outputs = tuple[Tensor, ...]

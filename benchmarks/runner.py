@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 
 from benchmarks import memory, parity, timing
+from benchmarks.cost import Limits, Work, total
 from benchmarks.record import Record
 from benchmarks.registry import (
     DTYPES,
@@ -113,7 +114,7 @@ class Runner:
     def __init__(
         self,
         options: Options,
-        limits: timing.Limits | None = None,
+        limits: Limits | None = None,
         phases: Phases | None = None,
         suite: Suite | None = None,
     ) -> None:
@@ -276,17 +277,16 @@ class Runner:
                 torch.cuda.synchronize()
         return timing.measure_cuda(calls, seconds=seconds, rounds=rounds, graph=False)
 
-    def _fill(self, row: Record, measured: timing.Timing, work: tuple[float, float] | None) -> None:
+    def _fill(self, row: Record, measured: timing.Timing, works: Sequence[Work] | None) -> None:
         row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
         row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
         row.min_us, row.cpu_us = measured.min_us, measured.cpu_us
-        if work is None:
+        if works is None:
             return
-        seconds = measured.p50_us / 1e6
-        row.gbps, row.tflops = work[0] / seconds / 1e9, work[1] / seconds / 1e12
+        seconds, work = measured.p50_us / 1e6, total(works)
+        row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
         if self.limits is not None:
-            fastest = max(work[0] / self.limits.bandwidth, work[1] / self.limits.peak[row.dtype])
-            row.roofline_pct = 100 * fastest / seconds
+            row.roofline_pct = 100 * self.limits.floor(works, row.dtype) / seconds
 
 
 def _blank(row: Record) -> Record:

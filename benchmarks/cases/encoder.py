@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, data
+from benchmarks import baselines, data, model_cost
 from benchmarks.cases.model import AGREEMENT, HALF_AGREEMENT, cast_to, on_backend
+from benchmarks.cost import Cost
 from benchmarks.registry import Op, Outputs, Problem, Shape, lazily_compiled
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
@@ -72,12 +73,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )
 
 
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """The parts of the encoder one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
+
+
 OPS = (
     Op(
         "encoder",
         "",
         build,
-        None,
+        cost,
         "Mix Transformer, features of the last stage",
         extra_providers=("transformers",),
         stages=(0,),

@@ -11,8 +11,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data
+from benchmarks import data, model_cost
 from benchmarks.baselines import EagerBaseline
+from benchmarks.cost import Cost
 from benchmarks.registry import (
     NUM_CLASSES,
     Op,
@@ -126,13 +127,23 @@ def build_training(shape: Shape, dtype: torch.dtype, device: torch.device, seed:
     return _build(shape, dtype, device, seed, training=True)
 
 
+def cost_of_model(shape: Shape, itemsize: int) -> Cost:
+    """The parts of the model one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=False))
+
+
+def cost_of_training(shape: Shape, itemsize: int) -> Cost:
+    """As `cost_of_model`, with batch statistics and losses."""
+    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=True))
+
+
 OPS = (
-    Op("model", "", build_model, None, "EQUISeg inference", modes=("fwd",), stages=(0,)),
+    Op("model", "", build_model, cost_of_model, "EQUISeg inference", modes=("fwd",), stages=(0,)),
     Op(
         "training",
         "",
         build_training,
-        None,
+        cost_of_training,
         "EQUISeg loss and gradients of all parameters",
         modes=("fwd_train", "bwd", "step"),
         stages=(0,),
