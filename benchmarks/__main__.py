@@ -8,7 +8,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import asdict
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -24,11 +23,26 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import calibrate, report, resources, roofline  # noqa: E402
+from benchmarks import calibrate, report, resources, roofline, terminal  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.compare import compare, lost  # noqa: E402
-from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
-from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
+from benchmarks.plan import (  # noqa: E402
+    MODEL_COMPILED,
+    PARTS,
+    SHAPE_FIELDS,
+    Options,
+    dry_run,
+    plan,
+)
+from benchmarks.registry import (  # noqa: E402
+    DTYPES,
+    PROVIDERS,
+    SCOPES,
+    SUITES,
+    operations,
+    unavailable,
+)
+from benchmarks.runner import Phases, Runner  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +50,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     # A pipe has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
         return args.run(args, console)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -52,8 +66,21 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check, measure, and write a folder of results")
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    for name in ("op", "provider", "dtype", "mode"):
-        run.add_argument(f"--{name}", type=_names, default=(), metavar="A,B", help="only these")
+    for name, values in (
+        ("op", tuple(operations())), ("provider", tuple(PROVIDERS)), ("dtype", tuple(DTYPES)),
+    ):  # fmt: skip
+        run.add_argument(
+            f"--{name}", type=_names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
+        )
+    run.add_argument("--mode", type=_names, default=(), metavar="A,B", help=MODE_HELP)
+    run.add_argument(
+        "--shape",
+        type=_pairs,
+        default=(),
+        metavar="K=V,..",
+        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
+        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
+    )
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
         "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
@@ -66,7 +93,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run)
 
-    again = commands.add_parser("report", help="report.md and plots again, from results.jsonl")
+    again = commands.add_parser("report", help="reports and plots again, from results.jsonl")
     again.add_argument("results", type=Path, help="results.jsonl or its folder")
     again.set_defaults(run=_report)
 
@@ -98,6 +125,21 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+MODE_HELP = (
+    "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
+    "Or parts of the model, which are then all that runs, in those modes or the suite's: "
+    + "; ".join(f"{part} ({SCOPES[part]})" for part in PARTS)
+    + f"; {MODEL_COMPILED} (the model's compiled providers beside the baseline)"
+)
+
+
+def _pairs(text: str) -> tuple[tuple[str, str], ...]:
+    found = tuple(tuple(pair.split("=", 1)) for pair in _names(text))
+    if any(len(pair) != 2 for pair in found):
+        raise argparse.ArgumentTypeError(f"must be like variant=b2,stage=1; got {text!r}")
+    return found
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(name for name in text.split(",") if name)
 
@@ -109,11 +151,11 @@ def _fraction(text: str) -> float:
         raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
 
 
-def _device(name: str | None) -> torch.device:
+def _device(name: str | None, needed: bool = True) -> torch.device:
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    if needed and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no GPU here")
     return device
 
@@ -139,14 +181,15 @@ def _env(args: argparse.Namespace, console: Console) -> int:
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = _device(args.device)
+    device = _device(args.device, needed=not args.dry_run)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-        args.seed,
+        args.seed, args.shape,
     )  # fmt: skip
     cases = plan(options)
     if args.dry_run:
-        return _dry_run(cases, device, console)
+        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        return 0
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1; got {args.threads}")
@@ -175,14 +218,15 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             # Written as it goes: an interrupted run keeps what it has.
             records_of.write_jsonl(rows, out / "results.jsonl")
             progress.advance(task)
-        notes, images = [], []
+        progress.update(task, description="parts of the model")
+        _breakdown(rows, device, out, args.seed, phases)
         if args.suite == "quick":
             progress.update(task, description="sensors: training and blanking")
-            notes, images = _sensors(out, args.seed, phases)
+            _sensors(out, args.seed, phases)
             progress.advance(task)
     with phases.phase("report and plots"):
-        _write_report(rows, env, out, notes, images)
-    report.terminal(rows, console)
+        report.write(rows, env, out)
+    terminal.show(rows, console)
     shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
     console.print(f"seconds: {shown}")
     console.print(
@@ -192,22 +236,24 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
-    ops = {case.op.name: case for case in cases}
-    for case in cases:
-        usable = [p for p in case.providers if not unavailable(case.op, p, device)]
-        console.print(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable)}")
-    for name, case in ops.items():
-        for provider in case.providers:
-            if reason := unavailable(case.op, provider, device):
-                console.print(f"skipped: {name} {provider}: {reason}")
-    timings = sum(len(case.modes) for case in cases)
-    console.print(f"{len(cases)} cases, {timings} with their modes; nothing was run")
-    return 0
+def _breakdown(
+    rows: Sequence[records_of.Record], device: torch.device, out: Path, seed: int, phases: Phases
+) -> None:
+    """`breakdown.json`, of the first whole model that was measured."""
+    measured = [r for r in rows if r.op == "model" and r.p50_us is not None]
+    if not measured:
+        return
+    from benchmarks import breakdown
+
+    with phases.phase("breakdown"):
+        first = measured[0]
+        providers = [r.provider for r in measured if r.group == first.group]
+        found = breakdown.measure(first.shape, first.dtype, device, providers, seed)
+    (out / "breakdown.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]]:
-    from benchmarks import plots, sensors
+def _sensors(out: Path, seed: int, phases: Phases) -> None:
+    from benchmarks import plot_sensors, sensors
 
     with phases.phase("sensors"):
         found = sensors.contributions(seed)
@@ -217,27 +263,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]
     }
     (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
-        name = plots.draw_sensors(found, out / "plots")
-    return [report.sensor_note(len(found.losses))], [f"plots/{name}"]
-
-
-def _write_report(
-    rows: Sequence[records_of.Record],
-    env: dict[str, object],
-    out: Path,
-    notes: Sequence[str] = (),
-    images: Sequence[str] = (),
-) -> None:
-    from benchmarks import plots
-
-    launches = []
-    if find_spec("triton") and any(row.op in ("model", "training") for row in rows):
-        from benchmarks.launches import cross_modal_blocks
-
-        launches = cross_modal_blocks()
-    drawn = [f"plots/{name}" for name in plots.draw(rows, out / "plots")]
-    text = report.markdown(rows, env, [*images, *drawn], notes, launches)
-    (out / "report.md").write_text(text)
+        plot_sensors.draw(found, out / "plots")
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
@@ -245,14 +271,8 @@ def _report(args: argparse.Namespace, console: Console) -> int:
     folder = args.results if args.results.is_dir() else args.results.parent
     path = folder / "env.json"
     env = json.loads(path.read_text()) if path.is_file() else {}
-    picture = "plots/sensors.png"
-    if (folder / picture).is_file():
-        from benchmarks.sensors import STEPS
-
-        _write_report(rows, env, folder, [report.sensor_note(STEPS)], [picture])
-    else:
-        _write_report(rows, env, folder)
-    report.terminal(rows, console)
+    report.write(rows, env, folder)
+    terminal.show(rows, console)
     return 0
 
 

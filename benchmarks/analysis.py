@@ -6,12 +6,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from benchmarks.record import Key, Record
+from benchmarks.registry import OURS as OWN
 
-OURS = ("triton", "tuned", "torch")
-"""What a user of the package gets."""
-
-OWN = (*OURS, "reference")
-"""What is ours and so no competitor of ours."""
+OURS = tuple(name for name in OWN if name != "reference")
+"""What a user of the package gets; OWN are all that are ours and so no competitors of ours."""
 
 
 def grouped(records: Iterable[Record]) -> list[list[Record]]:
@@ -87,7 +85,7 @@ def contests(records: Iterable[Record]) -> list[Contest]:
 
 
 def losses(records: Iterable[Record]) -> list[str]:
-    """Where the best of ours is slower than another provider, or than the reference, worst first."""
+    """Where the best of ours is slower than somebody else or the reference, worst first."""
     found = []
     for group in grouped(records):
         ours = fastest(r for r in group if r.provider in OURS)
@@ -95,13 +93,10 @@ def losses(records: Iterable[Record]) -> list[str]:
         if ours is None or best is None or best.provider in OURS:
             continue
         contest = Contest(ours, best, None)
-        text = (
-            f"{contest.label}: {ours.provider} takes {significant(1 / contest.ratio)}x the time of "
-            f"{best.provider}"
-        )
-        found.append(
-            (1 / contest.ratio, text + ("" if contest.clear else " (their p20 to p80 bands overlap)"))
-        )
+        factor = 1 / contest.ratio
+        overlap = "" if contest.clear else " (their p20 to p80 bands overlap)"
+        text = f"{contest.label}: {ours.provider} takes {times(factor)} the time of {best.provider}"
+        found.append((factor, text + overlap))
     return [line for _, line in sorted(found, reverse=True)]
 
 

@@ -56,11 +56,14 @@ def encoder_parts(shape: Shape, itemsize: int) -> list[Part]:
 def model_parts(
     shape: Shape, itemsize: int, *, training: bool, fold_head: bool = True
 ) -> list[Part]:
-    """EQUISeg with its default configuration.
+    """EQUISeg with its default configuration, which pads its images to multiples of 32.
 
     training: batch statistics and the two losses instead of running statistics and upsampled
     logits. fold_head: see `nn.SegmentationHead`; False is the head as it was published.
     """
+    shape = replace(
+        shape, **{side: -(-getattr(shape, side) // 32) * 32 for side in ("height", "width")}
+    )
     parts = []
     for stage in (1, 2, 3, 4):
         here = replace(shape, stage=stage)
@@ -70,6 +73,21 @@ def model_parts(
             parts += _gate_stage(here, itemsize, training)
     parts += _head(shape, itemsize, training, fold_head)
     return parts + _end(replace(shape, stage=1), itemsize, training)
+
+
+def stage_parts(shape: Shape, itemsize: int) -> list[Part]:
+    """One stage of the encoder, on all modalities in one batch."""
+    return _encoder_stage(shape, itemsize)
+
+
+def block_parts(shape: Shape, itemsize: int, *, training: bool) -> list[Part]:
+    """The cross-modal block of one stage and the gate behind it."""
+    gate = [
+        part
+        for part in _gate_stage(shape, itemsize, training)
+        if part.name not in ("prototypes", "divergence")
+    ]
+    return _fusion_stage(shape, itemsize, training) + gate
 
 
 def _linear(tokens: int, inputs: int, outputs: int, itemsize: int) -> Cost:
@@ -139,11 +157,13 @@ def _attention_layer(shape: Shape, itemsize: int) -> list[tuple[str, Cost]]:
 def _encoder_stage(shape: Shape, itemsize: int) -> list[Part]:
     dims, depths = VARIANTS[shape.variant]
     s, n, depth = shape.stage, _elements(shape), depths[shape.stage - 1]
-    kernel, stride, inputs = (3, 2, dims[s - 2]) if s > 1 else (7, 4, 3)
-    tokens = shape.rows * shape.tokens
+    kernel, inputs, pixels = 7, 3, shape.height * shape.width
+    if s > 1:
+        kernel, inputs, pixels = 3, dims[s - 2], replace(shape, stage=s - 1).tokens
     embed = _convolution(
-        tokens * stride**2 * inputs, tokens, kernel**2 * inputs, shape.channels, itemsize, s > 1
-    )
+        shape.rows * pixels * inputs, shape.rows * shape.tokens, kernel**2 * inputs,
+        shape.channels, itemsize, s > 1,
+    )  # fmt: skip
     layer = _attention_layer(shape, itemsize)
     return [
         Part("encoder", s, "patch embedding", embed),

@@ -1,12 +1,25 @@
 """`ops.upsample_cross_entropy` on the logits of the head; one map, of the size of stage 1."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks import baselines, data
 from benchmarks.cost import Work
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
+
+
+def _liger(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits upsampled to rows of classes, which Liger overwrites with their gradient."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    size = tuple(labels.shape[-2:])
+    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
+    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=data.IGNORE, reduction="none")
+    return loss.view(labels.shape)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -18,9 +31,13 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         inputs,
         ("logits",),
-        backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
+        {
+            **backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
+            "liger": _liger,
+        },
         reference.upsample_cross_entropy,
         contraction=0,
+        synchronising=frozenset({"liger"}),
     )
 
 
@@ -49,6 +66,7 @@ OPS = (
         build,
         cost,
         "bytes: logits + labels + fp32 loss; FLOPs: 11, exponentials: 1 per pixel and class",
+        extra_providers=("liger",),
         stages=(1,),
     ),
 )

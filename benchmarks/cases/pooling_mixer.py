@@ -21,7 +21,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         {**inputs, "height": shape.h, "width": shape.w},
         ("x", "weight", "bias"),
-        backends(ops.pooling_mixer, baselines.pooling_mixer),
+        {
+            **backends(ops.pooling_mixer, baselines.pooling_mixer),
+            "baseline_cl": baselines.channels_last(baselines.pooling_mixer),
+        },
         reference.pooling_mixer,
         kinds={"dweight": "parameter", "dbias": "parameter"},
         contraction=0,
@@ -51,5 +54,6 @@ OPS = (
         build,
         cost,
         "bytes: x + out; FLOPs: 116 per element",
+        extra_providers=("baseline_cl",),
     ),
 )

@@ -13,7 +13,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
     inputs = {
         "x": random_normal(size, dtype, seed=seed, device=device),
-        "labels": data.labels(shape.batch, shape.height, shape.width, seed).to(device),
+        # As large as the padded images: whole pixels per token.
+        "labels": data.labels(shape.batch, shape.h * shape.stride, shape.w * shape.stride, seed).to(
+            device
+        ),
         "num_classes": NUM_CLASSES,
         "height": shape.h,
         "width": shape.w,

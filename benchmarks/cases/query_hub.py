@@ -9,9 +9,13 @@ from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
 
 
+def refuses(shape: Shape) -> str:
+    return "the hub needs two modalities or more" if shape.modalities < 2 else ""
+
+
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    if shape.modalities < 2:
-        raise Unsupported("the hub needs two modalities or more")
+    if reason := refuses(shape):
+        raise Unsupported(reason)
     m, c = shape.modalities, shape.channels
     sizes = {
         "x": ((m, shape.batch, shape.tokens, c), 1.0),
@@ -27,7 +31,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         {**inputs, "height": shape.h, "width": shape.w},
         tuple(inputs),
-        backends(ops.query_hub, baselines.query_hub),
+        {
+            **backends(ops.query_hub, baselines.query_hub),
+            "baseline_cl": baselines.channels_last(baselines.query_hub),
+        },
         reference.query_hub,
         kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
         contraction=0,
@@ -57,5 +64,7 @@ OPS = (
         build,
         cost,
         "bytes: x + hubs; FLOPs: 25 per element; exponentials: 1 per token",
+        extra_providers=("baseline_cl",),
+        refuses=refuses,
     ),
 )
