@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.breakdown import REST
 from benchmarks.plot_style import in_order, pyplot, save
 
 PART_COLOURS = (
     "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#ccb974",
-    "#da8bc3", "#b5b5b5",
+    "#da8bc3",
 )  # fmt: skip
+REST_COLOUR = "#b5b5b5"
 NARROW = 0.035
 """A share of the longest bar that is too narrow for its number."""
 
@@ -23,12 +25,15 @@ def draw(breakdown: Mapping[str, Any], path: Path) -> str:
     figure, axis = pyplot().subplots(
         figsize=(11, 1.9 + 0.75 * len(providers)), layout="constrained"
     )
+    colours = dict(zip(parts, PART_COLOURS, strict=False)) | {REST: REST_COLOUR}
     longest = max(sum(breakdown["providers"][name].values()) for name in providers)
     for y, name in enumerate(providers):
         left = 0.0
-        for part, colour in zip(parts, PART_COLOURS, strict=False):
+        for part in parts:
             width = 1e3 * breakdown["providers"][name].get(part, 0.0)
-            axis.barh(y, width, left=left, height=0.7, color=colour, label=part if y == 0 else None)
+            axis.barh(
+                y, width, left=left, height=0.7, color=colours[part], label=part if y == 0 else None
+            )
             if width > NARROW * 1e3 * longest:
                 axis.text(left + width / 2, y, f"{width:.3g}", ha="center", va="center", color="w")
             left += width

@@ -20,15 +20,13 @@ MARKERS = "osD^vP*X<>hpd8"
 
 @dataclass(frozen=True)
 class Sweep:
-    """Records of one operation in one mode that differ in provider and one variable. only_here:
-    whether they were measured for this, and are no real shapes."""
+    """Records of one operation in one mode that differ in provider and one variable."""
 
     variable: str
     op: str
     mode: str
     dtype: str
     records: tuple[Record, ...]
-    only_here: bool
 
     @property
     def label(self) -> str:
@@ -62,8 +60,7 @@ def sweeps(records: Sequence[Record]) -> list[Sweep]:
         for (op, mode, dtype), candidates in lines.items():
             longest = max(candidates.values(), key=lambda rows: _points(rows, variable))
             if _points(longest, variable) >= POINTS:
-                squares = variable == "tokens" and len(longest) < len(records)
-                found.append(Sweep(variable, op, mode, dtype, tuple(longest), squares))
+                found.append(Sweep(variable, op, mode, dtype, tuple(longest)))
     return found
 
 

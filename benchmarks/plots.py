@@ -27,11 +27,9 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [r for r in records if r.p50_us is not None]
     sweeps = plot_curves.sweeps(rows)
-    in_sweeps = {id(r) for sweep in sweeps for r in sweep.records if sweep.only_here}
-    bars = [r for r in rows if id(r) not in in_sweeps]
     names = [] if breakdown is None else [plot_breakdown.draw(breakdown, folder / "breakdown.png")]
     for stem, field, unit, title in QUANTITIES:
-        for page, chosen in plot_bars.pages(stem, bars, field).items():
+        for page, chosen in plot_bars.pages(stem, rows, field).items():
             names.append(plot_bars.draw(chosen, field, unit, title, folder / f"{page}.png"))
         for variable in dict.fromkeys(sweep.variable for sweep in sweeps):
             chosen = [s for s in sweeps if s.variable == variable]
