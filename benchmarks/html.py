@@ -55,7 +55,7 @@ code { background: var(--soft); padding: 0 .25em; border-radius: 3px; font-size:
 .wide { overflow-x: auto; border: 1px solid var(--line); border-radius: 6px; max-height: 80vh; }
 table { border-collapse: collapse; width: 100%; font-size: 13px;
   font-variant-numeric: tabular-nums; }
-table.narrow { width: auto; min-width: min(100%, 34rem); }
+.wide.narrow { width: fit-content; min-width: min(100%, 34rem); max-width: 100%; }
 th, td { padding: .28rem .5rem; text-align: right; white-space: nowrap; background: #fff; }
 th { position: sticky; top: 0; white-space: normal; vertical-align: bottom; cursor: pointer;
   background: var(--soft); font-weight: 600; border-bottom: 1px solid var(--line);
@@ -66,7 +66,7 @@ th:hover { color: var(--accent); }
 th[data-order="up"]::after { content: " \\25b2"; }
 th[data-order="down"]::after { content: " \\25bc"; }
 td { border-bottom: 1px solid #f0f2f6; }
-tr.lead td { border-top: 1px solid #cdd4e0; }
+tr.lead td { border-top: 1px solid #b8c1d1; }
 tbody tr:hover td { background: #f4f7ff; }
 .name { text-align: left; }
 td.best { font-weight: 700; color: var(--good); } td.warn { color: var(--bad); }
@@ -167,9 +167,9 @@ def _table(table: Table) -> str:
         rows.append(f"<tr{lead}>{cells}</tr>")
         before = group
     body = "\n".join(rows)
-    narrow = ' class="narrow"' if len(table.columns) < WIDE else ""
+    narrow = " narrow" if len(table.columns) < WIDE else ""
     return (
-        f'<div class="wide"><table{narrow}>\n<thead><tr>{heads}</tr></thead>\n'
+        f'<div class="wide{narrow}"><table>\n<thead><tr>{heads}</tr></thead>\n'
         f"<tbody>\n{body}\n</tbody>\n</table></div>"
     )
 

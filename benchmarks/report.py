@@ -235,8 +235,12 @@ def _providers(records: Iterable[Record]) -> Bullets:
 
 def _operation(op: str, rows: Sequence[Record]) -> list[document.Block]:
     blocks: list[document.Block] = []
-    if op in operations():
-        blocks.append(Text(f"Minimum: {operations()[op].formula}."))
+    declared = operations().get(op)
+    if declared is not None and declared.function:
+        blocks.append(Text(f"Minimum: {declared.formula}."))
+    elif declared is not None:
+        parts = "that of its parts, one after the other (`benchmarks/model_cost.py`)"
+        blocks.append(Text(f"{declared.formula}. Minimum: {parts}."))
     blocks.append(_table(rows))
     if why := skipped(rows):
         blocks.append(Bullets(why))
@@ -262,7 +266,20 @@ def _table(rows: Sequence[Record]) -> Table:
                 cells.append([*head, Cell(r.status, warn=True), *blank])
             else:
                 cells.append([*head, *_numbers(r, group, r is winner)])
-    return Table(COLUMNS, cells, names=4)
+    return _without_empty_columns(Table(COLUMNS, cells, names=4))
+
+
+def _without_empty_columns(table: Table) -> Table:
+    kept = [
+        i
+        for i, _ in enumerate(table.columns)
+        if i < table.names or any(row[i].text for row in table.rows)
+    ]
+    return Table(
+        [table.columns[i] for i in kept],
+        [[row[i] for i in kept] for row in table.rows],
+        table.names,
+    )
 
 
 def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[Cell]:

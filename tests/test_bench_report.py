@@ -106,6 +106,15 @@ def test_every_row_shows_its_distance_to_the_floor() -> None:
     assert [row[share].text for row in table.rows] == ["5.00", "10.0", "20.0", "40.0", ""]
 
 
+def test_columns_without_numbers_are_left_out() -> None:
+    rows = [replace(record(1), saved_mib=None, cpu_us=None), record(2, "baseline")]
+    columns = document.markdown(report.build(rows, {}, [], [])).split("## attention")[1]
+    assert "| n | vs eager |" in columns
+    assert "saved MiB" not in columns
+    assert "CPU ms" not in columns
+    assert "Minimum: bytes: q + k + v + out" in columns
+
+
 # ---- HTML ---------------------------------------------------------------------------------------
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
