@@ -207,6 +207,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     runner = Runner(options, limits, phases)
     rows: list[records_of.Record] = []
+    # Written as it goes: an interrupted run keeps what it has.
+    results = records_of.Writer(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) + (args.suite == "quick"))
@@ -215,8 +217,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             for row in found:
                 row.env_id = env["env_id"]
             rows += found
-            # Written as it goes: an interrupted run keeps what it has.
-            records_of.write_jsonl(rows, out / "results.jsonl")
+            results.add(found)
             progress.advance(task)
         progress.update(task, description="parts of the model")
         _breakdown(rows, device, out, args.seed, phases)
@@ -267,7 +268,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> None:
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
-    rows = records_of.read_jsonl(args.results)
+    rows = records_of.read(args.results)
     folder = args.results if args.results.is_dir() else args.results.parent
     path = folder / "env.json"
     env = json.loads(path.read_text()) if path.is_file() else {}

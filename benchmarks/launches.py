@@ -59,7 +59,7 @@ class KernelCounter(TorchDispatchMode):
 
     def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
         """Instead of a launch."""
-        self.fused[kernel.__name__.strip("_").removesuffix("_kernel")] += 1
+        self.fused[_name(kernel)] += 1
 
 
 @contextmanager
@@ -81,6 +81,33 @@ def counting() -> Iterator[KernelCounter]:
         _backend.INTERPRET = interpret
         for module in modules:
             module.launch = launch
+
+
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """What our kernels are launched with inside, each once: name, tile and launch options."""
+    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
+    launch = modules[0].launch
+    seen: list[str] = []
+
+    def noted(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        tile = {k: v for k, v in options.items() if k.startswith(("BLOCK", "num_"))}
+        text = " ".join([_name(kernel), *(f"{k}={v}" for k, v in tile.items())])
+        if text not in seen:
+            seen.append(text)
+        launch(kernel, grid, *args, **options)
+
+    try:
+        for module in modules:
+            module.launch = noted
+        yield seen
+    finally:
+        for module in modules:
+            module.launch = launch
+
+
+def _name(kernel: Any) -> str:
+    return kernel.__name__.strip("_").removesuffix("_kernel")
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """Problems made of modules: whole models and parts of them, on the same parameters for everybody.
 
-The weights are random and nothing else is: no stochastic depth, no dropout, teachers drawn from a
-fixed seed, so that every provider computes the same. Half precision means autocast.
+The weights are random (`enliven`) and nothing else is: no stochastic depth, no dropout, teachers
+drawn from a fixed seed, so that every provider computes the same. Half precision means autocast.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +9,7 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import baselines
 from benchmarks.registry import COMPILED, Outputs, Problem, lazily_compiled
@@ -61,6 +61,22 @@ def network_problem(
         ignored=(*ignored, *leaves.values()),
         **fields,
     )
+
+
+@torch.no_grad()
+def enliven(module: nn.Module) -> None:
+    """Give weights a standard deviation of fan-in ** -0.5 and layer scales one around 1, in place.
+
+    Fresh models have branches so weak, and gates so equal, that whatever is wrong in them vanishes
+    beside the residual stream: the gate of parity would not see it.
+    """
+    for name, weight in module.named_parameters():
+        if "layer_scale" in name:
+            nn.init.normal_(weight, 1.0, 0.1)
+        elif weight.dim() > 1:
+            # The query hub has the depthwise filters of all modalities in one parameter.
+            filter_of_one = weight[0, 0] if name.endswith("dw_weight") else weight[0]
+            nn.init.normal_(weight, std=filter_of_one.numel() ** -0.5)
 
 
 def _on_backend(backend: str, call: Call) -> Call:

@@ -270,16 +270,10 @@ def _table(rows: Sequence[Record]) -> Table:
 
 
 def _without_empty_columns(table: Table) -> Table:
-    kept = [
-        i
-        for i, _ in enumerate(table.columns)
-        if i < table.names or any(row[i].text for row in table.rows)
-    ]
-    return Table(
-        [table.columns[i] for i in kept],
-        [[row[i] for i in kept] for row in table.rows],
-        table.names,
-    )
+    """Names are kept in any case."""
+    columns, rows, names = table.columns, table.rows, table.names
+    kept = [i for i in range(len(columns)) if i < names or any(row[i].text for row in rows)]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], names)
 
 
 def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[Cell]:

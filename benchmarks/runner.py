@@ -136,12 +136,17 @@ class Prepared:
             try:
                 calls = self.calls(mode, correct)
                 correct = list(calls)
-                timings = self.runner._measure(calls, self.problem)
+                timings = self.measure(calls)
             except Exception as error:
                 self.fail(correct, error)
                 return
         for provider, measured in timings.items():
             self.fill(provider, mode, measured)
+
+    def measure(self, calls: dict[str, list[timing.Call]]) -> dict[str, timing.Timing]:
+        """Times of what `calls` returned."""
+        assert self.problem is not None
+        return self.runner._measure(calls, self.problem)
 
     def fill(self, provider: str, mode: str, measured: timing.Timing) -> None:
         """The record gets its times, and what follows from them."""
@@ -185,9 +190,10 @@ class Prepared:
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
-        started = perf_counter()
-        step_peak, result = memory.peak_bytes(step, device)
-        first = perf_counter() - started
+        with self._launches(provider) as launches:
+            started = perf_counter()
+            step_peak, result = memory.peak_bytes(step, device)
+            first = perf_counter() - started
         accuracy = gate.check(result)
         del result
         for mode in self.case.modes:
@@ -202,6 +208,15 @@ class Prepared:
             row.saved_mib = saved[0] / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio = accuracy.rms_ratio, accuracy.max_ratio
             row.budget = accuracy.budget
+            row.config = "; ".join(launches)
+
+    def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
+        """What our kernels are launched with, for operations that are one of them."""
+        if provider != "triton" or not self.case.op.function:
+            return nullcontext([])
+        from benchmarks.launches import recorded
+
+        return recorded()
 
 
 class Runner:

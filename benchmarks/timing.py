@@ -154,7 +154,7 @@ def measure_cuda(
     """
     device = torch.cuda.current_device()
     units = {
-        name: [_captured(sets)] if graph else [_single(call) for call in sets]
+        name: [captured(sets)] if graph else [_single(call) for call in sets]
         for name, sets in calls.items()
     }
     flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4)
@@ -185,7 +185,7 @@ def _single(call: Call) -> tuple[Call, int]:
     return call, 1
 
 
-def _captured(sets: Sequence[Call]) -> tuple[Call, int]:
+def captured(sets: Sequence[Call]) -> tuple[Call, int]:
     """All sets, several times if they are few, as one CUDA graph; and how many calls that is."""
     repeats = max(1, GRAPH_CALLS // len(sets))
     graph = torch.cuda.CUDAGraph()

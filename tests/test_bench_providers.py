@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines, providers
+from benchmarks import baseline_model, baselines, providers
 from benchmarks.baseline_model import EagerBaseline
 from benchmarks.cost import Limits
 from benchmarks.plan import Case, Options
@@ -85,6 +85,30 @@ def test_the_baseline_pads_as_the_model_does(modalities: int) -> None:
     seeds = (torch.Generator().manual_seed(0) for _ in range(2))
     ours = model.loss(images, labels, generator=next(seeds))[0]
     torch.testing.assert_close(baseline.loss(images, labels, generator=next(seeds)), ours)
+
+
+ENCODER, BETWEEN = ("attention", "mix_ffn"), ("attention", "pooled", "hub_of")
+
+
+@pytest.mark.parametrize(
+    ("op", "part"),
+    [
+        *(("block", part) for part in BETWEEN),
+        *(("block_training", part) for part in BETWEEN),
+        *(("stage", part) for part in ENCODER),
+        *(("encoder", part) for part in ENCODER),
+        *(("model", part) for part in (*BETWEEN, "mix_ffn")),
+        *(("training", part) for part in (*BETWEEN, "mix_ffn")),
+    ],
+)
+def test_one_percent_in_any_part_is_wrong(
+    op: str, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing hides behind the residual stream."""
+    right = getattr(baseline_model, part)
+    monkeypatch.setattr(baseline_model, part, lambda *inputs: 1.01 * right(*inputs))
+    row = measured(op, "baseline")["baseline"]
+    assert (row.status, row.p50_us) == ("incorrect", None)
 
 
 # ---- packages that run on GPUs only -------------------------------------------------------------

@@ -539,7 +539,7 @@ def test_run_report_and_compare(
     shown = capsys.readouterr().out
     assert "total" in shown
     assert str(tmp_path) not in shown
-    files = {"results.jsonl", "env.json", "report.md", "report.html", "plots"}
+    files = {"results.jsonl", "results.csv", "env.json", "report.md", "report.html", "plots"}
     assert {p.name for p in out.iterdir()} == files
     pictures = {"latency.png", "memory.png", "roofline.png"}
     assert {p.name for p in (out / "plots").iterdir()} == pictures

@@ -12,15 +12,15 @@ from torch import Tensor, nn
 from benchmarks import baseline_model, model_cost
 from benchmarks.baselines import to_nchw
 from benchmarks.cost import Cost
-from benchmarks.network import network_problem
+from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
 from equiseg_fast.models import EQUISegConfig
-from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate, init_module
+from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate
 from equiseg_fast.testing import random_normal
 
 
 def modules(shape: Shape, device: torch.device, seed: int) -> nn.ModuleDict:
-    """Block and gate as in an `EQUISeg` of that shape, but for a gate that starts at work."""
+    """Block and gate as in an `EQUISeg` of that shape, whose weights let everything matter."""
     config, s = EQUISegConfig(variant=shape.variant), shape.stage - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -31,10 +31,11 @@ def modules(shape: Shape, device: torch.device, seed: int) -> nn.ModuleDict:
             config.cross_sr[s],
             ppx_depth=config.ppx_depth,
             ppx_ratio=config.ppx_ratio[s],
-        ).apply(init_module)
+        )
         gate = SelfGuidedGate(config.dims[s], config.gate_reduction, config.gate_rho)
-        nn.init.normal_(gate.fc2.weight, std=0.1)
-    return nn.ModuleDict({"block": block, "gate": gate}).to(device)
+        parts = nn.ModuleDict({"block": block, "gate": gate})
+        enliven(parts)
+    return parts.to(device)
 
 
 def refuses(shape: Shape) -> str:

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from benchmarks import baseline_model, data, model_cost
 from benchmarks.cost import Cost
-from benchmarks.network import network_problem
+from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
@@ -49,7 +49,9 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # The eps of transformers.
-        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5).to(device)
+        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5)
+        enliven(encoder)
+    encoder.to(device)
     images = data.images(shape.modalities, shape.batch, shape.height, shape.width, seed)
     images = images.flatten(0, 1).to(device)
     others = {}

@@ -13,7 +13,7 @@ from benchmarks import data, model_cost
 from benchmarks.baseline_model import encode_stage
 from benchmarks.baselines import in_memory_format, to_nchw, to_tokens
 from benchmarks.cost import Cost
-from benchmarks.network import network_problem
+from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.ops._layout import to_map
@@ -33,7 +33,9 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     s = shape.stage - 1
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        encoder = MixTransformer(shape.variant, drop_path=0.0).to(device)
+        encoder = MixTransformer(shape.variant, drop_path=0.0)
+        enliven(encoder)
+    encoder.to(device)
     x = _inputs(shape, device, seed)
     before = replace(shape, stage=s)
     own = tuple(f"{name}{shape.stage}." for name in ("patch_embed", "block", "norm"))
