@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from time import sleep
 
@@ -16,7 +17,9 @@ from benchmarks import calibrate, gpus, model_cost, roofline
 from benchmarks.__main__ import main
 from benchmarks.calibrate import Measurement, Sizes
 from benchmarks.cost import Limits, total
-from benchmarks.registry import Shape
+from benchmarks.plan import Case, Options
+from benchmarks.registry import SUITES, Shape, operations
+from benchmarks.runner import Runner
 
 CPU = torch.device("cpu")
 
@@ -182,6 +185,23 @@ print("equal")
         [sys.executable, "-c", code], env=env, capture_output=True, text=True, timeout=300
     )
     assert "equal" in done.stdout, done.stderr[-2000:]
+
+
+def test_measured_rows_are_held_against_all_four_limits() -> None:
+    """With exponentials as the only thing that takes time, the floor is theirs."""
+    op = operations()["attention"]
+    shape = Shape("b0", 1, 64, 64, 1, 2)
+    case = Case(op, shape, "fp32", ("fwd", "step"), ("torch",))
+    suite = replace(SUITES["quick"], seconds=0.0, rounds=(2, 2))
+    limits = Limits(1e30, {"fp32": 1e30}, exps=1e6)
+    rows = {r.mode: r for r in Runner(Options(), limits, suite=suite).run(case)}
+    scores = 2 * 16 * 16 * 4
+    for mode, passes in (("fwd", 1), ("step", 2)):
+        seconds = rows[mode].p50_us / 1e6
+        assert rows[mode].roofline_pct == pytest.approx(100 * passes * scores / 1e6 / seconds)
+        assert rows[mode].tflops == pytest.approx(
+            total(op.cost(shape, 4).of(mode)).flops / seconds / 1e12
+        )
 
 
 # ---- predictions --------------------------------------------------------------------------------
