@@ -26,12 +26,14 @@ from rich.progress import (  # noqa: E402
 
 from benchmarks import (  # noqa: E402
     against,
+    calibrate,
     compare,
     exercise,
     profiling,
     report,
     resources,
-    timing,
+    roofline,
+    terminal,
     visit,
 )
 from benchmarks import record as records_of  # noqa: E402
@@ -46,7 +48,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     # A pipe has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
         return args.run(args, console)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -75,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run)
 
-    again = commands.add_parser("report", help="report.md and plots again, from results.jsonl")
+    again = commands.add_parser("report", help="reports and plots again, from results.jsonl")
     again.add_argument("results", type=Path, help="results.jsonl or its folder")
     again.set_defaults(run=_report)
 
@@ -93,6 +95,16 @@ def _parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
     compiled.set_defaults(run=lambda args, console: resources.main(args))
+
+    calibration = commands.add_parser("calibrate", help="what this device can do at most")
+    calibrate.add_arguments(calibration)
+    calibration.set_defaults(
+        run=lambda args, console: calibrate.main(args, console, choose_device(args.device))
+    )
+
+    floors = commands.add_parser("roofline", help="predicted floors on a GPU, without having one")
+    roofline.add_arguments(floors)
+    floors.set_defaults(run=roofline.main)
 
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
@@ -138,7 +150,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     phases = Phases()
     phases.seconds["imports"] = perf_counter() - STARTED
     with phases.phase("device limits"):
-        limits = timing.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
+        limits = calibrate.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
     env = records_of.environment(device, asdict(limits))
     out = args.out or _default_folder(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -158,16 +170,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             rows += found
             results.add(found)
             progress.advance(task)
-        notes, images = [], []
+        progress.update(task, description="parts of the model")
+        _breakdown(rows, device, out, args.seed, phases)
         if args.suite == "quick" and not find_spec("skimage"):
             console.print("no picture of the sensors: scikit-image is not installed")
         elif args.suite == "quick":
             progress.update(task, description="sensors: training and blanking")
-            notes, images = _sensors(out, args.seed, phases)
+            _sensors(out, args.seed, phases)
             progress.advance(task)
     with phases.phase("report and plots"):
-        _write_report(rows, env, out, notes, images)
-    report.terminal(rows, console)
+        report.write(rows, env, out)
+    terminal.show(rows, console)
     shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
     console.print(f"seconds: {shown}")
     console.print(
@@ -177,8 +190,24 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]]:
-    from benchmarks import plots, sensors
+def _breakdown(
+    rows: Sequence[records_of.Record], device: torch.device, out: Path, seed: int, phases: Phases
+) -> None:
+    """`breakdown.json`, of the first whole model that was measured."""
+    measured = [r for r in rows if r.op == "model" and r.p50_us is not None]
+    if not measured:
+        return
+    from benchmarks import breakdown
+
+    with phases.phase("breakdown"):
+        first = measured[0]
+        providers = [r.provider for r in measured if r.group == first.group]
+        found = breakdown.measure(first.shape, first.dtype, device, providers, seed)
+    (out / "breakdown.json").write_text(json.dumps(found, indent=1) + "\n")
+
+
+def _sensors(out: Path, seed: int, phases: Phases) -> None:
+    from benchmarks import plot_sensors, sensors
 
     with phases.phase("sensors"):
         found = sensors.contributions(seed)
@@ -188,27 +217,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]
     }
     (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
-        name = plots.draw_sensors(found, out / "plots")
-    return [report.sensor_note(len(found.losses))], [f"plots/{name}"]
-
-
-def _write_report(
-    rows: Sequence[records_of.Record],
-    env: dict[str, object],
-    out: Path,
-    notes: Sequence[str] = (),
-    images: Sequence[str] = (),
-) -> None:
-    from benchmarks import plots
-
-    launches = []
-    if find_spec("triton") and any(row.op in ("model", "training") for row in rows):
-        from benchmarks.launches import cross_modal_blocks
-
-        launches = cross_modal_blocks()
-    drawn = [f"plots/{name}" for name in plots.draw(rows, out / "plots")]
-    text = report.markdown(rows, env, [*images, *drawn], notes, launches)
-    (out / "report.md").write_text(text)
+        plot_sensors.draw(found, out / "plots")
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
@@ -216,14 +225,8 @@ def _report(args: argparse.Namespace, console: Console) -> int:
     folder = args.results if args.results.is_dir() else args.results.parent
     path = folder / "env.json"
     env = json.loads(path.read_text()) if path.is_file() else {}
-    picture = "plots/sensors.png"
-    if (folder / picture).is_file():
-        from benchmarks.sensors import STEPS
-
-        _write_report(rows, env, folder, [report.sensor_note(STEPS)], [picture])
-    else:
-        _write_report(rows, env, folder)
-    report.terminal(rows, console)
+    report.write(rows, env, folder)
+    terminal.show(rows, console)
     return 0
 
 

@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record, report
+from benchmarks import analysis, record
 from benchmarks.options import verdict_arguments
 from benchmarks.record import Record
 
@@ -94,8 +94,8 @@ def _cells(change: Change) -> list[str]:
 
 
 def _band(row: Record) -> str:
-    low, high = report.milliseconds(row.p20_us), report.milliseconds(row.p80_us)
-    return f"{report.milliseconds(row.p50_us)} ({low} to {high})"
+    low, high = analysis.milliseconds(row.p20_us), analysis.milliseconds(row.p80_us)
+    return f"{analysis.milliseconds(row.p50_us)} ({low} to {high})"
 
 
 def markdown(changes: Sequence[Change], title: str) -> str:

@@ -225,8 +225,8 @@ def _record(values: Any, where: str) -> Record:
 def environment(device: torch.device, limits: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything a number depends on, without names of hosts, users or folders.
 
-    limits: what `timing.device_limits` measured. load: average number of runnable processes in the
-    last minute. `env_id` is a hash of what does not change from run to run.
+    limits: what `calibrate.device_limits` measured. load: average number of runnable processes in
+    the last minute. `env_id` is a hash of what does not change from run to run.
     """
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from benchmarks.cost import Cost
 from benchmarks.problem import Outputs, Problem, Shape, Unsupported, op_problem
 from benchmarks.providers import (
     COMPILED,
@@ -56,26 +57,6 @@ SCOPES = {
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NUM_CLASSES = 25
-
-
-@dataclass(frozen=True)
-class Cost:
-    """What an operation cannot do without: FLOPs (a multiply-add is 2), and bytes read or written
-    once each, as if intermediate results cost nothing. The same for every provider, so that ratios
-    of throughput are ratios of time."""
-
-    fwd_bytes: float
-    fwd_flops: float
-    bwd_bytes: float
-    bwd_flops: float
-
-    def of(self, mode: str) -> tuple[float, float]:
-        """(bytes, FLOPs) of one call in this mode."""
-        if mode == "bwd":
-            return self.bwd_bytes, self.bwd_flops
-        if mode == "step":
-            return self.fwd_bytes + self.bwd_bytes, self.fwd_flops + self.bwd_flops
-        return self.fwd_bytes, self.fwd_flops
 
 
 def _anything(shape: Shape) -> str:

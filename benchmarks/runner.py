@@ -11,6 +11,7 @@ from time import perf_counter
 import torch
 
 from benchmarks import memory, parity, timing
+from benchmarks.cost import Limits, total
 from benchmarks.plan import Case, Options, plan
 from benchmarks.record import Record
 from benchmarks.registry import (
@@ -155,12 +156,11 @@ class Prepared:
         row.min_us, row.cpu_us = measured.min_us, measured.cpu_us
         if case.op.cost is None:
             return
-        work = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)
-        seconds = measured.p50_us / 1e6
-        row.gbps, row.tflops = work[0] / seconds / 1e9, work[1] / seconds / 1e12
+        works = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)
+        work, seconds = total(works), measured.p50_us / 1e6
+        row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
         if limits is not None:
-            fastest = max(work[0] / limits.bandwidth, work[1] / limits.peak[row.dtype])
-            row.roofline_pct = 100 * fastest / seconds
+            row.roofline_pct = 100 * limits.floor(works, row.dtype) / seconds
 
     def record(self, provider: str, mode: str) -> Record:
         """The record; without status "ok" there are no numbers in it."""
@@ -225,7 +225,7 @@ class Runner:
     def __init__(
         self,
         options: Options,
-        limits: timing.Limits | None = None,
+        limits: Limits | None = None,
         phases: Phases | None = None,
         suite: Suite | None = None,
     ) -> None:

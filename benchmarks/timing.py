@@ -216,37 +216,3 @@ def host_us(call: Call, repeats: int = 10) -> float:
         times.append(1e6 * (perf_counter() - begin))
     torch.cuda.synchronize()
     return statistics.median(times)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the device was seen to do here and now: bytes per second and FLOPs per second."""
-
-    bandwidth: float
-    peak: dict[str, float]
-
-
-def device_limits(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Limits:
-    """Measure copy bandwidth and matrix-product peak on random data, the best of five."""
-    cuda = device.type == "cuda"
-
-    def best(call: Call) -> float:
-        def once() -> float:
-            begin = perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-            return perf_counter() - begin
-
-        once()
-        return min(once() for _ in range(5))
-
-    source = torch.randn((2**28 if cuda else 2**24), device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    peak = {}
-    n = 8192 if cuda else 1024
-    for name, dtype in dtypes.items():
-        a = torch.randn(n, n, device=device).to(dtype)
-        peak[name] = 2 * n**3 / best(lambda a=a: a @ a)
-    return Limits(bandwidth, peak)

@@ -17,8 +17,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baseline_model, baselines, providers, timing
+from benchmarks import baseline_model, baselines, providers
 from benchmarks.baseline_model import EagerBaseline
+from benchmarks.cost import Limits
 from benchmarks.plan import Case, Options
 from benchmarks.record import Record
 from benchmarks.registry import SUITES, Shape, operations
@@ -35,7 +36,7 @@ def measured(op: str, *names: str, shape: Shape = SMALL, dtype: str = "fp32") ->
     shape = shape if shape.stage else replace(shape, height=40, width=64, batch=1)
     mode = "step" if "step" in declared.modes else "fwd"
     case = Case(declared, shape, dtype, (mode,), names)
-    limits = timing.Limits(1e9, {"fp32": 1e9, "bf16": 1e9})
+    limits = Limits(1e9, {"fp32": 1e9, "bf16": 1e9})
     suite = replace(SUITES["quick"], seconds=0.0, rounds=(2, 2))
     return {row.provider: row for row in Runner(Options(), limits, suite=suite).run(case)}
 

@@ -9,8 +9,9 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baseline_model
+from benchmarks import baseline_model, model_cost
 from benchmarks.baselines import to_nchw
+from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
 from equiseg_fast.models import EQUISegConfig
@@ -77,12 +78,17 @@ def build(
     )
 
 
+def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
+    """The parts one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.block_parts(shape, itemsize, training=training))
+
+
 OPS = (
     Op(
         "block",
         "",
         partial(build, training=False),
-        None,
+        partial(cost, training=False),
         "cross-modal block and gate, inference",
         extra_providers=("baseline_cl",),
         modes=("fwd",),
@@ -93,7 +99,7 @@ OPS = (
         "block_training",
         "",
         partial(build, training=True),
-        None,
+        partial(cost, training=True),
         "cross-modal block and gate, gradients of all inputs and parameters",
         extra_providers=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),

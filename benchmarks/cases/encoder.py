@@ -10,7 +10,8 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from benchmarks import baseline_model, data
+from benchmarks import baseline_model, data, model_cost
+from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
@@ -69,12 +70,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )
 
 
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """The parts of the encoder one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
+
+
 OPS = (
     Op(
         "encoder",
         "",
         build,
-        None,
+        cost,
         "Mix Transformer, features of the last stage",
         extra_providers=("baseline_cl", "transformers"),
         stages=(0,),

@@ -4,8 +4,9 @@ from functools import partial
 
 import torch
 
-from benchmarks import data
+from benchmarks import data, model_cost
 from benchmarks.baseline_model import EagerBaseline
+from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
 from benchmarks.registry import NUM_CLASSES, Op, Problem, Shape
 from equiseg_fast.models import EQUISeg
@@ -64,12 +65,17 @@ def build(
     )
 
 
+def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
+    """The parts of the model one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=training))
+
+
 OPS = (
     Op(
         "model",
         "",
         partial(build, training=False),
-        None,
+        partial(cost, training=False),
         "EQUISeg inference",
         extra_providers=("baseline_cl",),
         modes=("fwd",),
@@ -80,7 +86,7 @@ OPS = (
         "training",
         "",
         partial(build, training=True),
-        None,
+        partial(cost, training=True),
         "EQUISeg loss and gradients of all parameters",
         extra_providers=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),

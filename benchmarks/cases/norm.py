@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -43,7 +44,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     normalised total, 3 for both gradients of the parameters, and 9 for dx.
     """
     n = shape.rows * shape.tokens * shape.channels
-    return Cost(4 * n * itemsize, 8 * n, 4 * n * itemsize, 14 * n)
+    return Cost.of_op(Work(4 * n * itemsize, vector=8 * n), Work(4 * n * itemsize, vector=14 * n))
 
 
 OPS = (

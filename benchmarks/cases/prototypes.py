@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines, data
+from benchmarks.cost import Work
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -42,7 +43,8 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     n = shape.rows * shape.tokens * shape.channels
     labels = 8 * shape.batch * shape.tokens
     prototypes = 4 * shape.rows * NUM_CLASSES * shape.channels
-    return Cost(n * itemsize + labels + prototypes, n, n * itemsize + labels + prototypes, n)
+    work = Work(n * itemsize + labels + prototypes, vector=n)
+    return Cost.of_op(work, work)
 
 
 OPS = (

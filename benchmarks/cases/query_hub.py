@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, Unsupported, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -43,13 +44,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
     """Forward: read x, write all hubs; per element 9 + 1 multiply-adds of the score net, 2 for the
-    gate, 2 comparisons for the two largest, 1 choice.
+    gate, 2 comparisons for the two largest, 1 choice; a sigmoid per token.
 
     Backward: read x and the gradients of the hubs, write its own; the score again, and twice its
     multiply-adds for the gradients.
     """
     n = shape.rows * shape.tokens * shape.channels
-    return Cost(2 * n * itemsize, 25 * n, 3 * n * itemsize, (3 * 20 + 5) * n)
+    sigmoids = shape.rows * shape.tokens
+    return Cost.of_op(
+        Work(2 * n * itemsize, vector=25 * n, exps=sigmoids),
+        Work(3 * n * itemsize, vector=(3 * 20 + 5) * n, exps=sigmoids),
+    )
 
 
 OPS = (
@@ -58,7 +63,7 @@ OPS = (
         "query_hub",
         build,
         cost,
-        "bytes: x + hubs; FLOPs: 25 per element",
+        "bytes: x + hubs; FLOPs: 25 per element; exponentials: 1 per token",
         extra_providers=("baseline_cl",),
         refuses=refuses,
     ),

@@ -9,9 +9,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import data
+from benchmarks import data, model_cost
 from benchmarks.baseline_model import encode_stage
 from benchmarks.baselines import in_memory_format, to_nchw, to_tokens
+from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
@@ -69,12 +70,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )
 
 
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """The parts one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.stage_parts(shape, itemsize))
+
+
 OPS = (
     Op(
         "stage",
         "",
         build,
-        None,
+        cost,
         "one stage of the Mix Transformer",
         extra_providers=("baseline_cl",),
         scope="stage",
