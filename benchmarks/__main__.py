@@ -24,11 +24,24 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
+from benchmarks import (  # noqa: E402
+    against,
+    calibrate,
+    compare,
+    exercise,
+    profiling,
+    report,
+    resources,
+    roofline,
+    terminal,
+    tune,
+    visit,
+)
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks import report, resources, timing, tune  # noqa: E402
-from benchmarks.compare import compare, lost  # noqa: E402
+from benchmarks.options import choose_device, selection_arguments  # noqa: E402
+from benchmarks.plan import Options, dry_run, plan  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
-from benchmarks.runner import Case, Options, Phases, Runner, plan  # noqa: E402
+from benchmarks.runner import Phases, Runner  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -36,7 +49,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = _parser()
     args = parser.parse_args(arguments)
     # A pipe has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 140, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
         return args.run(args, console)
     except (ValueError, RuntimeError, FileNotFoundError) as error:
@@ -52,8 +65,7 @@ def _parser() -> argparse.ArgumentParser:
 
     run = commands.add_parser("run", help="check, measure, and write a folder of results")
     run.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    for name in ("op", "provider", "dtype", "mode"):
-        run.add_argument(f"--{name}", type=_names, default=(), metavar="A,B", help="only these")
+    selection_arguments(run)
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
         "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
@@ -66,18 +78,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     run.set_defaults(run=_run)
 
-    again = commands.add_parser("report", help="report.md and plots again, from results.jsonl")
+    again = commands.add_parser("report", help="reports and plots again, from results.jsonl")
     again.add_argument("results", type=Path, help="results.jsonl or its folder")
     again.set_defaults(run=_report)
 
-    difference = commands.add_parser("compare", help="what became slower between two runs")
-    difference.add_argument("base", type=Path)
-    difference.add_argument("new", type=Path)
-    difference.add_argument("--threshold", type=_fraction, default=0.05, metavar="5%%")
-    difference.add_argument("--atol-us", type=float, default=30.0)
-    difference.add_argument("--fail", action="store_true", help="exit with 1 if anything is slower")
-    difference.add_argument("--force", action="store_true", help="even on different devices")
-    difference.set_defaults(run=_compare)
+    for module, name, text in (
+        (compare, "compare", "what became slower between two runs"),
+        (against, "against", "the working tree beside another revision, measured in turn"),
+        (profiling, "profile", "the operators or kernels of one case, and a trace"),
+        (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
+        (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
+    ):
+        command = commands.add_parser(name, help=text, description=module.__doc__)
+        module.add_arguments(command)
+        command.set_defaults(run=module.main)
 
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
@@ -87,29 +101,19 @@ def _parser() -> argparse.ArgumentParser:
     tune.add_arguments(searched)
     searched.set_defaults(run=tune.main)
 
+    calibration = commands.add_parser("calibrate", help="what this device can do at most")
+    calibrate.add_arguments(calibration)
+    calibration.set_defaults(
+        run=lambda args, console: calibrate.main(args, console, choose_device(args.device))
+    )
+
+    floors = commands.add_parser("roofline", help="predicted floors on a GPU, without having one")
+    roofline.add_arguments(floors)
+    floors.set_defaults(run=roofline.main)
+
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
     return parser
-
-
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(name for name in text.split(",") if name)
-
-
-def _fraction(text: str) -> float:
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
-
-
-def _device(name: str | None) -> torch.device:
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    device = torch.device(name)
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no GPU here")
-    return device
 
 
 def _list(args: argparse.Namespace, console: Console) -> int:
@@ -128,19 +132,20 @@ def _list(args: argparse.Namespace, console: Console) -> int:
 
 
 def _env(args: argparse.Namespace, console: Console) -> int:
-    console.print_json(json.dumps(records_of.environment(_device(None))))
+    console.print_json(json.dumps(records_of.environment(choose_device(None))))
     return 0
 
 
 def _run(args: argparse.Namespace, console: Console) -> int:
-    device = _device(args.device)
+    device = choose_device(args.device, needed=not args.dry_run)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-        args.seed,
+        args.seed, args.shape,
     )  # fmt: skip
     cases = plan(options)
     if args.dry_run:
-        return _dry_run(cases, device, console)
+        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        return 0
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1; got {args.threads}")
@@ -150,7 +155,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     phases = Phases()
     phases.seconds["imports"] = perf_counter() - STARTED
     with phases.phase("device limits"):
-        limits = timing.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
+        limits = calibrate.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
     env = records_of.environment(device, asdict(limits))
     out = args.out or _default_folder(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -158,6 +163,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     runner = Runner(options, limits, phases)
     rows: list[records_of.Record] = []
+    # Written as it goes: an interrupted run keeps what it has.
+    results = records_of.Writer(out)
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
         task = progress.add_task("", total=len(cases) + (args.suite == "quick"))
@@ -166,17 +173,19 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             for row in found:
                 row.env_id = env["env_id"]
             rows += found
-            # Written as it goes: an interrupted run keeps what it has.
-            records_of.write_jsonl(rows, out / "results.jsonl")
+            results.add(found)
             progress.advance(task)
-        notes, images = [], []
-        if args.suite == "quick":
+        progress.update(task, description="parts of the model")
+        _breakdown(rows, device, out, args.seed, phases)
+        if args.suite == "quick" and not find_spec("skimage"):
+            console.print("no picture of the sensors: scikit-image is not installed")
+        elif args.suite == "quick":
             progress.update(task, description="sensors: training and blanking")
-            notes, images = _sensors(out, args.seed, phases)
+            _sensors(out, args.seed, phases)
             progress.advance(task)
     with phases.phase("report and plots"):
-        _write_report(rows, env, out, notes, images)
-    report.terminal(rows, console)
+        report.write(rows, env, out)
+    terminal.show(rows, console)
     shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
     console.print(f"seconds: {shown}")
     console.print(
@@ -186,22 +195,24 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _dry_run(cases: Sequence[Case], device: torch.device, console: Console) -> int:
-    ops = {case.op.name: case for case in cases}
-    for case in cases:
-        usable = [p for p in case.providers if not unavailable(case.op, p, device)]
-        console.print(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable)}")
-    for name, case in ops.items():
-        for provider in case.providers:
-            if reason := unavailable(case.op, provider, device):
-                console.print(f"skipped: {name} {provider}: {reason}")
-    timings = sum(len(case.modes) for case in cases)
-    console.print(f"{len(cases)} cases, {timings} with their modes; nothing was run")
-    return 0
+def _breakdown(
+    rows: Sequence[records_of.Record], device: torch.device, out: Path, seed: int, phases: Phases
+) -> None:
+    """`breakdown.json`, of the first whole model that was measured."""
+    measured = [r for r in rows if r.op == "model" and r.p50_us is not None]
+    if not measured:
+        return
+    from benchmarks import breakdown
+
+    with phases.phase("breakdown"):
+        first = measured[0]
+        providers = [r.provider for r in measured if r.group == first.group]
+        found = breakdown.measure(first.shape, first.dtype, device, providers, seed)
+    (out / "breakdown.json").write_text(json.dumps(found, indent=1) + "\n")
 
 
-def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]]:
-    from benchmarks import plots, sensors
+def _sensors(out: Path, seed: int, phases: Phases) -> None:
+    from benchmarks import plot_sensors, sensors
 
     with phases.phase("sensors"):
         found = sensors.contributions(seed)
@@ -211,70 +222,17 @@ def _sensors(out: Path, seed: int, phases: Phases) -> tuple[list[str], list[str]
     }
     (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
-        name = plots.draw_sensors(found, out / "plots")
-    return [report.sensor_note(len(found.losses))], [f"plots/{name}"]
-
-
-def _write_report(
-    rows: Sequence[records_of.Record],
-    env: dict[str, object],
-    out: Path,
-    notes: Sequence[str] = (),
-    images: Sequence[str] = (),
-) -> None:
-    from benchmarks import plots
-
-    launches = []
-    if find_spec("triton") and any(row.op in ("model", "training") for row in rows):
-        from benchmarks.launches import cross_modal_blocks
-
-        launches = cross_modal_blocks()
-    drawn = [f"plots/{name}" for name in plots.draw(rows, out / "plots")]
-    text = report.markdown(rows, env, [*images, *drawn], notes, launches)
-    (out / "report.md").write_text(text)
+        plot_sensors.draw(found, out / "plots")
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:
-    rows = records_of.read_jsonl(args.results)
+    rows = records_of.read(args.results)
     folder = args.results if args.results.is_dir() else args.results.parent
     path = folder / "env.json"
     env = json.loads(path.read_text()) if path.is_file() else {}
-    picture = "plots/sensors.png"
-    if (folder / picture).is_file():
-        from benchmarks.sensors import STEPS
-
-        _write_report(rows, env, folder, [report.sensor_note(STEPS)], [picture])
-    else:
-        _write_report(rows, env, folder)
-    report.terminal(rows, console)
+    report.write(rows, env, folder)
+    terminal.show(rows, console)
     return 0
-
-
-def _compare(args: argparse.Namespace, console: Console) -> int:
-    base, new = records_of.read_jsonl(args.base), records_of.read_jsonl(args.new)
-    devices = [_device_of(path) for path in (args.base, args.new)]
-    if devices[0] != devices[1] and not args.force:
-        raise ValueError(
-            f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
-        )
-    changes = compare(base, new, threshold=args.threshold, atol_us=args.atol_us)
-    slower = [change for change in changes if change.verdict == "slower"]
-    for change in sorted(changes, key=lambda c: -c.ratio):
-        if change.verdict != "same":
-            console.print(change.text)
-    failed = lost(base, new)
-    for row in failed:
-        console.print(f"lost: {row.op} {row.shape.label} {row.mode} {row.provider}: {row.reason}")
-    faster = sum(change.verdict == "faster" for change in changes)
-    console.print(
-        f"{len(changes)} compared: {len(slower)} slower, {faster} faster, {len(failed)} lost"
-    )
-    return 1 if args.fail and (slower or failed) else 0
-
-
-def _device_of(path: Path) -> str:
-    env = (path if path.is_dir() else path.parent) / "env.json"
-    return json.loads(env.read_text())["device"] if env.is_file() else "an unknown device"
 
 
 def _default_folder(device: torch.device) -> Path:

@@ -1,4 +1,4 @@
-"""EQUISeg in eager PyTorch as public multimodal models are written: what every ratio starts from.
+"""Operations in eager PyTorch as public multimodal models are written: what ratios start from.
 
 The habits are those of SegFormer, CMNeXt and their descendants: one modality at a time in Python
 loops, softmax attention with the whole score matrix in memory, tokens and NCHW maps converted into
@@ -9,35 +9,62 @@ and ask the device whether a class is there. Where a public model gets a view fo
 than it is written elsewhere.
 
 The operations take and return what `equiseg_fast.ops` takes and returns; conversions to NCHW and
-back are therefore part of those that public models write in NCHW. `EagerBaseline` shares the
-parameters of an `EQUISeg` and computes the same function, in training too.
+back are therefore part of those that public models write in NCHW. `channels_last` makes of any of
+them what careful users run: the same calls on maps in channels-last memory. The whole model is
+`benchmarks/baseline_model.py`.
 """
 
-from collections.abc import Sequence
-from functools import reduce
+from collections.abc import Callable, Sequence
+from functools import reduce, wraps
 from math import log
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from equiseg_fast.models import EQUISeg, MixTransformer
-from equiseg_fast.nn import CrossModalAttention, MixFFN, ParallelPoolingMixer, SelfQueryHub
 from equiseg_fast.reference import statistics_dtype
 
 ScoreNet = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
-def _wide(x: Tensor) -> Tensor:
+def wide(x: Tensor) -> Tensor:
     return x.to(statistics_dtype(x))
 
 
-def _to_nchw(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens `[B, L, C]` -> contiguous `[B, C, height, width]`, a copy, as at a stage's end."""
-    return x.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2).contiguous()
+_memory_format = torch.contiguous_format
 
 
-def _to_tokens(x: Tensor) -> Tensor:
+def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of this module with its maps in channels-last memory, where tokens are a view.
+
+    Weights stay as they are; cuDNN converts those of dense convolutions at every call.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        global _memory_format
+        _memory_format = torch.channels_last
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _memory_format = torch.contiguous_format
+
+    return run
+
+
+def in_memory_format(x: Tensor) -> Tensor:
+    """A map `[B, C, H, W]` in the memory format on trial: contiguous but under `channels_last`."""
+    return x.contiguous(memory_format=_memory_format)
+
+
+def to_nchw(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens `[B, L, C]` -> `[B, C, height, width]`, by default a copy, as at a stage's end."""
+    x = x.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    return in_memory_format(x)
+
+
+def to_tokens(x: Tensor) -> Tensor:
     return x.flatten(2).transpose(1, 2)
 
 
@@ -53,7 +80,7 @@ def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, wi
     batch, _, channels = x.shape
     y = x.transpose(1, 2).view(batch, channels, height, width)
     y = F.conv2d(y, weight, bias, padding=1, groups=channels)
-    return F.gelu(_to_tokens(y))
+    return F.gelu(to_tokens(y))
 
 
 def add_layer_norm(
@@ -64,7 +91,7 @@ def add_layer_norm(
     y = total
     if x.device.type == "cpu":
         # Half-precision gradients of the parameters would be added up in half precision, and wrong.
-        y, weight, bias = _wide(total), _wide(weight), _wide(bias)
+        y, weight, bias = wide(total), wide(weight), wide(bias)
     return total, F.layer_norm(y, weight.shape, weight, bias, eps).to(x.dtype)
 
 
@@ -76,13 +103,13 @@ def _scored(x: Tensor, net: ScoreNet) -> Tensor:
     return y.sigmoid() * x + x
 
 
-def _hub_of(primary: int, maps: Sequence[Tensor], nets: Sequence[ScoreNet]) -> Tensor:
+def hub_of(primary: int, maps: Sequence[Tensor], nets: Sequence[ScoreNet]) -> Tensor:
     """Score every other modality and take the maximum pair by pair, in NCHW."""
     others = [_scored(x, nets[m]) for m, x in enumerate(maps) if m != primary]
     return reduce(torch.max, others)
 
 
-def _score_nets(*parameters: Tensor) -> list[ScoreNet]:
+def score_nets(*parameters: Tensor) -> list[ScoreNet]:
     return list(zip(*(p.unbind() for p in parameters), strict=True))
 
 
@@ -96,12 +123,12 @@ def query_hub(
     width: int,
 ) -> Tensor:
     """One hub per primary, the others scored again each time; arguments as `ops.query_hub`."""
-    maps = [_to_nchw(tokens, height, width) for tokens in x]
-    nets = _score_nets(dw_weight, dw_bias, pw_weight, pw_bias)
-    return torch.stack([_to_tokens(_hub_of(i, maps, nets)) for i in range(len(maps))])
+    maps = [to_nchw(tokens, height, width) for tokens in x]
+    nets = score_nets(dw_weight, dw_bias, pw_weight, pw_bias)
+    return torch.stack([to_tokens(hub_of(i, maps, nets)) for i in range(len(maps))])
 
 
-def _pooled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+def pooled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     y = F.conv2d(u, weight, bias, padding=3, groups=u.shape[1])
     y3 = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
     y7 = F.avg_pool2d(y, 7, 1, 3, count_include_pad=False)
@@ -111,7 +138,7 @@ def _pooled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def pooling_mixer(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     """Convolution and three pools in NCHW, added up; arguments as `ops.pooling_mixer`."""
-    return _to_tokens(_pooled(_to_nchw(x, height, width), weight, bias))
+    return to_tokens(pooled(to_nchw(x, height, width), weight, bias))
 
 
 def guided_gate(x: Tensor, logits: Tensor, rho: float = 0.5) -> tuple[Tensor, Tensor]:
@@ -139,7 +166,7 @@ def class_prototypes(
     """Boolean indexing per modality, image and class; arguments as `ops.class_prototypes`."""
     small = _small_labels(labels, height, width)
     rows = []
-    for tokens in _wide(x):
+    for tokens in wide(x):
         for image, marks in zip(tokens, small, strict=True):
             for c in range(num_classes):
                 mask = marks == c
@@ -155,7 +182,7 @@ def class_prototypes(
 def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
     """Full-resolution logits, then cross-entropy; arguments as `ops.upsample_cross_entropy`."""
     size = tuple(labels.shape[-2:])
-    full = F.interpolate(_wide(logits), size=size, mode="bilinear", align_corners=False)
+    full = F.interpolate(wide(logits), size=size, mode="bilinear", align_corners=False)
     return F.cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="none")
 
 
@@ -167,59 +194,6 @@ def ohem(loss: Tensor, labels: Tensor, thresh: float, ignore_index: int = 255) -
     if hard.numel() < least:
         hard = flat.topk(least).values
     return hard.mean()
-
-
-def prototype_loss(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    height: int,
-    width: int,
-    order: Sequence[int],
-    num_classes: int,
-    tau: float,
-) -> Tensor:
-    """Self-distillation of one stage: M features `[B, L, C]`, labels `[B, H, W]` -> scalar."""
-    small = _small_labels(labels, height, width)
-    teachers = order[: max(1, len(order) // 2)]
-    students = [m for m in order if m not in teachers]
-    total = _wide(features[0].new_zeros(()))
-    for b, marks in enumerate(small):
-        masks = [marks == c for c in range(num_classes)]
-        masks = [mask for mask in masks if mask.sum() > 0]
-        if len(masks) < 2 or not students:
-            continue
-        means = {
-            m: torch.stack([_wide(features[m][b])[mask].mean(dim=0) for mask in masks])
-            for m in order
-        }
-        with torch.no_grad():
-            target = torch.stack([means[m] for m in teachers]).mean(dim=0) / tau
-            target = target.softmax(dim=0)
-        loss = 0.0
-        for m in students:
-            student = (means[m] / tau).log_softmax(dim=0)
-            loss = loss + F.kl_div(student, target, reduction="none").sum(dim=0).mean()
-        total = total + loss / len(students)
-    return tau**2 * total / len(small)
-
-
-def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    return F.linear(x, layer.weight, layer.bias)
-
-
-def _attention_layer(
-    layer: CrossModalAttention, x: Tensor, source: Tensor, height: int, width: int
-) -> Tensor:
-    """SegFormer's efficient attention, x and source `[B, L, C]`."""
-    batch, _, channels = x.shape
-    q = _linear(layer.q, x).reshape(batch, -1, layer.heads, channels // layer.heads)
-    if layer.sr_ratio > 1:
-        source = source.permute(0, 2, 1).reshape(batch, channels, height, width)
-        source = layer.sr(source).reshape(batch, channels, -1).permute(0, 2, 1)
-        source = layer.norm(source)
-    kv = _linear(layer.kv, source).reshape(batch, -1, 2, layer.heads, channels // layer.heads)
-    y = attention(q, kv[:, :, 0], kv[:, :, 1])
-    return _linear(layer.proj, y.reshape(x.shape))
 
 
 def mix_ffn(
@@ -239,159 +213,35 @@ def mix_ffn(
     return F.linear(hidden, fc2_weight, fc2_bias)
 
 
-def _mix_ffn(mlp: MixFFN, x: Tensor, height: int, width: int) -> Tensor:
-    conv, first, last = mlp.dwconv.dwconv, mlp.fc1, mlp.fc2
-    return mix_ffn(
-        x, first.weight, first.bias, conv.weight, conv.bias, last.weight, last.bias, height, width
-    )
-
-
-def _pooling_mixer_block(block: ParallelPoolingMixer, x: Tensor) -> Tensor:
-    """CMNeXt's parallel pooling mixer in NCHW, x `[B, C, H, W]`."""
-    u = nn.BatchNorm2d.forward(block.norm1, x)
-    shortcut = u.clone()
-    gate = block.attn.conv4(_pooled(u, block.attn.conv0.weight, block.attn.conv0.bias)).sigmoid()
-    y = gate * shortcut + shortcut
-    x = x + block.layer_scale_1[:, None, None] * y
-
-    pooled = F.adaptive_avg_pool2d(x, 1).squeeze(-1).transpose(-1, -2)
-    channel_gate = block.c_nets(pooled).transpose(-1, -2).unsqueeze(-1).sigmoid()
-    hidden = block.mlp.fc1(nn.BatchNorm2d.forward(block.norm2, x))
-    hidden = F.gelu(block.mlp.dwconv.dwconv(hidden))
-    y = block.layer_scale_2[:, None, None] * block.mlp.fc2(hidden)
-    return x * channel_gate.expand_as(x) + y
-
-
-def _channel_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """CMNeXt's channel-first LayerNorm, by hand."""
-    mean = x.mean(1, keepdim=True)
-    var = (x - mean).pow(2).mean(1, keepdim=True)
-    x = (x - mean) / torch.sqrt(var + norm.eps)
-    return norm.weight[:, None, None] * x + norm.bias[:, None, None]
-
-
-def _encode_stage(encoder: MixTransformer, s: int, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Stage s on a map `[B, C, H, W]`: embedded `[B, C, h, w]` and encoded `[B, h w, C]`."""
-    embed = getattr(encoder, f"patch_embed{s + 1}")
-    x = embed.proj(x)
-    height, width = x.shape[-2:]
-    x = embed.norm(_to_tokens(x))
-    embedded = _to_nchw(x, height, width)
-    for block in getattr(encoder, f"block{s + 1}"):
-        y = block.norm1(x)
-        x = x + _attention_layer(block.attn, y, y, height, width)
-        x = x + _mix_ffn(block.mlp, block.norm2(x), height, width)
-    return embedded, getattr(encoder, f"norm{s + 1}")(x)
-
-
-def encode(encoder: MixTransformer, images: Tensor) -> Tensor:
-    """Mix Transformer: images `[B, 3, H, W]` -> features of the last stage `[B, C, h, w]`."""
-    x = images
-    for s in range(4):
-        embedded, tokens = _encode_stage(encoder, s, x)
-        x = _to_nchw(tokens, *embedded.shape[-2:])
-    return x
-
-
-class EagerBaseline:
-    """The same network on the same parameters, one modality after the other.
-
-    model: an EQUISeg with a shared encoder, gated fusion, at least two modalities and no random
-    layers (`drop_path`, `head_dropout` and `modality_dropout` 0), all of them present. Raises
-    ValueError for any other configuration.
-    """
-
-    def __init__(self, model: EQUISeg) -> None:
-        config = model.config
-        wanted = {
-            "share_encoder": True, "gate": True, "fuse": "gate", "aux_source": "embed",
-            "drop_path": 0.0, "head_dropout": 0.0, "modality_dropout": 0.0,
-        }  # fmt: skip
-        for name, value in wanted.items():
-            if getattr(config, name) != value:
-                raise ValueError(f"{name} must be {value!r}; got {getattr(config, name)!r}")
-        if len(config.modalities) < 2:
-            raise ValueError(f"modalities must be two or more; got {config.modalities}")
-        self.model = model
-
-    def forward(self, images: Tensor) -> Tensor:
-        """`[M, B, 3, H, W]`, H and W multiples of 32 -> logits `[B, num_classes, H, W]`."""
-        _, fused = self._stages(images)
-        size = tuple(images.shape[-2:])
-        return F.interpolate(self._head(fused), size=size, mode="bilinear", align_corners=False)
-
-    def loss(
-        self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Segmentation plus self-guided loss, a scalar; arguments as `EQUISeg.loss`."""
-        config = self.model.config
-        features, fused = self._stages(images)
-        per_pixel = upsample_cross_entropy(self._head(fused), labels, config.ignore_index)
-        total = ohem(per_pixel, labels, config.ohem_thresh, config.ignore_index)
-        source = images.device if generator is None else generator.device
-        order = torch.randperm(len(images), generator=generator, device=source).tolist()
-        for s in config.sgm_stages:
-            size = tuple(fused[s - 1].shape[-2:])
-            tokens = features[s - 1]
-            stage = prototype_loss(tokens, labels, *size, order, config.num_classes, config.sgm_tau)
-            total = total + config.sgm_weight * stage / len(config.sgm_stages)
-        return total
-
-    def _stages(self, images: Tensor) -> tuple[list[list[Tensor]], list[Tensor]]:
-        """Per stage M features `[B, L, C]` before the gate, and the fused map `[B, C, H, W]`."""
-        maps = list(images)
-        features, fused = [], []
-        for s in range(4):
-            embedded, encoded = [], []
-            for x in maps:
-                pair = _encode_stage(self.model.encoder, s, x)
-                embedded.append(pair[0])
-                encoded.append(pair[1])
-            height, width = embedded[0].shape[-2:]
-            tokens = self._cross(s, embedded, encoded, height, width)
-            branches, merged = self._balance(s, tokens)
-            features.append(tokens)
-            fused.append(_to_nchw(merged, height, width))
-            maps = [_to_nchw(x, height, width) for x in branches]
-        return features, fused
-
-    def _cross(
-        self, s: int, embedded: list[Tensor], encoded: list[Tensor], height: int, width: int
-    ) -> list[Tensor]:
-        block = self.model.fusion[s]
-        hub: SelfQueryHub = block.query_hub
-        nets = _score_nets(hub.dw_weight, hub.dw_bias, hub.pw_weight, hub.pw_bias)
-        # All hubs in one batch, because in training they share the statistics of BatchNorm.
-        mixed = torch.cat([_hub_of(i, embedded, nets) for i in range(len(embedded))])
-        for mixer in block.mixer:
-            mixed = _pooling_mixer_block(mixer, mixed)
-        mixed = _channel_norm(block.mixer_norm, mixed)
-        sources = mixed.chunk(len(encoded))
-        return [
-            x + _attention_layer(block.attn, x, _to_tokens(source), height, width)
-            for x, source in zip(encoded, sources, strict=True)
-        ]
-
-    def _balance(self, s: int, tokens: list[Tensor]) -> tuple[Tensor, Tensor]:
-        gate = self.model.gates[s]
-        own = [_wide(x).mean(dim=1) for x in tokens]
-        logits = []
-        for m, mean in enumerate(own):
-            others = [x for n, x in enumerate(own) if n != m]
-            context = torch.stack(others).sum(dim=0) / len(others)
-            hidden = F.gelu(gate.fc1(torch.cat([mean, context], dim=-1)))
-            logits.append(gate.fc2(hidden) / gate.tau)
-        return guided_gate(torch.stack(tokens), _wide(torch.stack(logits)), gate.rho)
-
-    def _head(self, fused: list[Tensor]) -> Tensor:
-        """SegFormer's head as published: project, upsample, concatenate, fuse, classify."""
-        head = self.model.head
-        size = tuple(fused[0].shape[-2:])
-        layers = (head.linear_c1, head.linear_c2, head.linear_c3, head.linear_c4)
-        maps = []
-        for x, layer in zip(fused, layers, strict=True):
-            y = layer.proj(_to_tokens(x)).permute(0, 2, 1).reshape(len(x), -1, *x.shape[-2:])
-            maps.append(F.interpolate(y, size=size, mode="bilinear", align_corners=False))
-        y = head.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
-        y = head.dropout(F.relu(head.linear_fuse.bn(y)))
-        return head.linear_pred(y)
+def prototype_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    height: int,
+    width: int,
+    order: Sequence[int],
+    num_classes: int,
+    tau: float,
+) -> Tensor:
+    """Self-distillation of one stage: M features `[B, L, C]`, labels `[B, H, W]` -> scalar."""
+    small = _small_labels(labels, height, width)
+    teachers = order[: max(1, len(order) // 2)]
+    students = [m for m in order if m not in teachers]
+    total = wide(features[0].new_zeros(()))
+    for b, marks in enumerate(small):
+        masks = [marks == c for c in range(num_classes)]
+        masks = [mask for mask in masks if mask.sum() > 0]
+        if len(masks) < 2 or not students:
+            continue
+        means = {
+            m: torch.stack([wide(features[m][b])[mask].mean(dim=0) for mask in masks])
+            for m in order
+        }
+        with torch.no_grad():
+            target = torch.stack([means[m] for m in teachers]).mean(dim=0) / tau
+            target = target.softmax(dim=0)
+        loss = 0.0
+        for m in students:
+            student = (means[m] / tau).log_softmax(dim=0)
+            loss = loss + F.kl_div(student, target, reduction="none").sum(dim=0).mean()
+        total = total + loss / len(students)
+    return tau**2 * total / len(small)

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.baselines import EagerBaseline
+from benchmarks import baseline_model
 from benchmarks.resources import kernel_stems
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.ops import _backend
@@ -59,7 +59,7 @@ class KernelCounter(TorchDispatchMode):
 
     def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
         """Instead of a launch."""
-        self.fused[kernel.__name__.strip("_").removesuffix("_kernel")] += 1
+        self.fused[_name(kernel)] += 1
 
 
 @contextmanager
@@ -83,6 +83,33 @@ def counting() -> Iterator[KernelCounter]:
             module.launch = launch
 
 
+@contextmanager
+def recorded() -> Iterator[list[str]]:
+    """What our kernels are launched with inside, each once: name, tile and launch options."""
+    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
+    launch = modules[0].launch
+    seen: list[str] = []
+
+    def noted(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+        tile = {k: v for k, v in options.items() if k.startswith(("BLOCK", "num_"))}
+        text = " ".join([_name(kernel), *(f"{k}={v}" for k, v in tile.items())])
+        if text not in seen:
+            seen.append(text)
+        launch(kernel, grid, *args, **options)
+
+    try:
+        for module in modules:
+            module.launch = noted
+        yield seen
+    finally:
+        for module in modules:
+            module.launch = launch
+
+
+def _name(kernel: Any) -> str:
+    return kernel.__name__.strip("_").removesuffix("_kernel")
+
+
 @dataclass(frozen=True)
 class Row:
     """Kernels of one forward of a part of EQUISeg-B0, in inference with all modalities."""
@@ -102,7 +129,6 @@ def cross_modal_blocks(stages: Iterable[int] = (1, 2, 3, 4)) -> list[Row]:
     """Cross-modal blocks and the gates behind them: the eager baseline, ours, and ours folded."""
     model = EQUISeg.from_name("b0", num_classes=25, drop_path=0.0, head_dropout=0.0).eval()
     folded = EQUISeg.from_name("b0", num_classes=25).fold_()
-    baseline = EagerBaseline(model)
     size = (SIZE, SIZE)
     rows = []
     for stage in stages:
@@ -110,10 +136,14 @@ def cross_modal_blocks(stages: Iterable[int] = (1, 2, 3, 4)) -> list[Row]:
         x, y = torch.randn(2, MODALITIES, 1, SIZE * SIZE, model.config.dims[s])
         maps = [tokens.mT.unflatten(-1, size).contiguous() for tokens in x]
         calls: list[tuple[str, str, Callable[[], Any]]] = [
-            ("block", "baseline", partial(baseline._cross, s, maps, list(y), *size)),
+            (
+                "block",
+                "baseline",
+                partial(baseline_model.cross_modal_block, model.fusion[s], maps, list(y), *size),
+            ),
             ("block", "ours", partial(model.fusion[s], x, y, *size)),
             ("block", "ours, folded", partial(folded.fusion[s], x, y, *size)),
-            ("gate", "baseline", partial(baseline._balance, s, list(y))),
+            ("gate", "baseline", partial(baseline_model.balance, model.gates[s], list(y))),
             ("gate", "ours", partial(model._balance, s, y, None)),
         ]
         for part, provider, call in calls:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import json
 import os
@@ -42,7 +43,8 @@ class Record:
     to enqueue a call on a GPU. peak_mib: allocated above the state before the call; saved_mib: kept
     for the backward by the forward. first_call_s: the first call for this case, compilation
     included.
-    rms_ratio, max_ratio, budget: see `parity.Accuracy`.
+    rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: the launches of our kernels, for
+    single operations, as `launches.recorded` saw them.
     """
 
     suite: str
@@ -71,6 +73,7 @@ class Record:
     rms_ratio: float | None = None
     max_ratio: float | None = None
     budget: float | None = None
+    config: str = ""
     env_id: str = ""
     schema: int = field(default=SCHEMA)
 
@@ -94,40 +97,136 @@ class Record:
         return (self.op, self.shape.label, self.dtype, self.mode, self.provider)
 
 
+_FIELDS = {f.name: f for f in fields(Record)}
+_REQUIRED = ("suite", "op", "case", "mode", "provider", "dtype", "status")
+_NUMBERS = tuple(name for name, f in _FIELDS.items() if f.type == "float | None")
+_SHAPE = tuple(f.name for f in fields(Shape))
+COLUMNS = tuple(x for name in _FIELDS for x in (_SHAPE if name == "case" else (name,)))
+"""Of `results.csv`: the fields of a record, those of its case in place of the case."""
+
+
+class Writer:
+    """`results.jsonl` and `results.csv` in a folder, growing as rows come; what they held is gone.
+
+    The table is the same records with the fields of the case as columns, None as nothing.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.jsonl, self.csv = folder / "results.jsonl", folder / "results.csv"
+        self.jsonl.write_text("")
+        with self.csv.open("w", newline="") as file:
+            csv.writer(file).writerow(COLUMNS)
+
+    def add(self, records: Iterable[Record]) -> None:
+        rows = list(records)
+        with self.jsonl.open("a") as file:
+            file.writelines(map(_line, rows))
+        with self.csv.open("a", newline="") as file:
+            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+            table.writerows({**asdict(row), **row.case} for row in rows)
+
+
+def _line(record: Record) -> str:
+    return json.dumps(asdict(record), separators=(",", ":")) + "\n"
+
+
 def write_jsonl(records: Iterable[Record], path: Path) -> None:
-    lines = [json.dumps(asdict(record), separators=(",", ":")) for record in records]
-    path.write_text("".join(f"{line}\n" for line in lines))
+    path.write_text("".join(map(_line, records)))
+
+
+def read(path: Path) -> list[Record]:
+    """Records of a `results.jsonl`, of the folder of one, or of a `--benchmark-json` file of the
+    benchmarks under pytest, told apart by what is in it.
+
+    Raises ValueError naming the file, the place in it, and what is wrong there; FileNotFoundError
+    if there is no such file.
+    """
+    path = _results(path)
+    whole = _benchmark_json(path)
+    if whole is None:
+        return read_jsonl(path)
+    records = []
+    for i, entry in enumerate(whole["benchmarks"]):
+        where = f"{_shown(path)} benchmark {i + 1} ({entry.get('name')})"
+        values = entry.get("extra_info")
+        if not isinstance(values, dict) or "schema" not in values:
+            raise ValueError(f"{where}: extra_info has no record; was it made by another project?")
+        records.append(_record(values, where))
+    return records
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """Records of a `results.jsonl`, or of a folder that holds one. Raises ValueError naming the
-    line on a schema or field this version does not know."""
-    if path.is_dir():
-        path = path / "results.jsonl"
-    known = {f.name for f in fields(Record)}
+    """Records of a `results.jsonl`, or of a folder that holds one; raises as `read`."""
+    path = _results(path)
     records = []
     for number, line in enumerate(path.read_text().splitlines(), start=1):
-        values = json.loads(line)
-        if values.get("schema") != SCHEMA:
-            raise ValueError(
-                f"{path.name} line {number}: schema must be {SCHEMA}; got {values.get('schema')!r}"
-            )
-        if unknown := sorted(set(values) - known):
-            raise ValueError(f"{path.name} line {number}: unknown field {unknown[0]!r}")
-        if values["status"] not in STATUSES:
-            raise ValueError(
-                f"{path.name} line {number}: status must be one of {', '.join(STATUSES)}; "
-                f"got {values['status']!r}"
-            )
-        records.append(Record(**values))
+        where = f"{_shown(path)} line {number}"
+        try:
+            values = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: not JSON: {error}") from error
+        records.append(_record(values, where))
     return records
+
+
+def read_environment(path: Path) -> dict[str, Any]:
+    """The environment that the records of `read(path)` were made in: of the `env.json` beside them,
+    or of a `--benchmark-json` file itself; empty if it is not known."""
+    path = _results(path)
+    whole = _benchmark_json(path)
+    if whole is not None:
+        return whole.get("machine_info", {}).get(MACHINE_INFO, {})
+    beside = path.parent / "env.json"
+    return json.loads(beside.read_text()) if beside.is_file() else {}
+
+
+MACHINE_INFO = "equiseg_fast"
+"""Where a `--benchmark-json` file has the environment record, in its `machine_info`."""
+
+
+def _results(path: Path) -> Path:
+    return path / "results.jsonl" if path.is_dir() else path
+
+
+def _shown(path: Path) -> str:
+    return f"{path.resolve().parent.name}/{path.name}"
+
+
+def _benchmark_json(path: Path) -> dict[str, Any] | None:
+    """The content of a file of pytest-benchmark; None for any other."""
+    try:
+        whole = json.loads(path.read_text())
+    except json.JSONDecodeError:
+        return None  # lines of JSON, or none at all
+    return whole if isinstance(whole, dict) and isinstance(whole.get("benchmarks"), list) else None
+
+
+def _record(values: Any, where: str) -> Record:
+    if not isinstance(values, dict):
+        raise ValueError(f"{where}: must be an object; got {type(values).__name__}")
+    if values.get("schema") != SCHEMA:
+        raise ValueError(f"{where}: schema must be {SCHEMA}; got {values.get('schema')!r}")
+    if missing := [name for name in _REQUIRED if name not in values]:
+        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+    if unknown := sorted(set(values) - set(_FIELDS)):
+        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
+    if values["status"] not in STATUSES:
+        raise ValueError(
+            f"{where}: status must be one of {', '.join(STATUSES)}; got {values['status']!r}"
+        )
+    if not isinstance(values["case"], dict) or set(values["case"]) != set(_SHAPE):
+        raise ValueError(f"{where}: case must have {', '.join(_SHAPE)}; got {values['case']!r}")
+    for name in _NUMBERS:
+        if not isinstance(values.get(name), int | float | None):
+            raise ValueError(f"{where}: {name} must be a number or null; got {values[name]!r}")
+    return Record(**values)
 
 
 def environment(device: torch.device, limits: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything a number depends on, without names of hosts, users or folders.
 
-    limits: what `timing.device_limits` measured. load: average number of runnable processes in the
-    last minute. `env_id` is a hash of what does not change from run to run.
+    limits: what `calibrate.device_limits` measured. load: average number of runnable processes in
+    the last minute. `env_id` is a hash of what does not change from run to run.
     """
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,

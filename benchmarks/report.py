@@ -1,204 +1,94 @@
-"""Records as tables: on the terminal, and in `report.md`."""
+"""Records as a report: one document, written as `report.md` and as `report.html`."""
 
 from __future__ import annotations
 
+import json
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import data
-from benchmarks.record import Key, Record
+from benchmarks import data, document
+from benchmarks.analysis import (
+    OURS,
+    Contest,
+    contention,
+    contests,
+    fastest,
+    grouped,
+    losses,
+    milliseconds,
+    ratios,
+    significant,
+    skipped,
+    times,
+)
+from benchmarks.document import (
+    Bullets,
+    Card,
+    Cards,
+    Cell,
+    Document,
+    Picture,
+    Section,
+    Table,
+    Text,
+)
+from benchmarks.record import Record
 from benchmarks.registry import PROVIDERS, operations
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from benchmarks.launches import Row
 
-OURS = ("triton", "torch")
-BUDGET = "budget: the largest share of its tolerance that an error used"
-
-
-def grouped(records: Iterable[Record]) -> list[list[Record]]:
-    """Records that are compared with one another, in the order in which they came."""
-    groups: dict[Key, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record.group, []).append(record)
-    return list(groups.values())
-
-
-def measured(group: Iterable[Record]) -> list[Record]:
-    return [record for record in group if record.p50_us is not None]
-
-
-def ratios(record: Record, group: Iterable[Record]) -> tuple[float | None, float | None]:
-    """How many times faster than the eager baseline, and than the strongest other provider."""
-    if record.p50_us is None:
-        return None, None
-    others = [r for r in measured(group) if r is not record]
-    baseline = [r.p50_us for r in others if r.provider == "baseline" and r.p50_us]
-    strongest = min((r.p50_us for r in others if r.p50_us), default=None)
-    return (
-        baseline[0] / record.p50_us if baseline else None,
-        strongest / record.p50_us if strongest else None,
-    )
-
-
-def significant(value: float | None, digits: int = 3) -> str:
-    """A number with about three significant digits and no exponent."""
-    if value is None:
-        return ""
-    if value == 0:
-        return "0"
-    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if magnitude:
-        return f"{value:.{max(digits - magnitude, 0)}f}"
-    return f"{value:.{digits}g}" if abs(value) >= 1e-4 else f"{value:.1e}"
-
-
-def milliseconds(us: float | None) -> str:
-    return "" if us is None else significant(us / 1e3)
-
-
-def spread(record: Record) -> str:
-    """Width of the p20 to p80 band in percent of the median."""
-    if record.p50_us is None:
-        return ""
-    return f"{100 * (record.p80_us - record.p20_us) / record.p50_us:.0f} %"
-
-
-def _ratio(value: float | None) -> str:
-    return "" if value is None else f"{significant(value)}x"
-
-
-def terminal(records: Sequence[Record], console: Console) -> None:
-    """One table for the whole run; the fastest of each group in bold, noise in yellow."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    configurations = dict.fromkeys((replace(r.shape, stage=0).label, r.dtype) for r in records)
-    common = " ".join(next(iter(configurations))) if len(configurations) == 1 else ""
-    table = Table(
-        title=f"median per call, {common}".rstrip(", "),
-        title_justify="left",
-        caption=BUDGET,
-        caption_justify="left",
-        header_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
-    )
-    for name in ("op", "stage" if common else "case", "mode", "provider"):
-        table.add_column(name, no_wrap=True)
-    numbers = ("ms", "CPU ms", "spread", "vs eager", "vs best other")
-    for name in (*numbers, "peak MiB", "saved MiB", "budget"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for group in grouped(records):
-        shown = [r for r in group if r.status != "unsupported"]
-        fastest = min(measured(group), key=lambda r: r.p50_us, default=None)
-        for i, record in enumerate(shown):
-            case = f"{record.shape.label} {record.dtype}"
-            if common:
-                case = str(record.shape.stage or "all")
-            first = record.op, case, record.mode
-            lead = first if i == 0 else ("", "", "")
-            table.add_row(
-                *lead,
-                *_cells(record, group),
-                style="bold" if record is fastest else "",
-                end_section=i == len(shown) - 1,
-            )
-    console.print(table)
-    for line in (*_skipped(records), *contention(records)):
-        console.print(line)
-
-
-def contention(records: Iterable[Record]) -> list[str]:
-    """A warning if other processes had the CPU while calls were timed."""
-    rows = measured(records)
-    count = sum(record.contended for record in rows)
-    if not count:
-        return []
-    return [
-        f"Busy machine: {count} of {len(rows)} medians hold less than 90 % CPU time, so others had "
-        "the CPU meanwhile. Believe no ratio of wall times here; the CPU times are closer to it. "
-        "On a shared machine --threads 1 disturbs least."
-    ]
-
-
-def _cells(record: Record, group: Sequence[Record]) -> list[str]:
-    if record.p50_us is None:
-        return [record.provider, f"[red]{record.status}[/]"]
-    baseline, other = ratios(record, group)
-    band = spread(record)
-    return [
-        record.provider,
-        milliseconds(record.p50_us),
-        milliseconds(record.cpu_us),
-        f"[yellow]{band}[/]" if record.noisy else band,
-        _ratio(baseline),
-        _ratio(other),
-        significant(record.peak_mib),
-        significant(record.saved_mib),
-        f"{100 * record.budget:.0f} %" if record.budget is not None else "",
-    ]
-
-
-def _skipped(records: Iterable[Record]) -> list[str]:
-    """What has no numbers, once per provider and reason."""
-    where: dict[tuple[str, str, str], list[str]] = {}
-    for r in records:
-        if r.status != "ok":
-            places = where.setdefault((r.provider, r.status, r.reason), [])
-            if r.op not in places:
-                places.append(r.op)
-    return [
-        f"{provider}: {status}, {reason} ({', '.join(places)})"
-        for (provider, status, reason), places in where.items()
-    ]
-
-
-def losses(records: Iterable[Record]) -> list[str]:
-    """Where ours, the best of triton and torch, is slower than another provider, worst first."""
-    found = []
-    for group in grouped(records):
-        rows = measured(group)
-        ours = min((r for r in rows if r.provider in OURS), key=lambda r: r.p50_us, default=None)
-        best = min(rows, key=lambda r: r.p50_us, default=None)
-        if ours is None or best is None or best.provider in OURS:
-            continue
-        apart = best.p80_us < ours.p20_us
-        factor = ours.p50_us / best.p50_us
-        found.append(
-            (
-                factor,
-                f"- {ours.op} {ours.mode} {ours.shape.label} {ours.dtype}: {ours.provider} takes "
-                f"{significant(factor)}x the time of {best.provider}"
-                + ("" if apart else " (their p20 to p80 bands overlap)"),
-            )
-        )
-    return [line for _, line in sorted(found, reverse=True)]
-
-
 HOW = """\
-## How to read this
+Nothing is timed that was not found correct in the same run: operations against the reference in \
+fp64 under the tolerance policy of `equiseg_fast.testing`, models against the reference in fp32. \
+*budget* is the largest share of an allowance that an error used. *vs eager* and *vs best other* \
+are the median of the eager baseline, and of the fastest other provider, over that of the row: \
+above 1 the row is faster. For {ours} and the reference, which are ours, another provider is \
+somebody else's. A band p20 to p80 wider than 10 % of the median is called noisy; *CPU* is the CPU \
+time of all threads.
 
-Nothing is timed that was not found correct in the same run: operations against the reference in
-fp64 under the tolerance policy of `equiseg_fast.testing`, models against the reference in fp32.
-*budget* is the largest share of an allowance that an error used. *vs eager* and *vs best other* are
-the median of the eager baseline, and of the fastest other provider, over that of the row: above 1
-the row is faster. A band p20 to p80 wider than 10 % of the median is called noisy; *CPU* is the CPU
-time of all threads. GB/s, TFLOP/s and % of roofline use the declared minimal bytes and FLOPs of the
-operation, the same for every provider. *peak* is what a call allocates above the state before it,
-*saved* what its forward keeps for the backward, parameters and inputs not counted. Times by
-{method}. TF32 is off for all. A training step is loss and gradients of all parameters, without an
-optimiser.
-"""
+*GB/s*, *TFLOP/s* and *floor* use the declared minimal bytes, FLOPs and exponentials of the \
+operation, the same for every provider: the floor is the least time they need with the bandwidth \
+and peaks measured in the same run, each pass as the slowest of memory, matrix products, other \
+arithmetic and exponentials, and of a network the sum over its parts. *% roofline* is that floor \
+over the median; above 100 the peaks, which are those of one size, were seen too low.
+
+*peak* is what a call allocates above the state before it, *saved* what its forward keeps for the \
+backward, parameters and inputs not counted. Times by {method}. TF32 is off for all. A training \
+step is loss and gradients of all parameters, without an optimiser."""
 METHODS = {
     "wall": "wall clock",
     "events": "CUDA events around single calls, L2 flushed",
     "graph": "CUDA events around replays of a CUDA graph over rotating inputs",
 }
+SENSORS = "plots/sensors.png"
+
+
+def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
+    """`report.md`, `report.html` and the plots of the results in a folder, which may also hold
+    `breakdown.json` and the picture of the sensors."""
+    from benchmarks import html, plots
+
+    launches = []
+    if find_spec("triton") and any(row.op in ("model", "training") for row in records):
+        from benchmarks.launches import cross_modal_blocks
+
+        launches = cross_modal_blocks()
+    path = folder / "breakdown.json"
+    breakdown = json.loads(path.read_text()) if path.is_file() else None
+    drawn = plots.draw(records, folder / "plots", env.get("limits"), breakdown)
+    images, notes = [f"plots/{name}" for name in drawn], []
+    if (folder / SENSORS).is_file():
+        from benchmarks.sensors import STEPS
+
+        images.append(SENSORS)
+        notes.append(sensor_note(STEPS))
+    report = build(records, env, images, notes, launches)
+    (folder / "report.md").write_text(document.markdown(report))
+    (folder / "report.html").write_text(html.page(report, folder))
 
 
 def markdown(
@@ -208,110 +98,226 @@ def markdown(
     notes: Sequence[str],
     launches: Sequence[Row] = (),
 ) -> str:
-    """The whole report. images: file names next to it; notes: further paragraphs; launches: rows
-    of `launches.cross_modal_blocks`."""
+    """The whole report; arguments as for `build`."""
+    return document.markdown(build(records, env, images, notes, launches))
+
+
+def build(
+    records: Sequence[Record],
+    env: Mapping[str, Any],
+    images: Sequence[str],
+    notes: Sequence[str],
+    launches: Sequence[Row] = (),
+) -> Document:
+    """images: file names next to the report; notes: further paragraphs, behind the pictures;
+    launches: rows of `launches.cross_modal_blocks`."""
     suites = ", ".join(dict.fromkeys(r.suite for r in records))
-    methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
-    lines = [
-        f"# Benchmarks of equiseg_fast: suite {suites} on {env.get('device', 'an unknown device')}",
-        "",
-        _environment(env),
-        "",
-        *(f"{note}\n" for note in (*contention(records), *notes)),
-        HOW.format(method="; ".join(methods) or "nothing"),
-        "Providers: " + "; ".join(f"**{n}** {PROVIDERS[n]}" for n in _providers(records)) + ".",
-        "",
-        "## Where ours is not the fastest",
-        "",
-        *(losses(records) or ["Nowhere in this run."]),
-        "",
+    found = contests(records)
+    sections = [
+        Section("Headline", _headline(found)),
+        Section("Where ours is not the fastest", [_losses(records)]),
+        Section("Environment", [_environment(env), _providers(records)]),
     ]
     ops: dict[str, list[Record]] = {}
     for record in records:
         ops.setdefault(record.op, []).append(record)
-    for op, rows in ops.items():
-        lines += [f"## {op}", "", *_table(rows), "", *(f"- {x}" for x in _skipped(rows)), ""]
-        lines += [f"Minimum: {operations()[op].formula}.", ""]
-    lines += launch_table(launches) if launches else []
-    lines += [line for name in images for line in (f"![{Path(name).stem}]({name})", "")]
-    return "\n".join(lines)
+    sections += [Section(op, _operation(op, rows)) for op, rows in ops.items()]
+    if images or notes:
+        pictures = [Picture(name) for name in images]
+        sections.append(Section("Pictures", [*pictures, *(Text(note) for note in notes)]))
+    if launches:
+        sections.append(_launches(launches))
+    methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
+    how = HOW.format(method="; ".join(methods) or "nothing", ours=", ".join(OURS))
+    sections.append(Section("How to read this", [Text(part) for part in how.split("\n\n")]))
+    title = (
+        f"Benchmarks of equiseg_fast: suite {suites} on {env.get('device', 'an unknown device')}"
+    )
+    return Document(title, [Text(line) for line in contention(records)], sections)
 
 
-def _providers(records: Iterable[Record]) -> list[str]:
-    used = {r.provider for r in records if r.status != "unsupported"}
-    return [name for name in PROVIDERS if name in used]
-
-
-def _environment(env: Mapping[str, Any]) -> str:
-    dirty = ", with uncommitted changes" if env.get("git_dirty") else ""
-    parts = [
-        f"equiseg_fast {env.get('package')} (git {str(env.get('git_sha'))[:10]}{dirty})",
-        f"torch {env.get('torch')}, triton {env.get('triton') or 'not installed'}, "
-        f"python {env.get('python')}",
-        f"{env.get('cpu')}, {env.get('threads')} threads",
-        f"{env.get('utc')}",
+def _headline(found: Sequence[Contest]) -> list[document.Block]:
+    if not found:
+        return [Text("No case was measured both with ours and with somebody else's.")]
+    best, worst = max(found, key=lambda c: c.ratio), min(found, key=lambda c: c.ratio)
+    won = sum(c.ratio > 1 for c in found)
+    cards = [
+        Card(times(best.ratio), "best against the strongest other", _sentence(best), _tone(best)),
+        Card(times(worst.ratio), "worst against the same", _sentence(worst), _tone(worst)),
+        Card(f"{won} of {len(found)}", "cases that ours wins", "by medians"),
     ]
+    with_eager = [c for c in found if c.eager is not None]
+    if with_eager:
+        eager = max(with_eager, key=lambda c: c.eager)
+        tone = "good" if eager.eager > 1 else "bad"
+        cards.insert(1, Card(times(eager.eager), "best against eager", _alone(eager), tone))
+    return [Cards(cards), _summary(found)]
+
+
+def _alone(contest: Contest) -> str:
+    return f"{contest.label}: {contest.ours.provider} {milliseconds(contest.ours.p50_us)} ms"
+
+
+def _sentence(contest: Contest) -> str:
+    other = f"{contest.other.provider} {milliseconds(contest.other.p50_us)} ms"
+    return f"{_alone(contest)}, {other}" + ("" if contest.clear else "; the bands overlap")
+
+
+def _tone(contest: Contest) -> str:
+    return "good" if contest.ratio > 1 else "bad"
+
+
+def _summary(found: Sequence[Contest]) -> Table:
+    """One row per operation, mode and dtype: the best of ours over all its cases."""
+    groups: dict[tuple[str, str, str], list[Contest]] = {}
+    for contest in found:
+        r = contest.ours
+        groups.setdefault((r.op, r.mode, r.dtype), []).append(contest)
+    columns = (
+        "operation", "mode", "dtype", "strongest other", "cases", "won", "worst", "median", "best",
+        "median vs eager",
+    )  # fmt: skip
+    rows = []
+    for names, members in groups.items():
+        others = ", ".join(dict.fromkeys(c.other.provider for c in members))
+        values = sorted(c.ratio for c in members)
+        eager = [c.eager for c in members if c.eager is not None]
+        rows.append(
+            [
+                *(Cell(name) for name in (*names, others)),
+                _number(len(members), str),
+                _number(sum(v > 1 for v in values), str),
+                *(
+                    Cell(times(v), v, warn=v < 1)
+                    for v in (values[0], statistics.median(values), values[-1])
+                ),
+                _number(statistics.median(eager) if eager else None, times),
+            ]
+        )
+    return Table(columns, rows, names=4)
+
+
+def _losses(records: Sequence[Record]) -> document.Block:
+    found = losses(records)
+    return Bullets(found) if found else Text("Nowhere in this run.")
+
+
+def _environment(env: Mapping[str, Any]) -> Table:
+    dirty = ", with uncommitted changes" if env.get("git_dirty") else ""
+    rows = {
+        "equiseg_fast": f"{env.get('package')} (git {str(env.get('git_sha'))[:10]}{dirty})",
+        "torch": env.get("torch"),
+        "triton": env.get("triton") or "not installed",
+        "python": env.get("python"),
+        "device": env.get("device"),
+        "CPU": f"{env.get('cpu')}, {env.get('threads')} threads",
+        "CUDA, cuDNN": ", ".join(str(env[k]) for k in ("cuda", "cudnn") if k in env),
+        "driver, clocks, power, MIG": env.get("nvidia_smi"),
+        "time": env.get("utc"),
+        "record": f"`{env.get('env_id')}`",
+    }
     if limits := env.get("limits"):
-        peaks = ", ".join(f"{v / 1e12:.3g} TFLOP/s {k}" for k, v in limits["peak"].items())
-        parts.append(f"measured here: copy {limits['bandwidth'] / 1e9:.0f} GB/s, {peaks}")
-    return "; ".join(parts) + f". Environment `{env.get('env_id')}`."
+        rows["measured copy"] = f"{limits['bandwidth'] / 1e9:.0f} GB/s"
+        rows |= {
+            f"measured matrix product {name}": f"{rate / 1e12:.3g} TFLOP/s"
+            for name, rate in limits["peak"].items()
+        }
+        if limits.get("exps"):
+            rows["measured exponentials"] = f"{limits['exps'] / 1e9:.3g} G/s"
+    shown = [[Cell(name), Cell(str(value))] for name, value in rows.items() if value]
+    return Table(("what", "value"), shown, names=2)
+
+
+def _providers(records: Iterable[Record]) -> Bullets:
+    used = {r.provider for r in records if r.status != "unsupported"}
+    return Bullets([f"**{name}** {text}" for name, text in PROVIDERS.items() if name in used])
+
+
+def _operation(op: str, rows: Sequence[Record]) -> list[document.Block]:
+    blocks: list[document.Block] = []
+    declared = operations().get(op)
+    if declared is not None and declared.function:
+        blocks.append(Text(f"Minimum: {declared.formula}."))
+    elif declared is not None:
+        parts = "that of its parts, one after the other (`benchmarks/model_cost.py`)"
+        blocks.append(Text(f"{declared.formula}. Minimum: {parts}."))
+    blocks.append(_table(rows))
+    if why := skipped(rows):
+        blocks.append(Bullets(why))
+    return blocks
 
 
 COLUMNS = (
     "case", "dtype", "mode", "provider", "median ms", "p20 to p80", "CPU ms", "n", "vs eager",
-    "vs best other", "GB/s", "TFLOP/s", "% roofline", "peak MiB", "saved MiB", "budget",
+    "vs best other", "GB/s", "TFLOP/s", "floor ms", "% roofline", "peak MiB", "saved MiB", "budget",
 )  # fmt: skip
 
 
-def _table(rows: Sequence[Record]) -> list[str]:
-    lines = [f"| {' | '.join(COLUMNS)} |", "|---|---|---|---|" + "--:|" * (len(COLUMNS) - 4)]
+def _table(rows: Sequence[Record]) -> Table:
+    cells = []
     for group in grouped(rows):
-        fastest = min(measured(group), key=lambda r: r.p50_us, default=None)
+        winner = fastest(group)
         for r in group:
-            head = [r.shape.label, r.dtype, r.mode, r.provider]
             if r.status == "unsupported":
                 continue
+            head = [Cell(text) for text in (r.shape.label, r.dtype, r.mode, r.provider)]
             if r.p50_us is None:
-                lines.append(f"| {' | '.join([*head, r.status])} |" + " |" * (len(COLUMNS) - 5))
-                continue
-            baseline, other = ratios(r, group)
-            mark = "**" if r is fastest else ""
-            band = f"{milliseconds(r.p20_us)} to {milliseconds(r.p80_us)}"
-            cells = [
-                *head,
-                f"{mark}{milliseconds(r.p50_us)}{mark}",
-                band + (" (noisy)" if r.noisy else ""),
-                milliseconds(r.cpu_us),
-                str(r.n),
-                _ratio(baseline),
-                _ratio(other),
-                significant(r.gbps),
-                significant(r.tflops),
-                significant(r.roofline_pct),
-                significant(r.peak_mib),
-                significant(r.saved_mib),
-                "" if r.budget is None else f"{100 * r.budget:.0f} %",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-    return lines
+                blank = [Cell("")] * (len(COLUMNS) - 5)
+                cells.append([*head, Cell(r.status, warn=True), *blank])
+            else:
+                cells.append([*head, *_numbers(r, group, r is winner)])
+    return _without_empty_columns(Table(COLUMNS, cells, names=4))
 
 
-def launch_table(rows: Sequence[Row]) -> list[str]:
+def _without_empty_columns(table: Table) -> Table:
+    """Names are kept in any case."""
+    columns, rows, names = table.columns, table.rows, table.names
+    kept = [i for i in range(len(columns)) if i < names or any(row[i].text for row in rows)]
+    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], names)
+
+
+def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[Cell]:
+    baseline, other = ratios(r, group)
+    band = f"{milliseconds(r.p20_us)} to {milliseconds(r.p80_us)}"
+    floor_us = None if r.roofline_pct is None else r.roofline_pct * r.p50_us / 100
+    return [
+        Cell(milliseconds(r.p50_us), r.p50_us, best=winner),
+        Cell(band + (" (noisy)" if r.noisy else ""), r.p80_us - r.p20_us),
+        _number(r.cpu_us, milliseconds),
+        _number(r.n, str),
+        _number(baseline, times),
+        Cell(times(other), other, warn=other is not None and other < 1 and r.provider in OURS),
+        _number(r.gbps),
+        _number(r.tflops),
+        _number(floor_us, milliseconds),
+        _number(r.roofline_pct),
+        _number(r.peak_mib),
+        _number(r.saved_mib),
+        _number(r.budget, lambda value: f"{100 * value:.0f} %"),
+    ]
+
+
+def _number(value: float | None, show: Any = significant) -> Cell:
+    return Cell("") if value is None else Cell(show(value), value)
+
+
+def _launches(rows: Sequence[Row]) -> Section:
     """Kernels per forward of the cross-modal blocks and gates, ours beside the baseline's."""
-    lines = [
-        "## Kernels per cross-modal block",
-        "",
+    text = (
         "What one forward of EQUISeg-B0 with four modalities gives to a GPU, whatever the size of "
         "the images: launches of our kernels plus calls of stock operators that are more than a "
-        "view. Counted, not measured (`benchmarks/launches.py`).",
-        "",
-        "| stage | part | provider | our kernels | stock operators | all |",
-        "|---|---|---|--:|--:|--:|",
+        "view. Counted, not measured (`benchmarks/launches.py`)."
+    )
+    columns = ("stage", "part", "provider", "our kernels", "stock operators", "all")
+    cells = [
+        [
+            *(Cell(str(x)) for x in (r.stage, r.part, r.provider)),
+            *(_number(x, str) for x in (r.fused, r.stock, r.total)),
+        ]
+        for r in rows
     ]
-    lines += [
-        f"| {r.stage} | {r.part} | {r.provider} | {r.fused} | {r.stock} | {r.total} |" for r in rows
-    ]
-    return [*lines, ""]
+    table = Table(columns, cells, names=3)
+    return Section("Kernels per cross-modal block", [Text(text), table])
 
 
 def sensor_note(steps: int) -> str:

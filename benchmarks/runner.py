@@ -1,63 +1,32 @@
-"""From options to records: build, check, measure, and never stop at one failure."""
+"""From cases to records: build, check, measure, and never stop at one failure."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from time import perf_counter
 
 import torch
 
 from benchmarks import memory, parity, timing
+from benchmarks.cost import Limits, total
+from benchmarks.plan import Case, Options, plan
 from benchmarks.record import Record
 from benchmarks.registry import (
+    COMPILED,
     DTYPES,
-    PROVIDERS,
     SUITES,
-    Op,
     Problem,
-    Shape,
     Suite,
     Unsupported,
-    operations,
     unavailable,
 )
 
+__all__ = ["Case", "Options", "Phases", "Prepared", "Runner", "plan"]
+
 Progress = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What to run: names of `registry`, empty for the suite's own choice.
-
-    method: "graph" or "events", how a GPU is timed.
-    """
-
-    suite: str = "quick"
-    ops: tuple[str, ...] = ()
-    providers: tuple[str, ...] = ()
-    dtypes: tuple[str, ...] = ()
-    modes: tuple[str, ...] = ()
-    device: str = "cpu"
-    method: str = "graph"
-    seed: int = 0
-
-
-@dataclass(frozen=True)
-class Case:
-    """One operation at one shape and dtype, in all its modes."""
-
-    op: Op
-    shape: Shape
-    dtype: str
-    modes: tuple[str, ...]
-    providers: tuple[str, ...]
-
-    @property
-    def label(self) -> str:
-        return f"{self.op.name} {self.shape.label} {self.dtype}"
 
 
 @dataclass
@@ -75,126 +44,141 @@ class Phases:
             self.seconds[name] += perf_counter() - started
 
 
-def plan(options: Options) -> list[Case]:
-    """All cases of a run. Raises ValueError on a name that does not exist."""
-    suite = SUITES[options.suite]
-    chosen = _pick("op", options.ops, suite.ops or tuple(operations()), tuple(operations()))
-    dtypes = _pick("dtype", options.dtypes, suite.dtypes, tuple(DTYPES))
-    modes = _pick("mode", options.modes, suite.modes, timing.MODES)
-    wanted = _pick("provider", options.providers, suite.providers, tuple(PROVIDERS))
-    return [
-        Case(
-            op,
-            shape,
-            dtype,
-            tuple(m for m in modes if m in op.modes),
-            # What the suite would try everywhere is left out silently, what was asked for is not.
-            tuple(p for p in wanted if options.providers or p in op.providers),
-        )
-        for name in chosen
-        for op in [operations()[name]]
-        for shape in suite.shapes(op)
-        for dtype in dtypes
-        if any(m in op.modes for m in modes)
-    ]
+class Prepared:
+    """A case made concrete: inputs, oracle, and one record per provider and mode.
 
+    rows: the records; whose status is not "ok" is out. problem: None if nothing could be built.
+    """
 
-def _pick(
-    what: str, wanted: tuple[str, ...], default: tuple[str, ...], allowed: tuple[str, ...]
-) -> tuple[str, ...]:
-    if unknown := [name for name in wanted if name not in allowed]:
-        raise ValueError(f"--{what} must be among {', '.join(allowed)}; got {unknown[0]!r}")
-    return wanted or default
-
-
-class Runner:
-    """Runs cases one by one; see `Options`. limits: of the device, for the roofline."""
-
-    def __init__(
-        self,
-        options: Options,
-        limits: timing.Limits | None = None,
-        phases: Phases | None = None,
-        suite: Suite | None = None,
-    ) -> None:
-        self.options = options
-        self.suite = suite or SUITES[options.suite]
-        self.device = torch.device(options.device)
-        self.limits = limits
-        self.phases = phases or Phases()
-
-    def run(self, case: Case, progress: Progress = lambda text: None) -> list[Record]:
-        """One record per provider and mode; failures become records with status and reason."""
-        rows = {(p, m): self._row(case, p, m) for m in case.modes for p in case.providers}
-
-        def fail(providers: Sequence[str], error: BaseException | str) -> None:
-            status, reason = _explained(error)
-            for (provider, _), row in rows.items():
-                if provider in providers and row.status == "ok":
-                    row.status, row.reason = status, reason
-
+    def __init__(self, runner: Runner, case: Case, progress: Progress) -> None:
+        self.runner = runner
+        self.case = case
+        self.progress = progress
+        self.problem: Problem | None = None
+        self.gate: parity.Gate | None = None
+        self.checked: set[str] = set()
+        options = runner.options
+        self.rows = {
+            (p, m): Record(options.suite, case.op.name, asdict(case.shape), m, p, case.dtype)
+            for m in case.modes
+            for p in case.providers
+        }
         for provider in case.providers:
-            if reason := unavailable(case.op, provider, self.device):
-                fail([provider], Unsupported(reason))
-        if "compile" in case.providers:
+            if reason := unavailable(case.op, provider, runner.device, case.dtype):
+                self.fail([provider], Unsupported(reason))
+        if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
             # The compiler gives up after a few shapes of one function unless it forgets them.
             torch._dynamo.reset()
-        with self._stream():
+        progress(f"{case.label}: inputs and oracle")
+        try:
+            if reason := case.op.refuses(case.shape):
+                raise Unsupported(reason)
+            with runner.phases.phase("inputs"):
+                self.problem = self._build(options.seed)
+            with runner.phases.phase("oracle"):
+                own = case.dtype == "fp32" and "reference" in case.providers
+                self.gate = parity.Gate(self.problem, options.seed, fp32_reference=own)
+        except Exception as error:
+            self.fail(case.providers, error)
+
+    def fail(self, providers: Iterable[str], error: BaseException) -> None:
+        """These providers get no numbers, and the reason why."""
+        status, reason = _explained(error)
+        for (provider, _), row in self.rows.items():
+            if provider in providers and row.status == "ok":
+                row.status, row.reason = status, reason
+
+    def ok(self, provider: str) -> bool:
+        return self.rows[provider, self.case.modes[0]].status == "ok"
+
+    def check(self, provider: str) -> None:
+        """Parity and memory of a provider, once; one that is wrong or fails is out."""
+        if provider in self.checked or not self.ok(provider):
+            return
+        self.checked.add(provider)
+        self.progress(f"{self.case.label}: parity of {provider}")
+        try:
+            with self.runner.phases.phase("parity and memory"):
+                self._probe(provider)
+        except Exception as error:
+            self.fail([provider], error)
+
+    def calls(self, mode: str, providers: Iterable[str]) -> dict[str, list[timing.Call]]:
+        """What is timed: per provider one call per rotating set of inputs, warm on a GPU."""
+        case, seed, device = self.case, self.runner.options.seed, self.runner.device
+        assert self.problem is not None
+        cost = case.op.cost(case.shape, DTYPES[case.dtype].itemsize) if case.op.cost else None
+        sets = timing.input_sets(cost.fwd_bytes, device) if cost else 1
+        problems = [self.problem, *(self._build(seed + 1000 * i) for i in range(1, sets))]
+        calls = {}
+        for provider in providers:
             try:
-                progress(f"{case.label}: inputs and oracle")
-                with self.phases.phase("inputs"):
-                    problem = self._build(case, self.options.seed)
-                with self.phases.phase("oracle"):
-                    own = case.dtype == "fp32" and "reference" in case.providers
-                    gate = parity.Gate(problem, self.options.seed, fp32_reference=own)
+                calls[provider] = [
+                    timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
+                    for p in problems
+                ]
+                if device.type == "cuda":
+                    for call in calls[provider]:
+                        call()
+                    self.rows[provider, mode].host_us = timing.host_us(calls[provider][0])
             except Exception as error:
-                fail(case.providers, error)
-                return self._finished(rows)
-            for provider in sorted(case.providers, key=lambda name: name != "reference"):
-                if rows[provider, case.modes[0]].status != "ok":
-                    continue
-                progress(f"{case.label}: parity of {provider}")
-                try:
-                    with self.phases.phase("parity and memory"):
-                        self._probe(problem, gate, provider, case, rows)
-                except Exception as error:
-                    fail([provider], error)
-            del gate
-            for mode in case.modes:
-                correct = [p for p in case.providers if rows[p, mode].status == "ok"]
-                progress(f"{case.label}: {mode}")
-                with self.phases.phase("timing"):
-                    self._time(case, mode, problem, {p: rows[p, mode] for p in correct}, fail)
-        return self._finished(rows)
+                calls.pop(provider, None)
+                self.fail([provider], error)
+        return calls
 
-    def _row(self, case: Case, provider: str, mode: str) -> Record:
-        name = self.options.suite
-        return Record(name, case.op.name, asdict(case.shape), mode, provider, case.dtype)
+    def time(self, mode: str) -> None:
+        """Times of all providers that are still in, in turn."""
+        correct = [p for p in self.case.providers if self.rows[p, mode].status == "ok"]
+        if not correct:
+            return
+        self.progress(f"{self.case.label}: {mode}")
+        with self.runner.phases.phase("timing"):
+            try:
+                calls = self.calls(mode, correct)
+                correct = list(calls)
+                timings = self.measure(calls)
+            except Exception as error:
+                self.fail(correct, error)
+                return
+        for provider, measured in timings.items():
+            self.fill(provider, mode, measured)
 
-    def _finished(self, rows: dict[tuple[str, str], Record]) -> list[Record]:
-        return [
-            replace(_blank(row), reason=row.reason) if row.status != "ok" else row
-            for row in rows.values()
-        ]
+    def measure(self, calls: dict[str, list[timing.Call]]) -> dict[str, timing.Timing]:
+        """Times of what `calls` returned."""
+        assert self.problem is not None
+        return self.runner._measure(calls, self.problem)
 
-    def _build(self, case: Case, seed: int) -> Problem:
-        return case.op.build(case.shape, DTYPES[case.dtype], self.device, seed)
+    def fill(self, provider: str, mode: str, measured: timing.Timing) -> None:
+        """The record gets its times, and what follows from them."""
+        row, case, limits = self.rows[provider, mode], self.case, self.runner.limits
+        row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
+        row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
+        row.min_us, row.cpu_us = measured.min_us, measured.cpu_us
+        if case.op.cost is None:
+            return
+        works = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)
+        work, seconds = total(works), measured.p50_us / 1e6
+        row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
+        if limits is not None:
+            row.roofline_pct = 100 * limits.floor(works, row.dtype) / seconds
 
-    def _stream(self) -> AbstractContextManager[object]:
-        # A backward runs where its forward ran, and a graph cannot be captured on the default one.
-        if self.device.type == "cuda":
-            return torch.cuda.stream(torch.cuda.Stream(self.device))
-        return nullcontext()
+    def record(self, provider: str, mode: str) -> Record:
+        """The record; without status "ok" there are no numbers in it."""
+        row = self.rows[provider, mode]
+        if row.status == "ok":
+            return row
+        names = ("suite", "op", "case", "mode", "provider", "dtype", "status", "reason")
+        return Record(**{name: getattr(row, name) for name in names})
 
-    def _probe(
-        self,
-        problem: Problem,
-        gate: parity.Gate,
-        provider: str,
-        case: Case,
-        rows: dict[tuple[str, str], Record],
-    ) -> None:
+    def _build(self, seed: int) -> Problem:
+        case = self.case
+        return case.op.build(case.shape, DTYPES[case.dtype], self.runner.device, seed)
+
+    def _probe(self, provider: str) -> None:
         """The first call: results for the gate, memory, compilation and warm-up at once."""
+        problem, gate, device = self.problem, self.gate, self.runner.device
+        assert problem is not None
+        assert gate is not None
         forward = problem.calls[provider]
         leaves = list(problem.leaves.values())
         saved: list[int] = []
@@ -206,59 +190,72 @@ class Runner:
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
-        started = perf_counter()
-        step_peak, result = memory.peak_bytes(step, self.device)
-        first = perf_counter() - started
+        with self._launches(provider) as launches:
+            started = perf_counter()
+            step_peak, result = memory.peak_bytes(step, device)
+            first = perf_counter() - started
         accuracy = gate.check(result)
         del result
-        for mode in case.modes:
-            row = rows[provider, mode]
+        for mode in self.case.modes:
+            row = self.rows[provider, mode]
             peak = step_peak
             # With gradients the call above was a step, without it was a forward.
             if mode != ("step" if leaves else "fwd"):
-                call = timing.call_in_mode(forward, leaves, mode, self.options.seed)
-                peak, _ = memory.peak_bytes(call, self.device)
+                call = timing.call_in_mode(forward, leaves, mode, self.runner.options.seed)
+                peak, _ = memory.peak_bytes(call, device)
             row.first_call_s = first
             row.peak_mib = peak / memory.MIB
             row.saved_mib = saved[0] / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio = accuracy.rms_ratio, accuracy.max_ratio
             row.budget = accuracy.budget
+            row.config = "; ".join(launches)
 
-    def _time(
+    def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
+        """What our kernels are launched with, for operations that are one of them."""
+        if provider != "triton" or not self.case.op.function:
+            return nullcontext([])
+        from benchmarks.launches import recorded
+
+        return recorded()
+
+
+class Runner:
+    """Runs cases one by one; see `Options`. limits: of the device, for the roofline."""
+
+    def __init__(
         self,
-        case: Case,
-        mode: str,
-        problem: Problem,
-        rows: dict[str, Record],
-        fail: Callable[[Sequence[str], BaseException | str], None],
+        options: Options,
+        limits: Limits | None = None,
+        phases: Phases | None = None,
+        suite: Suite | None = None,
     ) -> None:
-        if not rows:
-            return
-        seed, device = self.options.seed, self.device
-        cost = case.op.cost(case.shape, DTYPES[case.dtype].itemsize) if case.op.cost else None
-        sets = timing.input_sets(cost.fwd_bytes, device) if cost else 1
-        problems = [problem, *(self._build(case, seed + 1000 * i) for i in range(1, sets))]
-        calls = {}
-        for provider in list(rows):
-            try:
-                calls[provider] = [
-                    timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
-                    for p in problems
-                ]
-                if device.type == "cuda":
-                    for call in calls[provider]:
-                        call()
-                    rows[provider].host_us = timing.host_us(calls[provider][0])
-            except Exception as error:
-                calls.pop(provider, None)
-                fail([provider], error)
-        try:
-            timings = self._measure(calls, problem)
-        except Exception as error:
-            fail(list(calls), error)
-            return
-        for provider, measured in timings.items():
-            self._fill(rows[provider], measured, cost.of(mode) if cost else None)
+        self.options = options
+        self.suite = suite or SUITES[options.suite]
+        self.device = torch.device(options.device)
+        self.limits = limits
+        self.phases = phases or Phases()
+
+    def run(self, case: Case, progress: Progress = lambda text: None) -> list[Record]:
+        """One record per provider and mode; failures become records with status and reason."""
+        with self.stream():
+            prepared = self.prepare(case, progress)
+            # The reference may serve as oracle of the others.
+            for provider in sorted(case.providers, key=lambda name: name != "reference"):
+                prepared.check(provider)
+            prepared.gate = None
+            for mode in case.modes:
+                prepared.time(mode)
+        return [prepared.record(provider, mode) for provider, mode in prepared.rows]
+
+    def prepare(self, case: Case, progress: Progress = lambda text: None) -> Prepared:
+        """Inputs and oracle of a case; call it, and what follows, inside `stream`."""
+        return Prepared(self, case, progress)
+
+    def stream(self) -> AbstractContextManager[object]:
+        # A backward runs where its forward ran, and a graph cannot be captured on the default one.
+        if self.device.type == "cuda":
+            return torch.cuda.stream(torch.cuda.Stream(self.device))
+        return nullcontext()
 
     def _measure(
         self, calls: dict[str, list[timing.Call]], problem: Problem
@@ -276,27 +273,9 @@ class Runner:
                 torch.cuda.synchronize()
         return timing.measure_cuda(calls, seconds=seconds, rounds=rounds, graph=False)
 
-    def _fill(self, row: Record, measured: timing.Timing, work: tuple[float, float] | None) -> None:
-        row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
-        row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
-        row.min_us, row.cpu_us = measured.min_us, measured.cpu_us
-        if work is None:
-            return
-        seconds = measured.p50_us / 1e6
-        row.gbps, row.tflops = work[0] / seconds / 1e9, work[1] / seconds / 1e12
-        if self.limits is not None:
-            fastest = max(work[0] / self.limits.bandwidth, work[1] / self.limits.peak[row.dtype])
-            row.roofline_pct = 100 * fastest / seconds
 
-
-def _blank(row: Record) -> Record:
-    return Record(row.suite, row.op, row.case, row.mode, row.provider, row.dtype, status=row.status)
-
-
-def _explained(error: BaseException | str) -> tuple[str, str]:
+def _explained(error: BaseException) -> tuple[str, str]:
     """(status, reason): the first line of the message, which names no files."""
-    if isinstance(error, str):
-        return "error", error
     lines = str(error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
     if isinstance(error, Unsupported):

@@ -154,7 +154,7 @@ def measure_cuda(
     """
     device = torch.cuda.current_device()
     units = {
-        name: [_captured(sets)] if graph else [_single(call) for call in sets]
+        name: [captured(sets)] if graph else [_single(call) for call in sets]
         for name, sets in calls.items()
     }
     flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4)
@@ -185,7 +185,7 @@ def _single(call: Call) -> tuple[Call, int]:
     return call, 1
 
 
-def _captured(sets: Sequence[Call]) -> tuple[Call, int]:
+def captured(sets: Sequence[Call]) -> tuple[Call, int]:
     """All sets, several times if they are few, as one CUDA graph; and how many calls that is."""
     repeats = max(1, GRAPH_CALLS // len(sets))
     graph = torch.cuda.CUDAGraph()
@@ -216,37 +216,3 @@ def host_us(call: Call, repeats: int = 10) -> float:
         times.append(1e6 * (perf_counter() - begin))
     torch.cuda.synchronize()
     return statistics.median(times)
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the device was seen to do here and now: bytes per second and FLOPs per second."""
-
-    bandwidth: float
-    peak: dict[str, float]
-
-
-def device_limits(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Limits:
-    """Measure copy bandwidth and matrix-product peak on random data, the best of five."""
-    cuda = device.type == "cuda"
-
-    def best(call: Call) -> float:
-        def once() -> float:
-            begin = perf_counter()
-            call()
-            if cuda:
-                torch.cuda.synchronize()
-            return perf_counter() - begin
-
-        once()
-        return min(once() for _ in range(5))
-
-    source = torch.randn((2**28 if cuda else 2**24), device=device)
-    target = torch.empty_like(source)
-    bandwidth = 2 * source.nbytes / best(lambda: target.copy_(source))
-    peak = {}
-    n = 8192 if cuda else 1024
-    for name, dtype in dtypes.items():
-        a = torch.randn(n, n, device=device).to(dtype)
-        peak[name] = 2 * n**3 / best(lambda a=a: a @ a)
-    return Limits(bandwidth, peak)

@@ -1,6 +1,7 @@
 """`ops.attention` on the queries and spatially reduced keys of one stage."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -8,11 +9,13 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, Unsupported, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
 
 SDPA = {
+    "sdpa_math": SDPBackend.MATH,
     "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION,
     "sdpa_cudnn": SDPBackend.CUDNN_ATTENTION,
@@ -21,16 +24,51 @@ SDPA = {
 
 def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        heads_first = (x.transpose(1, 2) for x in (q, k, v))
         with sdpa_kernel(backend):
             try:
-                return F.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+                return _heads_first(F.scaled_dot_product_attention, q, k, v)
             except RuntimeError as error:
-                if "No available kernel" not in str(error):
+                if not any(x in str(error) for x in ("No available kernel", "No viable backend")):
                     raise
                 raise Unsupported(f"{backend.name} has no kernel for these inputs") from error
 
     return call
+
+
+def _heads_first(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`[B, L, H, D]` through a function on `[B, H, L, D]`, all views."""
+    return function(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _heads_first(_compiled_flex(), q, k, v)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
+
+
+OTHERS = {
+    **{name: _sdpa(backend) for name, backend in SDPA.items()},
+    "flex": _flex,
+    "flash_attn": _flash_attn,
+    "xformers": _xformers,
+}
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -42,8 +80,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         )
         for i, (name, length) in enumerate(lengths.items())
     }
-    functions = backends(ops.attention, baselines.attention)
-    functions |= {name: _sdpa(backend) for name, backend in SDPA.items()}
+    functions = backends(ops.attention, baselines.attention) | OTHERS
     return op_problem(
         inputs, ("q", "k", "v"), functions, reference.attention,
         contraction=min(shape.tokens, shape.keys),
@@ -51,15 +88,20 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
-    """Forward: read q, k, v, write out; two products of Lq * Lk * C multiply-adds.
+    """Forward: read q, k, v, write out; two products of Lq * Lk * C multiply-adds, one exponential
+    per score (what else a softmax does per score is hidden behind it and not counted).
 
     Backward: read q, k, v, out and its gradient, write three gradients; five products, one of them
-    the scores again, which nobody wants to have kept.
+    the scores again, which nobody wants to have kept, and so their exponentials.
     """
     q = shape.rows * shape.tokens * shape.channels * itemsize
     k = shape.rows * shape.keys * shape.channels * itemsize
     product = 2 * shape.rows * shape.tokens * shape.keys * shape.channels
-    return Cost(2 * q + 2 * k, 2 * product, 4 * q + 4 * k, 5 * product)
+    scores = shape.rows * shape.heads * shape.tokens * shape.keys
+    return Cost.of_op(
+        Work(2 * q + 2 * k, matrix=2 * product, exps=scores),
+        Work(4 * q + 4 * k, matrix=5 * product, exps=scores),
+    )
 
 
 OPS = (
@@ -68,7 +110,7 @@ OPS = (
         "attention",
         build,
         cost,
-        "bytes: q + k + v + out; FLOPs: 4 R Lq Lk C",
-        extra_providers=tuple(SDPA),
+        "bytes: q + k + v + out; FLOPs: 4 R Lq Lk C; exponentials: R H Lq Lk",
+        extra_providers=tuple(OTHERS),
     ),
 )

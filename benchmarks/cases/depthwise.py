@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -35,13 +36,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
-    """Forward: read x, write out (weights are nothing); 9 multiply-adds per element, GELU as 1.
+    """Forward: read x, write out (weights are nothing); 9 multiply-adds per element, GELU as 1
+    FLOP and 1 exponential.
 
-    Backward: read x and the gradient, write its own; the convolution again for GELU's derivative,
-    then both gradients of it.
+    Backward: read x and the gradient, write its own; the convolution again for GELU's derivative
+    (2 exponentials: of the normal distribution and of its density), then both gradients of it.
     """
     n = shape.rows * shape.tokens * RATIO * shape.channels
-    return Cost(2 * n * itemsize, 19 * n, 3 * n * itemsize, (3 * 18 + 2) * n)
+    return Cost.of_op(
+        Work(2 * n * itemsize, vector=19 * n, exps=n),
+        Work(3 * n * itemsize, vector=(3 * 18 + 2) * n, exps=2 * n),
+    )
 
 
 OPS = (
@@ -50,6 +55,6 @@ OPS = (
         "depthwise_conv_gelu",
         build,
         cost,
-        "bytes: x + out, 4 C channels; FLOPs: 19 per element",
+        "bytes: x + out, 4 C channels; FLOPs: 19, exponentials: 1 per element",
     ),
 )

@@ -10,9 +10,10 @@ from importlib.util import find_spec
 import torch
 from torch import Tensor
 
-from benchmarks import baselines, data
-from benchmarks.cases.model import AGREEMENT, HALF_AGREEMENT, cast_to, on_backend
-from benchmarks.registry import Op, Outputs, Problem, Shape, lazily_compiled
+from benchmarks import baseline_model, data, model_cost
+from benchmarks.cost import Cost
+from benchmarks.network import enliven, network_problem
+from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
 from equiseg_fast.models.weights import HUGGING_FACE_V5
@@ -48,28 +49,30 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         # The eps of transformers.
-        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5).to(device)
+        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5)
+        enliven(encoder)
+    encoder.to(device)
     images = data.images(shape.modalities, shape.batch, shape.height, shape.width, seed)
     images = images.flatten(0, 1).to(device)
-    compiled = lazily_compiled(encoder)
-    plain = {
-        "baseline": lambda: (baselines.encode(encoder, images),),
-        "reference": on_backend("reference", lambda: (encoder(images)[-1],)),
-        "torch": on_backend("torch", lambda: (encoder(images)[-1],)),
-        "triton": on_backend("auto", lambda: (encoder(images)[-1],)),
-        "compile": on_backend("torch", lambda: (compiled(images)[-1],)),
-    }
+    others = {}
     if find_spec("transformers"):
-        plain["transformers"] = _transformers(encoder, shape.variant, images)
-    leaves = dict(encoder.named_parameters())
-    return Problem(
-        calls={name: cast_to(device, dtype, call) for name, call in plain.items()},
-        leaves=leaves,
-        cast=lambda wanted: (cast_to(device, wanted, plain["reference"]), list(leaves.values())),
+        others["transformers"] = _transformers(encoder, shape.variant, images)
+    return network_problem(
+        encoder,
+        lambda network: (network(images)[-1],),
+        lambda: (baseline_model.encode(encoder, images),),
+        dict(encoder.named_parameters()),
+        device,
+        dtype,
+        others=others,
         output_names=("features",),
-        agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
-        ignored=(images, *leaves.values()),
+        ignored=(images,),
     )
+
+
+def cost(shape: Shape, itemsize: int) -> Cost:
+    """The parts of the encoder one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
 
 
 OPS = (
@@ -77,9 +80,10 @@ OPS = (
         "encoder",
         "",
         build,
-        None,
+        cost,
         "Mix Transformer, features of the last stage",
-        extra_providers=("transformers",),
+        extra_providers=("baseline_cl", "transformers"),
         stages=(0,),
+        scope="encoder",
     ),
 )

@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -29,14 +30,18 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
     """Forward: read x, write branches and the fused map; per element 1 multiplication and 1
-    multiply-add. The softmax over M * B * C logits is nothing.
+    multiply-add. The softmax over M * B * C logits is nothing but their exponentials.
 
     Backward: read x and both gradients, write its own; per element 2 multiply-adds for x and 2 for
     the logits.
     """
     n = shape.rows * shape.tokens * shape.channels
     fused = n // shape.modalities
-    return Cost((2 * n + fused) * itemsize, 3 * n, (3 * n + fused) * itemsize, 8 * n)
+    logits = shape.rows * shape.channels
+    return Cost.of_op(
+        Work((2 * n + fused) * itemsize, vector=3 * n, exps=logits),
+        Work((3 * n + fused) * itemsize, vector=8 * n, exps=logits),
+    )
 
 
 OPS = (

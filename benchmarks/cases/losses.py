@@ -1,11 +1,25 @@
 """`ops.upsample_cross_entropy` on the logits of the head; one map, of the size of stage 1."""
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from benchmarks import baselines, data
+from benchmarks.cost import Work
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
+
+
+def _liger(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits upsampled to rows of classes, which Liger overwrites with their gradient."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    size = tuple(labels.shape[-2:])
+    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
+    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=data.IGNORE, reduction="none")
+    return loss.view(labels.shape)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -17,15 +31,20 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         inputs,
         ("logits",),
-        backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
+        {
+            **backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
+            "liger": _liger,
+        },
         reference.upsample_cross_entropy,
         contraction=0,
+        synchronising=frozenset({"liger"}),
     )
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
     """Forward: read logits and labels (8 bytes), write the fp32 loss; per label pixel and class 3
-    linear interpolations of 3 FLOPs (subtract, multiply, add), then exp and sum as 2.
+    linear interpolations of 3 FLOPs (subtract, multiply, add), then subtract and sum as 2, and an
+    exponential; the logarithm per pixel is nothing.
 
     Backward: read logits, labels and the gradient, write that of the logits; interpolation and
     softmax again, then 4 multiply-adds that scatter to the corners.
@@ -33,8 +52,10 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     logits = shape.batch * NUM_CLASSES * shape.tokens * itemsize
     pixels = shape.batch * shape.height * shape.width
     forward = 11 * NUM_CLASSES * pixels
-    return Cost(
-        logits + 12 * pixels, forward, 2 * logits + 12 * pixels, forward + 8 * NUM_CLASSES * pixels
+    exps = NUM_CLASSES * pixels
+    return Cost.of_op(
+        Work(logits + 12 * pixels, vector=forward, exps=exps),
+        Work(2 * logits + 12 * pixels, vector=forward + 8 * NUM_CLASSES * pixels, exps=exps),
     )
 
 
@@ -44,7 +65,8 @@ OPS = (
         "upsample_cross_entropy",
         build,
         cost,
-        "bytes: logits + labels + fp32 loss; FLOPs: 11 per pixel and class",
+        "bytes: logits + labels + fp32 loss; FLOPs: 11, exponentials: 1 per pixel and class",
+        extra_providers=("liger",),
         stages=(1,),
     ),
 )

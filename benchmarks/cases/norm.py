@@ -1,11 +1,20 @@
 """`ops.add_layer_norm` on the residual stream of the encoder."""
 
 import torch
+from torch import Tensor
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
+
+
+def _liger(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    total = x + update
+    return total, liger_layer_norm(total, weight, bias, 1e-5)
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -18,7 +27,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         inputs,
         tuple(sizes),
-        backends(ops.add_layer_norm, baselines.add_layer_norm),
+        {**backends(ops.add_layer_norm, baselines.add_layer_norm), "liger": _liger},
         reference.add_layer_norm,
         output_names=("total", "normed"),
         kinds={"dweight": "parameter", "dbias": "parameter"},
@@ -35,7 +44,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     normalised total, 3 for both gradients of the parameters, and 9 for dx.
     """
     n = shape.rows * shape.tokens * shape.channels
-    return Cost(4 * n * itemsize, 8 * n, 4 * n * itemsize, 14 * n)
+    return Cost.of_op(Work(4 * n * itemsize, vector=8 * n), Work(4 * n * itemsize, vector=14 * n))
 
 
 OPS = (
@@ -45,5 +54,6 @@ OPS = (
         build,
         cost,
         "bytes: x + update + total + normed; FLOPs: 8 per element",
+        extra_providers=("liger",),
     ),
 )

@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -20,7 +21,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         {**inputs, "height": shape.h, "width": shape.w},
         ("x", "weight", "bias"),
-        backends(ops.pooling_mixer, baselines.pooling_mixer),
+        {
+            **backends(ops.pooling_mixer, baselines.pooling_mixer),
+            "baseline_cl": baselines.channels_last(baselines.pooling_mixer),
+        },
         reference.pooling_mixer,
         kinds={"dweight": "parameter", "dbias": "parameter"},
         contraction=0,
@@ -37,7 +41,10 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     """
     n = shape.rows * shape.tokens * shape.channels
     pools = 3 * 5 + 3
-    return Cost(2 * n * itemsize, (98 + pools) * n, 3 * n * itemsize, (2 * 98 + pools) * n)
+    return Cost.of_op(
+        Work(2 * n * itemsize, vector=(98 + pools) * n),
+        Work(3 * n * itemsize, vector=(2 * 98 + pools) * n),
+    )
 
 
 OPS = (
@@ -47,5 +54,6 @@ OPS = (
         build,
         cost,
         "bytes: x + out; FLOPs: 116 per element",
+        extra_providers=("baseline_cl",),
     ),
 )

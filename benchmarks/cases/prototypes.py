@@ -3,6 +3,7 @@
 import torch
 
 from benchmarks import baselines, data
+from benchmarks.cost import Work
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
@@ -12,7 +13,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
     inputs = {
         "x": random_normal(size, dtype, seed=seed, device=device),
-        "labels": data.labels(shape.batch, shape.height, shape.width, seed).to(device),
+        # As large as the padded images: whole pixels per token.
+        "labels": data.labels(shape.batch, shape.h * shape.stride, shape.w * shape.stride, seed).to(
+            device
+        ),
         "num_classes": NUM_CLASSES,
         "height": shape.h,
         "width": shape.w,
@@ -39,7 +43,8 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     n = shape.rows * shape.tokens * shape.channels
     labels = 8 * shape.batch * shape.tokens
     prototypes = 4 * shape.rows * NUM_CLASSES * shape.channels
-    return Cost(n * itemsize + labels + prototypes, n, n * itemsize + labels + prototypes, n)
+    work = Work(n * itemsize + labels + prototypes, vector=n)
+    return Cost.of_op(work, work)
 
 
 OPS = (

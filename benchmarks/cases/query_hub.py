@@ -3,14 +3,19 @@
 import torch
 
 from benchmarks import baselines
+from benchmarks.cost import Work
 from benchmarks.registry import Cost, Op, Problem, Shape, Unsupported, backends, op_problem
 from equiseg_fast import ops, reference
 from equiseg_fast.testing import random_normal
 
 
+def refuses(shape: Shape) -> str:
+    return "the hub needs two modalities or more" if shape.modalities < 2 else ""
+
+
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    if shape.modalities < 2:
-        raise Unsupported("the hub needs two modalities or more")
+    if reason := refuses(shape):
+        raise Unsupported(reason)
     m, c = shape.modalities, shape.channels
     sizes = {
         "x": ((m, shape.batch, shape.tokens, c), 1.0),
@@ -26,7 +31,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return op_problem(
         {**inputs, "height": shape.h, "width": shape.w},
         tuple(inputs),
-        backends(ops.query_hub, baselines.query_hub),
+        {
+            **backends(ops.query_hub, baselines.query_hub),
+            "baseline_cl": baselines.channels_last(baselines.query_hub),
+        },
         reference.query_hub,
         kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
         contraction=0,
@@ -36,13 +44,17 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
     """Forward: read x, write all hubs; per element 9 + 1 multiply-adds of the score net, 2 for the
-    gate, 2 comparisons for the two largest, 1 choice.
+    gate, 2 comparisons for the two largest, 1 choice; a sigmoid per token.
 
     Backward: read x and the gradients of the hubs, write its own; the score again, and twice its
     multiply-adds for the gradients.
     """
     n = shape.rows * shape.tokens * shape.channels
-    return Cost(2 * n * itemsize, 25 * n, 3 * n * itemsize, (3 * 20 + 5) * n)
+    sigmoids = shape.rows * shape.tokens
+    return Cost.of_op(
+        Work(2 * n * itemsize, vector=25 * n, exps=sigmoids),
+        Work(3 * n * itemsize, vector=(3 * 20 + 5) * n, exps=sigmoids),
+    )
 
 
 OPS = (
@@ -51,6 +63,8 @@ OPS = (
         "query_hub",
         build,
         cost,
-        "bytes: x + hubs; FLOPs: 25 per element",
+        "bytes: x + hubs; FLOPs: 25 per element; exponentials: 1 per token",
+        extra_providers=("baseline_cl",),
+        refuses=refuses,
     ),
 )

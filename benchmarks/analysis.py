@@ -1,0 +1,159 @@
+"""What records say: who is compared with whom, how much faster ours is, and where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from benchmarks.record import Key, Record
+from benchmarks.registry import OURS as OWN
+
+OURS = tuple(name for name in OWN if name != "reference")
+"""What a user of the package gets; OWN are all that are ours and so no competitors of ours."""
+
+
+def grouped(records: Iterable[Record]) -> list[list[Record]]:
+    """Records that are compared with one another, in the order in which they came."""
+    groups: dict[Key, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record.group, []).append(record)
+    return list(groups.values())
+
+
+def measured(group: Iterable[Record]) -> list[Record]:
+    return [record for record in group if record.p50_us is not None]
+
+
+def fastest(records: Iterable[Record]) -> Record | None:
+    return min(measured(records), key=lambda r: r.p50_us, default=None)
+
+
+def strongest_other(record: Record, group: Iterable[Record]) -> Record | None:
+    """The fastest other provider; for one of ours none of ours is another."""
+    others = [r for r in measured(group) if r is not record]
+    if record.provider in OWN:
+        others = [r for r in others if r.provider not in OWN]
+    return fastest(others)
+
+
+def ratios(record: Record, group: Sequence[Record]) -> tuple[float | None, float | None]:
+    """How many times faster than the eager baseline, and than the strongest other provider."""
+    if record.p50_us is None:
+        return None, None
+    others = [r for r in measured(group) if r is not record]
+    baseline = [r.p50_us for r in others if r.provider == "baseline" and r.p50_us]
+    other = strongest_other(record, group)
+    return (
+        baseline[0] / record.p50_us if baseline else None,
+        other.p50_us / record.p50_us if other else None,
+    )
+
+
+@dataclass(frozen=True)
+class Contest:
+    """The best of ours in one group beside the strongest other provider; clear: their p20 to p80
+    bands do not overlap. eager: ratio to the baseline, None where there is none."""
+
+    ours: Record
+    other: Record
+    eager: float | None
+
+    @property
+    def ratio(self) -> float:
+        return self.other.p50_us / self.ours.p50_us
+
+    @property
+    def clear(self) -> bool:
+        slow, fast = sorted((self.ours, self.other), key=lambda r: -r.p50_us)
+        return fast.p80_us < slow.p20_us
+
+    @property
+    def label(self) -> str:
+        r = self.ours
+        return f"{r.op} {r.mode} {r.shape.label} {r.dtype}"
+
+
+def contests(records: Iterable[Record]) -> list[Contest]:
+    """One per group in which one of ours and somebody else were measured."""
+    found = []
+    for group in grouped(records):
+        ours = fastest(r for r in group if r.provider in OURS)
+        other = strongest_other(ours, group) if ours else None
+        if ours and other:
+            found.append(Contest(ours, other, ratios(ours, group)[0]))
+    return found
+
+
+def losses(records: Iterable[Record]) -> list[str]:
+    """Where the best of ours is slower than somebody else or the reference, worst first."""
+    found = []
+    for group in grouped(records):
+        ours = fastest(r for r in group if r.provider in OURS)
+        best = fastest(group)
+        if ours is None or best is None or best.provider in OURS:
+            continue
+        contest = Contest(ours, best, None)
+        factor = 1 / contest.ratio
+        overlap = "" if contest.clear else " (their p20 to p80 bands overlap)"
+        text = f"{contest.label}: {ours.provider} takes {times(factor)} the time of {best.provider}"
+        found.append((factor, text + overlap))
+    return [line for _, line in sorted(found, reverse=True)]
+
+
+def contention(records: Iterable[Record]) -> list[str]:
+    """A warning if other processes had the CPU while calls were timed."""
+    rows = measured(records)
+    count = sum(record.contended for record in rows)
+    if not count:
+        return []
+    return [
+        f"Busy machine: {count} of {len(rows)} medians hold less than 90 % CPU time, so others had "
+        "the CPU meanwhile. Believe no ratio of wall times here; the CPU times are closer to it. "
+        "On a shared machine --threads 1 disturbs least."
+    ]
+
+
+def skipped(records: Iterable[Record]) -> list[str]:
+    """What has no numbers, once per provider and reason."""
+    where: dict[tuple[str, str, str], list[str]] = {}
+    for r in records:
+        if r.status != "ok":
+            places = where.setdefault((r.provider, r.status, r.reason), [])
+            if r.op not in places:
+                places.append(r.op)
+    return [
+        f"{provider}: {status}, {reason} ({', '.join(places)})"
+        for (provider, status, reason), places in where.items()
+    ]
+
+
+def significant(value: float | None, digits: int = 3) -> str:
+    """A number with about three significant digits and no exponent."""
+    if value is None:
+        return ""
+    if value == 0:
+        return "0"
+    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
+    if magnitude:
+        return f"{value:.{max(digits - magnitude, 0)}f}"
+    return f"{value:.{digits}g}" if abs(value) >= 1e-4 else f"{value:.1e}"
+
+
+def milliseconds(us: float | None) -> str:
+    return "" if us is None else significant(us / 1e3)
+
+
+def percent(value: float | None) -> str:
+    return "" if value is None else f"{significant(value)} %"
+
+
+def times(value: float | None) -> str:
+    """A ratio, e.g. "1.68x"."""
+    return "" if value is None else f"{significant(value)}x"
+
+
+def spread(record: Record) -> str:
+    """Width of the p20 to p80 band in percent of the median."""
+    if record.p50_us is None:
+        return ""
+    return f"{100 * (record.p80_us - record.p20_us) / record.p50_us:.0f} %"

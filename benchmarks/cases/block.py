@@ -1,0 +1,109 @@
+"""The cross-modal block and the gate behind it, of one stage: all that happens between modalities.
+
+As in inference ("block") and, with the batch statistics of its norms and all gradients, as in
+training ("block_training").
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks import baseline_model, model_cost
+from benchmarks.baselines import to_nchw
+from benchmarks.cost import Cost
+from benchmarks.network import enliven, network_problem
+from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
+from equiseg_fast.models import EQUISegConfig
+from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate
+from equiseg_fast.testing import random_normal
+
+
+def modules(shape: Shape, device: torch.device, seed: int) -> nn.ModuleDict:
+    """Block and gate as in an `EQUISeg` of that shape, whose weights let everything matter."""
+    config, s = EQUISegConfig(variant=shape.variant), shape.stage - 1
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        block = CrossModalBlock(
+            config.dims[s],
+            shape.modalities,
+            config.cross_heads[s],
+            config.cross_sr[s],
+            ppx_depth=config.ppx_depth,
+            ppx_ratio=config.ppx_ratio[s],
+        )
+        gate = SelfGuidedGate(config.dims[s], config.gate_reduction, config.gate_rho)
+        parts = nn.ModuleDict({"block": block, "gate": gate})
+        enliven(parts)
+    return parts.to(device)
+
+
+def refuses(shape: Shape) -> str:
+    return "there is no block between modalities with only one" if shape.modalities < 2 else ""
+
+
+def build(
+    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, *, training: bool
+) -> Problem:
+    if reason := refuses(shape):
+        raise Unsupported(reason)
+    parts = modules(shape, device, seed).train(training)
+    block, gate = parts["block"], parts["gate"]
+    size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
+    embedded, encoded = (random_normal(size, seed=seed + i, device=device) for i in range(2))
+
+    def ours(embedded: Tensor, encoded: Tensor) -> Outputs:
+        return gate(block(embedded, encoded, shape.h, shape.w))
+
+    def theirs() -> Outputs:
+        # Public models keep the embedded features as maps.
+        maps = [to_nchw(x, shape.h, shape.w) for x in embedded]
+        tokens = baseline_model.cross_modal_block(block, maps, list(encoded), shape.h, shape.w)
+        return baseline_model.balance(gate, tokens)
+
+    leaves = {}
+    if training:
+        inputs = {"embedded": embedded, "encoded": encoded}
+        leaves = {name: x.requires_grad_() for name, x in inputs.items()}
+        leaves |= dict(parts.named_parameters())
+    return network_problem(
+        ours,
+        lambda network: network(embedded, encoded),
+        theirs,
+        leaves,
+        device,
+        dtype,
+        output_names=("branches", "fused"),
+        ignored=(embedded, encoded, *parts.parameters(), *parts.buffers()),
+    )
+
+
+def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
+    """The parts one after the other, see `model_cost`."""
+    return model_cost.combined(model_cost.block_parts(shape, itemsize, training=training))
+
+
+OPS = (
+    Op(
+        "block",
+        "",
+        partial(build, training=False),
+        partial(cost, training=False),
+        "cross-modal block and gate, inference",
+        extra_providers=("baseline_cl",),
+        modes=("fwd",),
+        scope="block",
+        refuses=refuses,
+    ),
+    Op(
+        "block_training",
+        "",
+        partial(build, training=True),
+        partial(cost, training=True),
+        "cross-modal block and gate, gradients of all inputs and parameters",
+        extra_providers=("baseline_cl",),
+        modes=("fwd_train", "bwd", "step"),
+        scope="block",
+        refuses=refuses,
+    ),
+)

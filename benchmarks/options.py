@@ -1,0 +1,130 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from benchmarks.plan import MODEL_COMPILED, PARTS, SHAPE_FIELDS, Case, Options, plan
+from benchmarks.registry import DTYPES, PROVIDERS, SCOPES, operations
+from equiseg_fast.models.config import VARIANTS
+
+ROOT = Path(__file__).resolve().parent.parent
+Pairs = tuple[tuple[str, str], ...]
+
+MODE_HELP = (
+    "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
+    "Or parts of the model, which are then all that runs, in those modes or the suite's: "
+    + "; ".join(f"{part} ({SCOPES[part]})" for part in PARTS)
+    + f"; {MODEL_COMPILED} (the model's compiled providers beside the baseline)"
+)
+
+
+def selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases of the suite, for `run` and `against`."""
+    for name, values in (
+        ("op", tuple(operations())), ("provider", tuple(PROVIDERS)), ("dtype", tuple(DTYPES)),
+    ):  # fmt: skip
+        parser.add_argument(
+            f"--{name}", type=names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
+        )
+    parser.add_argument("--mode", type=names, default=(), metavar="A,B", help=MODE_HELP)
+    parser.add_argument(
+        "--shape",
+        type=pairs,
+        default=(),
+        metavar="K=V,..",
+        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
+        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
+    )
+
+
+def shape_argument(parser: argparse.ArgumentParser) -> None:
+    """Other shapes than those of the suite, for `against` and `profile`."""
+    parser.add_argument(
+        "--at",
+        type=pairs,
+        default=(),
+        metavar="K=V,..",
+        help="every case at this shape, as in height=64,width=96; what is not given stays",
+    )
+
+
+def verdict_arguments(parser: argparse.ArgumentParser) -> None:
+    """When a difference counts, for `compare` and `against`."""
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.05, metavar="5%%", help="least relative change"
+    )
+    parser.add_argument(
+        "--atol-us", type=float, default=30.0, help="least absolute change, in microseconds"
+    )
+    parser.add_argument(
+        "--fail", action="store_true", help="exit with 1 if anything is slower or lost"
+    )
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as a tuple."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def pairs(text: str) -> Pairs:
+    """`variant=b2,stage=1` as pairs."""
+    found = tuple((name, value) for name, _, value in (p.partition("=") for p in names(text)))
+    if not all(value for _, value in found):
+        raise argparse.ArgumentTypeError(f"must be like variant=b2,stage=1; got {text!r}")
+    return found
+
+
+def fraction(text: str) -> float:
+    """`5%` or `0.05`."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
+
+
+def choose_device(name: str | None, needed: bool = True) -> torch.device:
+    """The device of this name; without one the GPU if there is one. Raises ValueError if it is
+    needed and does not exist."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if needed and device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device is cuda, but torch sees no GPU here")
+    return device
+
+
+def cases_at(options: Options, at: Pairs) -> list[Case]:
+    """The plan with the values of `--at` in place of the suite's, every case once."""
+    values = {name: _field(name, value) for name, value in at}
+    cases: dict[str, Case] = {}
+    for case in plan(options):
+        # A whole model has no stage, and a single operation is always that of one.
+        fitting = {
+            n: v for n, v in values.items() if n != "stage" or bool(v) == bool(case.shape.stage)
+        }
+        changed = replace(case, shape=replace(case.shape, **fitting))
+        cases.setdefault(changed.label, changed)
+    return list(cases.values())
+
+
+def _field(name: str, value: str) -> str | int:
+    _one_of("--at", name, SHAPE_FIELDS)
+    if name == "variant":
+        return _one_of("--at variant", value, tuple(VARIANTS))
+    if name == "stage":
+        return int(_one_of("--at stage", value, ("0", "1", "2", "3", "4")))
+    if not value.isdecimal() or not int(value):
+        raise ValueError(f"--at {name} must be a positive integer; got {value!r}")
+    return int(value)
+
+
+def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
+    if value not in allowed:
+        raise ValueError(f"{what} must be among {', '.join(allowed)}; got {value!r}")
+    return value

@@ -1,0 +1,123 @@
+"""A pytest plugin that keeps the outcome of every test at once, and goes on where a run stopped.
+
+    python -m pytest -p benchmarks.outcomes --outcomes FILE tests/test_attention.py
+
+FILE gets one JSON line when a test starts and one when it has ended. What has ended is not run
+again with the same FILE; what was under way when the run was killed comes last, so that a test that
+hangs or crashes does not keep the others from being run. After an error of the device, which spoils
+every later call of the process, pytest exits with `budget.AGAIN`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.budget import AGAIN
+
+STICKY = ("CUDA error", "device-side assert", "cudaError")
+
+
+@dataclass
+class Outcomes:
+    """What a file of outcomes says. ended: test -> its line; started: those that did not end."""
+
+    ended: dict[str, dict[str, Any]] = field(default_factory=dict)
+    started: list[str] = field(default_factory=list)
+    device: str = ""
+
+    @classmethod
+    def read(cls, path: Path) -> Outcomes:
+        found = cls()
+        started: dict[str, None] = {}
+        for line in path.read_text().splitlines() if path.is_file() else ():
+            try:
+                values = json.loads(line)
+            except json.JSONDecodeError:
+                continue  # cut off while it was written
+            if "device" in values:
+                found.device = values["device"]
+            elif "outcome" in values:
+                # A teardown that fails comes after a call that passed.
+                found.ended[values["test"]] = values
+            else:
+                started[values["test"]] = None
+        found.started = [test for test in started if test not in found.ended]
+        return found
+
+    def counts(self) -> Counter[str]:
+        return Counter(line["outcome"] for line in self.ended.values())
+
+
+def merged(paths: Iterable[Path]) -> Outcomes:
+    """Several files as one."""
+    whole = Outcomes()
+    for found in map(Outcomes.read, paths):
+        whole.ended |= found.ended
+        whole.started += found.started
+        whole.device = whole.device or found.device
+    return whole
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--outcomes", type=Path, help="file that keeps the outcome of every test")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if path := config.getoption("outcomes"):
+        config.pluginmanager.register(_Writer(path), "outcomes-writer")
+
+
+class _Writer:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.before = Outcomes.read(path)
+
+    def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
+        ended = [item for item in items if item.nodeid in self.before.ended]
+        config.hook.pytest_deselected(items=ended)
+        left = [item for item in items if item.nodeid not in self.before.ended]
+        items[:] = sorted(left, key=lambda item: item.nodeid in self.before.started)
+        self._write(device=_device())
+
+    def pytest_runtest_logstart(self, nodeid: str) -> None:
+        self._write(test=nodeid)
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.when != "call" and report.passed:
+            return
+        self._write(
+            test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2),
+            reason=_reason(report),
+        )  # fmt: skip
+        if report.failed and any(word in report.longreprtext for word in STICKY):
+            pytest.exit("the device is in error; to be run again", returncode=AGAIN)
+
+    def _write(self, **values: Any) -> None:
+        with self.path.open("a") as file:
+            file.write(json.dumps(values) + "\n")
+
+
+def _device() -> str:
+    """Where kernels run in these tests: the name of the GPU, or the interpreter."""
+    import torch
+
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+    return f"{where}, {'interpreted' if interpreted else 'compiled'}"
+
+
+def _reason(report: pytest.TestReport) -> str:
+    """The last line of an error, or why a test was skipped."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        return str(report.longrepr[2]).removeprefix("Skipped: ")
+    crash = getattr(report.longrepr, "reprcrash", None)
+    lines = str(crash.message if crash else report.longreprtext).strip().splitlines()
+    return lines[0] if lines else ""

@@ -1,0 +1,168 @@
+"""From options to cases: what a run does, known before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+import torch
+
+from benchmarks.registry import (
+    COMPILED,
+    DTYPES,
+    MODES,
+    PROVIDERS,
+    SCOPES,
+    SUITES,
+    Op,
+    Shape,
+    Suite,
+    operations,
+    unavailable,
+)
+
+PARTS = tuple(scope for scope in SCOPES if scope != "operation")
+MODEL_COMPILED = "model_compiled"
+"""As a mode: the whole model, its compiled providers beside the baseline."""
+SELECTORS = (*MODES, *PARTS, MODEL_COMPILED)
+SHAPE_FIELDS = tuple(field.name for field in fields(Shape))
+
+
+@dataclass(frozen=True)
+class Options:
+    """What to run: names of `registry`, empty for the suite's own choice.
+
+    modes: of `MODES`, and parts of the model (`PARTS`, "model_compiled"), which are then all that
+    is run. method: "graph" or "events", how a GPU is timed. shape: (field of `Shape`, value), only
+    cases that have it; several values of one field are alternatives.
+    """
+
+    suite: str = "quick"
+    ops: tuple[str, ...] = ()
+    providers: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    modes: tuple[str, ...] = ()
+    device: str = "cpu"
+    method: str = "graph"
+    seed: int = 0
+    shape: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True)
+class Case:
+    """One operation at one shape and dtype, in all its modes."""
+
+    op: Op
+    shape: Shape
+    dtype: str
+    modes: tuple[str, ...]
+    providers: tuple[str, ...]
+
+    @property
+    def label(self) -> str:
+        return f"{self.op.name} {self.shape.label} {self.dtype}"
+
+
+def plan(options: Options) -> list[Case]:
+    """All cases of a run. Raises ValueError on a name that does not exist, and if there is none."""
+    suite = SUITES[options.suite]
+    _check("op", options.ops, tuple(operations()))
+    _check("dtype", options.dtypes, tuple(DTYPES))
+    _check("mode", options.modes, SELECTORS)
+    _check("provider", options.providers, tuple(PROVIDERS))
+    modes = [m for m in options.modes if m in MODES] or suite.modes
+    cases = [
+        Case(op, shape, dtype, own, _providers(op, options, suite))
+        for op, shapes in _chosen(options, suite)
+        for own in [tuple(m for m in modes if m in op.modes)]
+        if own
+        for shape in _filtered(shapes, options.shape)
+        for dtype in options.dtypes or suite.dtypes
+    ]
+    if not cases:
+        raise ValueError(f"nothing to run: {_why_nothing(options, suite)}")
+    return cases
+
+
+def _check(what: str, wanted: Sequence[str], allowed: Sequence[str]) -> None:
+    if unknown := [name for name in wanted if name not in allowed]:
+        raise ValueError(f"--{what} must be among {', '.join(allowed)}; got {unknown[0]!r}")
+
+
+def _scopes(options: Options) -> set[str]:
+    """The parts that were asked for as modes."""
+    asked = {m for m in options.modes if m in PARTS}
+    return asked | ({"model"} if MODEL_COMPILED in options.modes else set())
+
+
+def _chosen(options: Options, suite: Suite) -> list[tuple[Op, list[Shape]]]:
+    """The operations of the run with their shapes."""
+    scopes = _scopes(options)
+    asked = bool(options.ops or scopes)
+    chosen = [operations()[name] for name in options.ops or operations()]
+    return [(op, suite.shapes(op, asked)) for op in chosen if not scopes or op.scope in scopes]
+
+
+def _providers(op: Op, options: Options, suite: Suite) -> tuple[str, ...]:
+    if options.providers:
+        # What was asked for is not left out silently, what the suite would try everywhere is.
+        return options.providers
+    if MODEL_COMPILED in options.modes and op.scope == "model" and "model" not in options.modes:
+        return ("baseline", *COMPILED)
+    return tuple(p for p in suite.providers if p in op.providers)
+
+
+def _filtered(shapes: Sequence[Shape], wanted: Sequence[tuple[str, str]]) -> list[Shape]:
+    _check("shape", [name for name, _ in wanted], SHAPE_FIELDS)
+    allowed: dict[str, set[str]] = {}
+    for name, value in wanted:
+        allowed.setdefault(name, set()).add(value)
+    return [
+        shape
+        for shape in shapes
+        if all(str(getattr(shape, name)) in values for name, values in allowed.items())
+    ]
+
+
+def _why_nothing(options: Options, suite: Suite) -> str:
+    shapes = [shape for _, found in _chosen(options, suite) for shape in found]
+    for name, value in options.shape:
+        known = list(dict.fromkeys(str(getattr(shape, name)) for shape in shapes))
+        if value not in known:
+            return (
+                f"--shape {name} must be among {', '.join(known)} in suite {options.suite}; "
+                f"got {value}"
+            )
+    return "no operation has all that was asked for"
+
+
+def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:
+    """What a run would do, in lines: cases with modes and providers, and who is left out and why.
+
+    Nothing is built. For a GPU on a machine without one it says what is known.
+    """
+    lines = []
+    skipped: dict[tuple[str, str, str], dict[str, None]] = {}
+    for case in cases:
+        usable = []
+        for provider in case.providers:
+            reason = case.op.refuses(case.shape)
+            reason = reason or unavailable(case.op, provider, device, case.dtype)
+            if reason:
+                skipped.setdefault((case.op.name, provider, reason), {})[case.label] = None
+            else:
+                usable.append(provider)
+        shown = ", ".join(usable) or "nobody"
+        lines.append(f"{case.label}: {', '.join(case.modes)}: {shown}")
+    per_op = {name: sum(case.op.name == name for case in cases) for name in operations()}
+    for (op, provider, reason), labels in skipped.items():
+        where = "" if len(labels) == per_op[op] else f" ({len(labels)} of {per_op[op]} cases)"
+        lines.append(f"skipped: {op} {provider}: {reason}{where}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        lines.append(
+            "torch sees no GPU here: what a GPU's capability or memory would refuse is not known, "
+            "and packages are those of this machine"
+        )
+    timings = sum(len(case.modes) for case in cases)
+    lines.append(f"{len(cases)} cases, {timings} with their modes; nothing was run")
+    return lines

@@ -1,0 +1,201 @@
+"""How fast EQUISeg could run at best on a GPU that nobody here may have.
+
+    python -m benchmarks roofline --gpu h200 --variant b2 --size 1024x1024 --batch 2 --mode step
+
+The floor of a part is the longest of four times: its bytes at the memory's bandwidth, its matrix
+products at the tensor cores' peak, its other FLOPs at the FP32 peak, its exponentials at the rate
+of the special function units. Floors of parts add up. All of it is a prediction from published or
+calibrated peaks; nothing here was measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from benchmarks import calibrate, gpus, model_cost
+from benchmarks.cost import Limits, Work, total
+from benchmarks.model_cost import Part
+from benchmarks.registry import DTYPES, Shape, operations
+from equiseg_fast.models.config import check_variant
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+LABEL = "prediction, not measured"
+MODES = {"fwd": "inference", "step": "training step"}
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What some calls need, in seconds at least, and what most of that is spent on."""
+
+    work: Work
+    seconds: float
+    bound: str
+
+    @classmethod
+    def of(cls, works: Sequence[Work], limits: Limits, dtype: str) -> Floor:
+        return cls(total(works), limits.floor(works, dtype), limits.bound(works, dtype))
+
+
+def floor_of_parts(parts: Iterable[Part], mode: str, limits: Limits, dtype: str) -> Floor:
+    return Floor.of(model_cost.combined(parts).of(mode), limits, dtype)
+
+
+def groups_of(parts: Iterable[Part]) -> dict[str, list[Part]]:
+    """By group and stage, in the order of the model, e.g. "encoder, stage 1"."""
+    groups: dict[str, list[Part]] = {}
+    for part in parts:
+        in_stage = part.stage and part.group != "head"
+        name = f"{part.group}, stage {part.stage}" if in_stage else part.group
+        groups.setdefault(name, []).append(part)
+    order = list(dict.fromkeys(part.group for part in parts))
+    return dict(sorted(groups.items(), key=lambda item: order.index(item[1][0].group)))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m benchmarks roofline`."""
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(gpus.GPUS)}")
+    parser.add_argument("--variant", default="b0", help="of the encoder, b0 to b5")
+    parser.add_argument("--size", type=_size, default=(1024, 1024), metavar="HxW")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--modalities", type=int, default=4)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--mode", choices=tuple(MODES), default="fwd", help="forward or training")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FILE", help="of `calibrate`, instead of the datasheet"
+    )
+    parser.add_argument("--parts", action="store_true", help="every part of every stage, too")
+    parser.add_argument("--dry-run", action="store_true", help="only say what would be predicted")
+
+
+def _size(text: str) -> tuple[int, int]:
+    parts = text.lower().split("x")
+    if len(parts) != 2 or not all(part.isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"must be like 1024x1024; got {text!r}")
+    height, width = map(int, parts)
+    if min(height, width) < 32 or height % 32 or width % 32:
+        raise argparse.ArgumentTypeError(f"must be multiples of 32; got {text!r}")
+    return height, width
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Print peaks and floors. Raises ValueError for names and numbers that cannot be."""
+    gpu = gpus.by_name(args.gpu)
+    for name, least, most in (("batch", 1, 4096), ("modalities", 1, 8)):
+        if not least <= getattr(args, name) <= most:
+            raise ValueError(f"--{name} must be {least} to {most}; got {getattr(args, name)}")
+    shape = Shape(check_variant(args.variant), 0, *args.size, args.batch, args.modalities)
+    limits = calibrate.read(args.calibration) if args.calibration else gpu.limits
+    what = f"{shape.label} {args.dtype}, {MODES[args.mode]}"
+    if args.dry_run:
+        console.print(f"floors of {what} on {gpu.title}: operations, stages and the whole model")
+        console.print("nothing was computed")
+        return 0
+    parts = model_cost.model_parts(shape, DTYPES[args.dtype].itemsize, training=args.mode == "step")
+    limits.floor([Work()], args.dtype)  # refuses a dtype without a peak before anything is printed
+    console.print(_peaks(gpu, limits, args.dtype, bool(args.calibration)))
+    console.print(_operations(shape, args.mode, limits, args.dtype, f"{what}, one call each"))
+    console.print(_model(parts, args.mode, limits, args.dtype, what, args.parts))
+    whole = floor_of_parts(parts, args.mode, limits, args.dtype)
+    console.print(
+        f"{what} on {gpu.title}: at least {milliseconds(whole.seconds)} ms, "
+        f"{whole.work.flops / 1e12:.3g} TFLOP, {whole.work.bytes / 1e9:.3g} GB, "
+        f"{whole.work.exps / 1e9:.3g} G exponentials ({LABEL})"
+    )
+    return 0
+
+
+def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Any:
+    from rich.table import Table
+
+    table = Table(title=f"peaks of {gpu.title}", title_justify="left", caption_justify="left")
+    table.add_column("limit")
+    for name in ("published", "used here") if calibrated else ("published, used here",):
+        table.add_column(name, justify="right")
+    rows = [
+        ("memory, TB/s", gpu.bandwidth, limits.bandwidth),
+        (f"matrix products {dtype}, TFLOP/s", gpu.peak[dtype], limits.peak[dtype]),
+        ("other arithmetic (fp32), TFLOP/s", gpu.peak["fp32"], limits.peak["fp32"]),
+        ("exponentials, T/s", gpu.exps, limits.exps),
+    ]
+    for name, published, used in rows:
+        cells = [published, used] if calibrated else [used]
+        shown = ["not known" if x is None else f"{x / 1e12:.4g}" for x in cells]
+        table.add_row(name, *shown)
+    doubts = f"; unconfirmed: {gpu.unconfirmed}" if gpu.unconfirmed else ""
+    measured = "; used here: calibration file" if calibrated else ""
+    table.caption = f"published: {gpu.source}{doubts}{measured}"
+    return table
+
+
+def _table(title: str, columns: Sequence[str]) -> Any:
+    from rich.box import SIMPLE_HEAD
+    from rich.table import Table
+
+    table = Table(title=f"{title} ({LABEL})", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
+    for name in columns:
+        table.add_column(name, no_wrap=True)
+    for name in ("calls", "MB", "GFLOP", "G exps", "floor ms", "share"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("bound by", no_wrap=True)
+    return table
+
+
+def _cells(floor: Floor, whole: float | None, calls: int | None) -> list[str]:
+    work = floor.work
+    return [
+        "" if calls is None else str(calls),
+        f"{work.bytes / 1e6:.4g}",
+        f"{work.flops / 1e9:.4g}",
+        f"{work.exps / 1e9:.3g}" if work.exps else "",
+        milliseconds(floor.seconds),
+        "" if whole is None else f"{100 * floor.seconds / whole:.1f} %",
+        floor.bound if floor.seconds else "",
+    ]
+
+
+def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str) -> Any:
+    """The operations that `run` measures, at every stage."""
+    table = _table(title, ("operation", "stage"))
+    for op in operations().values():
+        if not op.function or op.cost is None:
+            continue
+        for i, stage in enumerate(op.stages):
+            here = replace(shape, stage=stage)
+            works = op.cost(here, DTYPES[dtype].itemsize).of(mode)
+            last = i == len(op.stages) - 1
+            table.add_row(
+                "" if i else op.name,
+                str(stage),
+                *_cells(Floor.of(works, limits, dtype), None, 1),
+                end_section=last,
+            )
+    return table
+
+
+def _model(
+    parts: Sequence[Part], mode: str, limits: Limits, dtype: str, title: str, every: bool
+) -> Any:
+    """The sum of every stage, and of all; every part, too, if asked for."""
+    table = _table(f"whole model, {title}", ("stage", "part") if every else ("stage",))
+    blank = [""] if every else []
+    whole = floor_of_parts(parts, mode, limits, dtype)
+    for name, members in groups_of(parts).items():
+        subtotal = floor_of_parts(members, mode, limits, dtype)
+        style = "bold" if every else ""
+        table.add_row(name, *blank, *_cells(subtotal, whole.seconds, None), style=style)
+        for part in members if every else ():
+            floor = floor_of_parts([part], mode, limits, dtype)
+            table.add_row("", part.name, *_cells(floor, whole.seconds, part.count))
+    table.add_section()
+    table.add_row("whole model", *blank, *_cells(whole, whole.seconds, None), style="bold")
+    return table
+
+
+def milliseconds(seconds: float) -> str:
+    return f"{1e3 * seconds:.3g}"

@@ -1,0 +1,242 @@
+"""What runs leave behind: lines, a table, files of pytest-benchmark, and how they are read."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import json
+import os
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from benchmarks.launches import recorded
+from benchmarks.record import (
+    COLUMNS,
+    MACHINE_INFO,
+    Record,
+    Writer,
+    read,
+    read_environment,
+    write_jsonl,
+)
+from benchmarks.registry import Shape
+from equiseg_fast import add_layer_norm
+from equiseg_fast.ops import _backend
+
+ROOT = Path(__file__).resolve().parents[1]
+SHAPE = Shape("b0", 1, 64, 96, batch=1, modalities=3)
+
+
+def record(provider: str = "torch", **fields: Any) -> Record:
+    row = Record("quick", "norm", asdict(SHAPE), "fwd", provider, "fp32", p50_us=5.0, n=3)
+    return replace(row, **fields)
+
+
+def benchmark_json(path: Path, *rows: dict[str, Any]) -> Path:
+    """A file as pytest-benchmark writes it, as far as it is read here."""
+    entries = [{"name": f"test_case[{i}]", "extra_info": row} for i, row in enumerate(rows)]
+    whole = {"machine_info": {MACHINE_INFO: {"device": "a chip"}}, "benchmarks": entries}
+    path.write_text(json.dumps(whole, indent=4))
+    return path
+
+
+# ---- writing ------------------------------------------------------------------------------------
+
+
+def test_lines_and_table_grow_together(tmp_path: Path) -> None:
+    (tmp_path / "results.csv").write_text("of an earlier run")
+    (tmp_path / "results.jsonl").write_text("of an earlier run\n")
+    writer = Writer(tmp_path)
+    assert read(tmp_path) == []
+    first = record()
+    second = record("flex", status="unsupported", reason='no "backward", on a CPU', p50_us=None)
+    for i, row in enumerate((first, second), start=1):
+        writer.add([row])
+        assert read(tmp_path) == [first, second][:i]
+        with (tmp_path / "results.csv").open(newline="") as file:
+            table = list(csv.DictReader(file))
+        assert len(table) == i
+    assert tuple(table[0]) == COLUMNS
+    assert "case" not in COLUMNS
+    assert {name: table[0][name] for name in asdict(SHAPE)} == {
+        name: str(value) for name, value in asdict(SHAPE).items()
+    }
+    assert table[0]["p50_us"] == "5.0"
+    assert (table[1]["p50_us"], table[1]["reason"]) == ("", 'no "backward", on a CPU')
+
+
+# ---- reading ------------------------------------------------------------------------------------
+
+
+def test_three_kinds_of_results_are_read(tmp_path: Path) -> None:
+    rows = [record(), record("baseline", peak_mib=1.5)]
+    folder = tmp_path / "run"
+    folder.mkdir()
+    write_jsonl(rows, folder / "results.jsonl")
+    (folder / "env.json").write_text('{"device": "a chip"}')
+    by_pytest = benchmark_json(tmp_path / "timings.json", *map(asdict, rows))
+    for path in (folder, folder / "results.jsonl", by_pytest):
+        assert read(path) == rows
+        assert read_environment(path) == {"device": "a chip"}
+    (folder / "env.json").unlink()
+    assert read_environment(folder) == {}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"schema": 2}, "schema must be 1; got 2"),
+        ({"schema": None}, "schema must be 1; got None"),
+        ({"colour": "red"}, "unknown field 'colour'"),
+        ({"status": "fine"}, "status must be one of ok, unsupported"),
+        ({"case": {"variant": "b0"}}, "case must have variant, stage, height"),
+        ({"p50_us": "fast"}, "p50_us must be a number or null; got 'fast'"),
+        ({"mode": ...}, "field 'mode' is missing"),
+    ],
+)
+def test_what_is_wrong_is_named_with_its_place(
+    tmp_path: Path, change: dict[str, Any], message: str
+) -> None:
+    values = {k: v for k, v in (asdict(record()) | change).items() if v is not ...}
+    path = tmp_path / "results.jsonl"
+    path.write_text(json.dumps(asdict(record())) + "\n" + json.dumps(values) + "\n")
+    with pytest.raises(ValueError, match="line 2: ") as error:
+        read(tmp_path)
+    assert message in str(error.value)
+    assert f"{tmp_path.name}/results.jsonl" in str(error.value)
+
+    path = benchmark_json(tmp_path / "timings.json", asdict(record()), values)
+    with pytest.raises(ValueError, match=r"timings.json benchmark 2 \(test_case\[1\]\): ") as error:
+        read(path)
+    if "schema" not in message or "2" in message:
+        assert message in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{not json", "results.jsonl line 1: not JSON"),
+        ("[1, 2]\n", "results.jsonl line 1: must be an object; got list"),
+        ('{"benchmarks": [{"name": "theirs", "extra_info": {}}]}', "extra_info has no record"),
+        ('{"benchmarks": [{"name": "theirs"}]}', r"benchmark 1 \(theirs\): extra_info has no"),
+    ],
+)
+def test_other_files_are_refused(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "results.jsonl"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message):
+        read(path)
+
+
+def test_no_file_is_an_error_of_its_own(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        read(tmp_path / "nowhere.jsonl")
+
+
+def test_the_committed_results_can_be_read() -> None:
+    for folder in ("cpu-2-cores", "cpu-2-cores-512"):
+        path = ROOT / "benchmarks" / "results" / folder
+        assert read(path)
+        assert read_environment(path)["torch"]
+
+
+# ---- launch configurations ----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not _backend.TRITON_INSTALLED, reason="triton is not installed")
+def test_launches_are_written_down_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.resources import kernel_stems
+
+    launched: list[str] = []
+    for stem in kernel_stems():
+        module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
+        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
+    monkeypatch.setattr(_backend, "INTERPRET", True)  # so that the CPU's tensors are taken
+    x = torch.randn(2, 8, 64)
+    with recorded() as seen:
+        for _ in range(2):
+            add_layer_norm(x, x, x[0, 0], x[0, 1], backend="triton")
+    assert len(launched) == 2
+    (text,) = seen
+    name, *options = text.split()
+    assert name == "add_layer_norm_fwd"
+    assert {option.split("=")[0] for option in options} == {
+        "BLOCK_L", "BLOCK_C", "num_warps", "num_stages"
+    }  # fmt: skip
+    add_layer_norm(x, x, x[0, 0], x[0, 1], backend="triton")
+    assert (len(launched), len(seen)) == (3, 1)
+
+
+# ---- under pytest-benchmark ---------------------------------------------------------------------
+
+TINY = """\
+from dataclasses import replace
+
+from benchmarks import registry
+from benchmarks.registry import SUITES, Grid
+
+grid = Grid(("b0",), ((64, 96),), modalities=(3,), stages=(2,))
+SUITES["quick"] = replace(SUITES["quick"], grids=(grid,), seconds=0.0, rounds=(3, 3))
+right = registry.operations()["norm"]
+
+
+def build(*arguments):
+    problem = right.build(*arguments)
+    torch = problem.calls["torch"]
+    problem.calls["torch"] = lambda: tuple(1.01 * x for x in torch())
+    return problem
+
+
+registry.operations()["norm"] = replace(right, build=build)
+"""
+
+
+def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The benchmarks under pytest in a process of their own, tiny, and with a wrong norm."""
+    (folder / "tiny.py").write_text(TINY)
+    search = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
+    command = (sys.executable, "-m", "pytest", "benchmarks", "-p", "tiny", "-q", *arguments)
+    environment = os.environ | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
+    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_pytest_times_what_is_right_and_fails_what_is_wrong(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    path = tmp_path / "timings.json"
+    options = ("--benchmark-only", "--benchmark-json", str(path), "-k", "norm or training")
+    done = run_pytest(tmp_path, *options)
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "incorrect: " in done.stdout
+    assert "kernels are timed on a GPU only" in done.stdout
+    rows = {(row.op, row.provider, row.mode): row for row in read(path)}
+    trusted = {"baseline", "reference"}
+    assert rows.keys() == {
+        *(("norm", provider, mode) for provider in trusted for mode in ("fwd", "step")),
+        *(("training", provider, "step") for provider in {*trusted, "torch"}),
+        *(("block_training", provider, "step") for provider in {*trusted, "torch"}),
+    }
+    for row in rows.values():
+        assert (row.status, row.method, row.n, row.suite) == ("ok", "wall", 3, "quick")
+        assert 0 < row.min_us <= row.p20_us <= row.p50_us <= row.p80_us
+        assert row.peak_mib > 0
+        assert row.budget <= 1
+    groups = {b["group"] for b in json.loads(path.read_text())["benchmarks"]}
+    assert "norm b0 s2 64x96 B1 M3 fp32 step" in groups
+    env = read_environment(path)
+    assert {row.env_id for row in rows.values()} == {env["env_id"]}
+    assert "node" not in json.loads(path.read_text())["machine_info"]
+
+
+def test_pytest_without_timing_is_a_smoke_test(tmp_path: Path) -> None:
+    pytest.importorskip("pytest_benchmark")
+    done = run_pytest(tmp_path, "--benchmark-disable", "-k", "guided_gate or query_hub")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "12 passed, 4 skipped" in done.stdout
+    done = run_pytest(tmp_path, "--benchmark-disable", "--bench-suite", "slow")
+    assert "invalid choice: 'slow'" in done.stderr

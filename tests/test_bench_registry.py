@@ -1,0 +1,258 @@
+"""What the benchmarks declare: shapes, suites, modes, and who can do what where."""
+
+from __future__ import annotations
+
+import pickle
+from dataclasses import replace
+from itertools import product
+
+import pytest
+import torch
+
+from benchmarks.__main__ import main
+from benchmarks.plan import Options, dry_run, plan
+from benchmarks.registry import (
+    COMPILED,
+    MODES,
+    OURS,
+    PROVIDERS,
+    SUITES,
+    Shape,
+    operations,
+    unavailable,
+)
+from benchmarks.suites import DEPTHS, SIZES
+from equiseg_fast.models import EQUISeg, MixTransformer
+from equiseg_fast.nn.attention import reduce_tokens
+from equiseg_fast.ops._layout import to_map
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+
+
+# ---- shapes -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("variant", ["b0", "b2"])
+@pytest.mark.parametrize("size", [*SIZES, (33, 95)])
+def test_shapes_are_those_of_the_encoder(variant: str, size: tuple[int, int]) -> None:
+    with torch.device("meta"):
+        encoder, x = MixTransformer(variant), torch.empty(1, 3, *size)
+    for stage in (1, 2, 3, 4):
+        shape = Shape(variant, stage, *size)
+        tokens, h, w = encoder.embed(stage - 1, x)
+        assert (shape.h, shape.w, shape.tokens) == (h, w, tokens.shape[1])
+        attention = getattr(encoder, f"block{stage}")[0].attn
+        assert (shape.channels, shape.heads) == (tokens.shape[2], attention.heads)
+        keys = tokens
+        if attention.sr_ratio > 1 and min(h, w) >= attention.sr_ratio:
+            keys = reduce_tokens(attention.sr, tokens, h, w)
+        if min(h, w) >= attention.sr_ratio:
+            assert shape.keys == keys.shape[1]
+        x = to_map(tokens, h, w)
+
+
+def test_rows_of_1080_by_hand() -> None:
+    shapes = [Shape("b2", stage, 1080, 1920) for stage in (1, 2, 3, 4)]
+    assert [shape.h for shape in shapes] == [270, 135, 68, 34]
+    assert [shape.w for shape in shapes] == [480, 240, 120, 60]
+    assert [shape.keys for shape in shapes] == [33 * 60, 33 * 60, 34 * 60, 34 * 60]
+
+
+def test_equiseg_pads_where_the_encoder_rounds() -> None:
+    model = EQUISeg.from_name("b0", modalities=("a",), num_classes=3).eval()
+    with torch.no_grad():
+        sizes = [stage.size for stage in model.stages(torch.randn(1, 1, 3, 40, 64))]
+    padded = [Shape("b0", stage, 64, 64) for stage in (1, 2, 3, 4)]
+    assert sizes == [(shape.h, shape.w) for shape in padded]
+    assert Shape("b0", 1, 40, 64).h == 10
+
+
+# ---- suites -------------------------------------------------------------------------------------
+
+
+def test_the_full_suite_has_the_whole_grid() -> None:
+    cases = {(case.op.name, case.shape, case.dtype) for case in plan(Options(suite="full"))}
+    for size, batch, modalities, dtype in product(SIZES, (1, 4, 8), (2, 4), ("fp32", "bf16")):
+        for variant, stage in product(("b0", "b2"), (1, 2, 3, 4)):
+            shape = Shape(variant, stage, *size, batch, modalities)
+            assert ("attention", shape, dtype) in cases
+            assert ("block_training", shape, dtype) in cases
+        for variant in DEPTHS:
+            whole = Shape(variant, 0, *size, batch, modalities)
+            assert {("model", whole, dtype), ("encoder", whole, dtype)} <= cases
+
+
+def test_the_full_suite_sweeps_tokens_modalities_and_channels() -> None:
+    shapes = SUITES["full"].shapes(operations()["attention"])
+    b2 = {
+        s.tokens for s in shapes if replace(s, height=64, width=64) == Shape("b2", 1, 64, 64, 1, 4)
+    }
+    assert len(b2) >= 8
+    same_map = {s.channels for s in shapes if (s.h, s.w, s.rows) == (64, 64, 4)}
+    assert same_map == {32, 64, 128, 160, 256, 320, 512}
+    rows = {
+        s.modalities for s in shapes if replace(s, modalities=1) == Shape("b0", 2, 512, 512, 1, 1)
+    }
+    assert rows == set(range(1, 9))
+
+
+def test_the_core_suite_fits_into_minutes() -> None:
+    """A few dozen operations, and every larger part of the model."""
+    cases = plan(Options(suite="core"))
+    scopes = [case.op.scope for case in cases]
+    assert 30 <= scopes.count("operation") <= 60
+    assert {"block", "stage", "encoder", "model"} <= set(scopes)
+    assert {case.modes for case in cases if case.op.scope == "operation"} == {("fwd", "step")}
+    assert len(cases) - scopes.count("operation") <= 10
+
+
+def test_the_quick_suite_is_that_of_the_committed_results() -> None:
+    from pathlib import Path
+
+    from benchmarks.record import read_jsonl
+
+    committed = read_jsonl(Path(__file__).parents[1] / "benchmarks/results/cpu-2-cores")
+    today = {
+        (case.op.name, case.shape.label, case.dtype, mode, provider)
+        for case in plan(Options(suite="quick"))
+        for mode in case.modes
+        for provider in case.providers
+    }
+    assert today == {row.key for row in committed}
+
+
+# ---- modes and --shape --------------------------------------------------------------------------
+
+
+def planned(*arguments: str) -> dict[str, tuple[tuple[str, ...], tuple[str, ...]]]:
+    """Operation -> modes and providers of `--mode` with these."""
+    cases = plan(Options(suite="quick", modes=arguments))
+    return {case.op.name: (case.modes, case.providers) for case in cases}
+
+
+def test_parts_of_the_model_are_modes() -> None:
+    everybody = SUITES["quick"].providers
+    assert planned("block") == {
+        "block": (("fwd",), everybody),
+        "block_training": (("step",), everybody),
+    }
+    assert planned("stage", "bwd") == {"stage": (("bwd",), everybody)}
+    assert planned("model").keys() == {"model", "training"}
+    assert planned("block", "encoder").keys() == {"block", "block_training", "encoder"}
+    assert "block" not in planned("fwd")
+
+
+def test_the_compiled_model_comes_with_its_baseline() -> None:
+    compiled = ("baseline", *COMPILED)
+    assert planned("model_compiled") == {
+        "model": (("fwd",), compiled),
+        "training": (("step",), compiled),
+    }
+    assert planned("model_compiled", "block", "fwd") == {
+        "block": (("fwd",), SUITES["quick"].providers),
+        "model": (("fwd",), compiled),
+    }
+    cases = plan(Options(modes=("model_compiled",), providers=("torch",)))
+    assert {case.providers for case in cases} == {("torch",)}
+
+
+def test_shape_is_a_filter_with_alternatives() -> None:
+    wanted = (("variant", "b0"), ("stage", "1"), ("stage", "3"))
+    cases = plan(Options(suite="core", shape=wanted))
+    assert {case.shape.stage for case in cases} == {1, 3}
+    assert {case.shape.variant for case in cases} == {"b0"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--shape", "stage=3"], "--shape stage must be among 2, 1, 0 in suite quick; got 3"),
+        (["--shape", "colour=3"], "--shape must be among variant, stage"),
+        (["--shape", "stage"], "must be like variant=b2,stage=1; got 'stage'"),
+        (["--op", "training", "--mode", "fwd"], "nothing to run"),
+        (["--mode", "blocks"], "--mode must be among fwd, fwd_train, bwd, step, block, stage"),
+    ],
+)
+def test_what_cannot_be_run_is_a_usage_error(
+    arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as error:
+        main(["run", "--dry-run", "--device", "cpu", *arguments])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+# ---- dry run and providers ----------------------------------------------------------------------
+
+
+def test_dry_run_for_a_gpu_needs_none(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", "--dry-run", "--device", "cuda", "--suite", "core"]) == 0
+    out = capsys.readouterr().out
+    line = "attention b2 s1 1080x1920 B1 M2 bf16: fwd, step: baseline, reference, torch, triton"
+    assert line in out
+    assert "sdpa_cudnn, flex" in out
+    assert ("torch sees no GPU here" in out) == (not torch.cuda.is_available())
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_a_run_on_a_gpu_needs_one(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["run", "--device", "cuda"])
+    assert "torch sees no GPU here" in capsys.readouterr().err
+
+
+def test_dry_run_counts_the_cases_a_provider_misses() -> None:
+    options = Options(suite="full", ops=("query_hub",), dtypes=("bf16",), providers=("torch",))
+    lines = dry_run(plan(options), CPU)
+    alone = sum(case.shape.modalities == 1 for case in plan(options))
+    total = len(plan(options))
+    reason = "skipped: query_hub torch: the hub needs two modalities or more"
+    assert f"{reason} ({alone} of {total} cases)" in lines
+    assert "query_hub b0 s1 512x512 B1 M1 bf16: fwd, fwd_train, bwd, step: nobody" in lines
+
+
+@pytest.mark.parametrize(
+    ("provider", "device", "dtype", "reason"),
+    [
+        ("sdpa_math", CPU, "fp32", ""),
+        ("sdpa_flash", CPU, "fp32", ""),
+        ("sdpa_efficient", CPU, "fp32", "on a GPU only"),
+        ("sdpa_cudnn", CPU, "bf16", "on a GPU only"),
+        ("flex", CPU, "fp32", "FlexAttention has no backward on a CPU"),
+        ("flex", CUDA, "fp32", ""),
+        ("sdpa_flash", CUDA, "fp32", "fp16 and bf16 only"),
+        ("sdpa_flash", CUDA, "bf16", ""),
+        ("sdpa_cudnn", CUDA, "fp32", "fp16 and bf16 only"),
+        ("sdpa_efficient", CUDA, "fp32", ""),
+        ("liger", CPU, "fp32", "no such implementation of this operation"),
+        ("flash_attn", CPU, "bf16", "its kernels run on a GPU only"),
+        ("xformers", CPU, "fp32", "its kernels run on a GPU only"),
+    ],
+)
+def test_reasons_of_attention(provider: str, device: torch.device, dtype: str, reason: str) -> None:
+    found = unavailable(operations()["attention"], provider, device, dtype)
+    assert (reason in found) if reason else found == ""
+
+
+@pytest.mark.parametrize(
+    ("op", "provider", "package"),
+    [("attention", "flash_attn", "flash_attn"), ("attention", "xformers", "xformers"),
+     ("norm", "liger", "liger_kernel"), ("losses", "liger", "liger_kernel")],
+)  # fmt: skip
+def test_a_package_that_is_missing_is_named(
+    op: str, provider: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.providers.find_spec", lambda name: None)
+    assert unavailable(operations()[op], provider, CUDA) == f"{package} is not installed"
+
+
+def test_every_declaration_is_complete_and_can_be_sent_to_a_worker() -> None:
+    for name, op in operations().items():
+        assert op.name == name
+        assert set(op.providers) <= set(PROVIDERS)
+        assert set(op.modes) <= set(MODES)
+        assert len(set(op.providers)) == len(op.providers)
+        assert set(OURS) <= set(op.providers)
+    cases = plan(Options(suite="core"))
+    copies = pickle.loads(pickle.dumps(cases))
+    assert [case.label for case in copies] == [case.label for case in cases]

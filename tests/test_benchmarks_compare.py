@@ -1,0 +1,165 @@
+"""`python -m benchmarks compare`: what counts as a change, and what is refused."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks.__main__ import main
+from benchmarks.compare import compare, differences, failed, summary
+from benchmarks.record import Record, write_jsonl
+
+CASE = {"variant": "b0", "stage": 1, "height": 64, "width": 96, "batch": 1, "modalities": 3}
+ENV = {"device": "a chip", "torch": "2.11.0", "threads": 2, "tf32": False, "utc": "today"}
+
+
+def record(p50: float, *, width: float = 0.0, **fields: object) -> Record:
+    values = {"suite": "quick", "op": "attention", "case": CASE, "mode": "fwd"}
+    row = Record(**(values | {"provider": "torch", "dtype": "fp32"} | fields))
+    row.p20_us, row.p50_us, row.p80_us = p50 - width, p50, p50 + width
+    row.min_us, row.n, row.method = p50 - width, 5, "wall"
+    return row
+
+
+def broken(row: Record, status: str = "incorrect") -> Record:
+    return replace(row, status=status, reason="dx: error", p20_us=None, p50_us=None, p80_us=None)
+
+
+def results(folder: Path, rows: list[Record], **env: object) -> str:
+    folder.mkdir(parents=True)
+    write_jsonl(rows, folder / "results.jsonl")
+    (folder / "env.json").write_text(json.dumps(ENV | env))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("new", "width", "verdict"),
+    [
+        (1200.0, 10.0, "slower"),
+        (800.0, 10.0, "faster"),
+        (1040.0, 1.0, "same"),  # 4 % is below 5 %
+        (1200.0, 150.0, "same"),  # the bands overlap
+        (800.0, 150.0, "same"),
+    ],
+)
+def test_verdict(new: float, width: float, verdict: str) -> None:
+    base = record(1000.0, width=width)
+    (change,) = compare([base], [record(new, width=width)], threshold=0.05, atol_us=30.0)
+    assert change.verdict == verdict
+    assert change.ratio == pytest.approx(new / 1000)
+    assert failed([change]) == (verdict == "slower")
+
+
+def test_the_absolute_threshold_must_be_exceeded_too() -> None:
+    pair = [record(100.0)], [record(125.0)]
+    assert compare(*pair, threshold=0.05, atol_us=30.0)[0].verdict == "same"
+    assert compare(*pair, threshold=0.05, atol_us=20.0)[0].verdict == "slower"
+
+
+@pytest.mark.parametrize(
+    "other",
+    [
+        {"op": "losses"},
+        {"case": CASE | {"batch": 2}},
+        {"mode": "step"},
+        {"provider": "baseline"},
+        {"dtype": "bf16"},
+    ],
+)
+def test_joins_on_everything_that_identifies_a_measurement(other: dict[str, object]) -> None:
+    thresholds = {"threshold": 0.05, "atol_us": 30.0}
+    assert compare([record(100.0)], [record(900.0, **other)], **thresholds) == []
+    found = compare([record(800.0, **other), record(100.0)], [record(100.0)], **thresholds)
+    assert [change.base.p50_us for change in found] == [100.0]
+
+
+def test_what_is_lost_comes_first_and_fails() -> None:
+    base = [record(1000.0), record(1000.0, mode="step"), record(1000.0, mode="bwd")]
+    new = [record(1500.0), broken(base[1]), record(2000.0, mode="bwd")]
+    changes = compare(base, new, threshold=0.05, atol_us=30.0)
+    found = [(c.verdict, c.ratio) for c in changes]
+    assert found == [("lost", None), ("slower", 2), ("slower", 1.5)]
+    assert failed(changes[:1])
+    assert summary(changes) == "3 compared: 2 slower, 1 lost, 0 faster, 0 same"
+    # What base could not do either is nothing that was lost.
+    assert compare([broken(base[0])], [broken(base[0])], threshold=0.05, atol_us=30.0) == []
+
+
+def test_differences_are_those_that_change_numbers() -> None:
+    assert differences(ENV, ENV | {"utc": "tomorrow", "load": 3.0}) == []
+    new = ENV | {"torch": "2.13.0", "threads": 1, "tf32": True, "variables": {"A": "1"}}
+    assert differences(ENV, new) == [
+        "torch: 2.11.0 -> 2.13.0",
+        "threads: 2 -> 1",
+        "tf32: False -> True",
+        "variables: None -> {'A': '1'}",
+    ]
+
+
+def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [record(1000.0, width=5.0), record(500.0, mode="step", width=100.0)]
+    slow = [record(1300.0, width=5.0), record(510.0, mode="step", width=100.0)]
+    base = results(tmp_path / "base", rows)
+    new = results(tmp_path / "new", slow, torch="2.13.0")
+    assert main(["compare", base, new]) == 0
+    out = capsys.readouterr().out
+    assert "not the same: torch: 2.11.0 -> 2.13.0" in out
+    assert "+30.0 %" in out
+    assert "+2.0 %" not in out
+    assert "1 of 1 that are the same have a band p20 to p80 wider than 5 %" in out
+    assert "2 compared: 1 slower, 0 lost, 0 faster, 1 same" in out
+
+    assert main(["compare", base, new, "--all", "--threshold", "50%"]) == 0
+    out = capsys.readouterr().out
+    assert "+2.0 %" in out
+    assert "wider than" not in out
+    assert main(["compare", base, new, "--fail"]) == 1
+    assert main(["compare", new, base, "--fail"]) == 0
+    assert main(["compare", base, new + "/results.jsonl", "--fail", "--atol-us", "400"]) == 0
+
+
+def test_files_of_pytest_benchmark_on_either_side(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base = results(tmp_path / "base", [record(1000.0)])
+    path = tmp_path / "new.json"
+    slow = {"name": "test_case[attention]", "extra_info": asdict(record(2000.0))}
+    env = ENV | {"threads": 1}
+    path.write_text(json.dumps({"machine_info": {"equiseg_fast": env}, "benchmarks": [slow]}))
+    assert main(["compare", base, str(path), "--fail"]) == 1
+    out = capsys.readouterr().out
+    assert "+100.0 %" in out
+    assert "not the same: threads: 2 -> 1" in out
+    assert main(["compare", str(path), base, "--fail"]) == 0
+    assert "1 faster" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("rows", "env", "message"),
+    [
+        ([record(1.0)], {"device": "another chip"}, "measured on a chip, new on another chip"),
+        ([record(1.0, op="losses")], {}, "no case, mode, provider and dtype was measured in both"),
+    ],
+)
+def test_refused(
+    rows: list[Record],
+    env: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    base = results(tmp_path / "base", [record(1.0)])
+    new = results(tmp_path / "new", rows, **env)
+    with pytest.raises(SystemExit) as error:
+        main(["compare", base, new])
+    assert error.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_other_devices_by_force(tmp_path: Path) -> None:
+    base = results(tmp_path / "base", [record(1000.0)])
+    new = results(tmp_path / "new", [record(2000.0)], device="another chip")
+    assert main(["compare", base, new, "--force", "--fail"]) == 1
