@@ -16,25 +16,29 @@ from equiseg_fast.testing import LAYOUTS, check_op_parity, random_normal, with_l
 from tests.operations import OPERATIONS, Sizes
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis not installed")
-from hypothesis import HealthCheck, given, settings  # noqa: E402
+from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
 
 SETTINGS: dict[str, Any] = {
     "derandomize": True,
     "database": None,
     "deadline": None,
+    "phases": [Phase.generate],  # to make an example smaller takes minutes in the interpreter
     "suppress_health_check": list(HealthCheck),
 }
 SIZES = st.builds(
     Sizes,
     modalities=st.integers(1, 4),
     batch=st.integers(1, 3),
-    height=st.integers(1, 9),
-    width=st.integers(1, 9),
+    height=st.integers(1, 13),
+    width=st.integers(1, 13),
     channels=st.integers(1, 20),
     classes=st.integers(1, 6),
     factor=st.integers(1, 3),
 )
+# Channels of an expanded cotangent are equal, and so are the sums of a gradient over tokens: if one
+# of them is small by chance, none is large enough to measure its rounding by.
+COTANGENTS = ("contiguous", "transposed", "sliced")
 HALF, FULL = [torch.bfloat16, torch.float16], [torch.float32, torch.float64]
 
 
@@ -100,7 +104,7 @@ def check_fp64(function: Any, oracle: Any, inputs: dict[str, Any], names: list[s
     sizes=SIZES,
     dtype=st.sampled_from(HALF + FULL),
     layout=st.sampled_from(LAYOUTS),
-    cotangent=st.sampled_from(LAYOUTS[:2] + LAYOUTS[3:]),
+    cotangent=st.sampled_from(COTANGENTS),
     seed=st.integers(0, 99),
 )
 def test_stock_operators(
@@ -115,7 +119,7 @@ def test_stock_operators(
     sizes=SIZES,
     dtype=st.sampled_from([torch.float32, *HALF]),
     layout=st.sampled_from(LAYOUTS),
-    cotangent=st.sampled_from(LAYOUTS[:2] + LAYOUTS[3:]),
+    cotangent=st.sampled_from(COTANGENTS),
     seed=st.integers(0, 99),
 )
 def test_kernels(
