@@ -4,7 +4,7 @@
 
 Every rank computes the gradients of the whole batch alone, then those of its share in a
 distributed model, and compares. Normalisation uses running statistics, because those of a batch
-are not the same for a share of it.
+are not the same for a share of it, unless `nn.SyncBatchNorm` makes them so: this is checked first.
 """
 
 import copy
@@ -62,10 +62,41 @@ def sharded(model: EQUISeg, **options: object) -> EQUISeg:
     return model
 
 
+def compare_synchronised_statistics(rank: int, ranks: int) -> None:
+    """A cross-modal block with `nn.SyncBatchNorm` sees the statistics of the whole batch."""
+    torch.manual_seed(0)
+    block = CrossModalBlock(16, 3, 2, 2, ppx_ratio=2).double().train()
+    maps = torch.randn(2, 3, 2 * ranks, 16, 4, 6, dtype=torch.float64)
+    absent = torch.zeros(3, 2 * ranks, dtype=torch.bool)
+    absent[0, 0] = absent[1:, 3] = True  # other rows take part on every rank
+    share = slice(2 * rank, 2 * rank + 2)
+    for label, present in (("statistics of all rows", None), ("statistics of some", ~absent)):
+        alone = copy.deepcopy(block)
+        mine = None if present is None else present[:, share]
+        alone(*maps, present=present).square().mean().backward()
+        ours = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(block))
+        ours(*maps[:, :, share], present=mine).square().mean().backward()
+        for p in ours.parameters():  # DistributedDataParallel takes SyncBatchNorm on GPUs alone
+            dist.all_reduce(p.grad)
+            p.grad /= ranks
+        actual, expected = ({n: p.grad for n, p in m.named_parameters()} for m in (ours, alone))
+        compare(label, actual, expected, 1e-12)
+        for a, b in zip(ours.buffers(), alone.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
     rank, ranks = dist.get_rank(), dist.get_world_size()
+    compare_synchronised_statistics(rank, ranks)
+    if "--statistics" not in sys.argv:
+        compare_wrappers(rank, ranks)
+    dist.destroy_process_group()
+
+
+def compare_wrappers(rank: int, ranks: int) -> None:
+    """The whole model, sharded and not."""
     model = build()
     images = torch.randn(2, 2 * ranks, 3, 32, 64, dtype=torch.float64)
     share = images[:, 2 * rank : 2 * rank + 2]
@@ -85,7 +116,6 @@ def main() -> None:
     ours = sharded(copy.deepcopy(model))
     compiled: Callable[..., Tensor] = torch.compile(ours, backend="aot_eager")
     compare("FSDP2 compiled", gradients(ours, share, compiled), expected, 1e-12)
-    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Accelerating models that others wrote: parity, what must survive, what is refused, the way back.
 
 Real SegFormers come from `transformers` 5; the layouts of transformers 4 and of CMNeXt are written
-out below, as small as they can be.
+out in `foreign.py`, as small as they can be.
 """
 
 import copy
@@ -36,6 +36,7 @@ from equiseg_fast.integrations import (
     revert,
 )
 from equiseg_fast.models import MixTransformer
+from tests.foreign import Attention4, AttentionMiT, MixFFN4, MLPMiT
 
 transformers = pytest.importorskip("transformers", reason="transformers not installed")
 
@@ -106,102 +107,6 @@ def assert_same_function(model: nn.Module, rules: Any, *args: Any) -> None:
     revert(model, verbose=False)
     assert [type(m) for m in model.modules()] == kinds
     assert torch.equal(result(model, *args), before)
-
-
-class Attention4(nn.Module):
-    """SegFormer's attention as transformers 4 has it."""
-
-    def __init__(self, dim: int = 16, heads: int = 2, sr_ratio: int = 2, p: float = 0.0) -> None:
-        super().__init__()
-        self.num_attention_heads = heads
-        self.query, self.key, self.value = (nn.Linear(dim, dim) for _ in range(3))
-        self.dropout = nn.Dropout(p)
-        self.sr_ratio = sr_ratio
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
-            self.layer_norm = nn.LayerNorm(dim)
-
-    def forward(
-        self, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
-    ) -> Any:
-        heads = (self.num_attention_heads, -1)
-        q, source = self.query(hidden_states).unflatten(-1, heads), hidden_states
-        if self.sr_ratio > 1:
-            source = self.sr(source.mT.unflatten(-1, (height, width)))
-            source = self.layer_norm(source.flatten(2).mT)
-        k, v = (x(source).unflatten(-1, heads) for x in (self.key, self.value))
-        scores = torch.einsum("bqhd,bkhd->bhqk", q, k) / q.shape[-1] ** 0.5
-        weights = self.dropout(scores.softmax(dim=-1))
-        out = torch.einsum("bhqk,bkhd->bqhd", weights, v).flatten(2)
-        return (out, weights) if output_attentions else (out,)
-
-
-class Convolution(nn.Module):
-    def __init__(self, dim: int, **fields: Any) -> None:
-        super().__init__()
-        settings: dict[str, Any] = {"kernel_size": 3, "padding": 1, "groups": dim}
-        self.dwconv = nn.Conv2d(dim, dim, **{**settings, **fields})
-
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        return self.dwconv(x.mT.unflatten(-1, (height, width))).flatten(2).mT
-
-
-class MixFFN4(nn.Module):
-    """Mix-FFN as transformers 4 has it."""
-
-    def __init__(self, act: Any = F.gelu, p: float = 0.0, **fields: Any) -> None:
-        super().__init__()
-        self.dense1, self.dense2 = nn.Linear(16, 24), nn.Linear(24, 16)
-        self.dwconv = Convolution(24, **fields)
-        self.intermediate_act_fn = act
-        self.dropout = nn.Dropout(p)
-
-    def forward(self, hidden_states: Tensor, height: int, width: int) -> Tensor:
-        x = self.dwconv(self.dense1(hidden_states), height, width)
-        x = self.dense2(self.dropout(self.intermediate_act_fn(x)))
-        return self.dropout(x)
-
-
-class AttentionMiT(nn.Module):
-    """Attention as CMNeXt has it."""
-
-    def __init__(self, dim: int = 16, head: int = 2, sr_ratio: int = 2) -> None:
-        super().__init__()
-        self.head, self.sr_ratio, self.scale = head, sr_ratio, (dim // head) ** -0.5
-        self.q, self.kv, self.proj = (
-            nn.Linear(dim, dim),
-            nn.Linear(dim, 2 * dim),
-            nn.Linear(dim, dim),
-        )
-        if sr_ratio > 1:
-            self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
-            self.norm = nn.LayerNorm(dim)
-
-    def split(self, kv: Tensor) -> tuple[Tensor, ...]:
-        return kv.unflatten(-1, (2, self.head, -1)).permute(2, 0, 3, 1, 4).unbind()
-
-    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        q = self.q(x).unflatten(-1, (self.head, -1)).transpose(1, 2)
-        if self.sr_ratio > 1:
-            x = self.norm(self.sr(x.mT.unflatten(-1, (H, W))).flatten(2).mT)
-        k, v = self.split(self.kv(x))
-        weights = (q @ k.mT * self.scale).softmax(dim=-1)
-        return self.proj((weights @ v).transpose(1, 2).flatten(2))
-
-
-class MLPMiT(nn.Module):
-    """Mix-FFN as CMNeXt has it: the activation is written out."""
-
-    approximate = "none"
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
-        self.dwconv = Convolution(24)
-
-    def forward(self, x: Tensor, H: int, W: int) -> Tensor:
-        y = self.dwconv(self.fc1(x), H, W)
-        return self.fc2(F.gelu(y, approximate=self.approximate))
 
 
 class Block(nn.Module):

@@ -228,24 +228,56 @@ def gradients_of_backward(model: nn.Module, images: Tensor) -> dict[str, Tensor]
     return {name: p.grad for name, p in model.named_parameters()}
 
 
-@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
-def test_distributed_training_equals_a_single_process() -> None:
-    """DDP, FSDP2, FSDP2 in bf16 and compiled, two processes started by PyTorch's own launcher."""
+def distributed(*args: str) -> str:
+    """What `distributed_worker.py` prints in two processes of PyTorch's own launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    worker = str(Path(__file__).with_name("distributed_worker.py"))
     run = subprocess.run(
-        [
-            *launcher,
-            "--nproc-per-node",
-            "2",
-            str(Path(__file__).with_name("distributed_worker.py")),
-        ],
+        [*launcher, "--nproc-per-node", "2", worker, *args],
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )
     assert run.returncode == 0, run.stdout + run.stderr
-    for label in ("DDP", "FSDP2", "FSDP2 in bf16", "FSDP2 compiled"):
-        assert f"{label}: gradients of 333 parameters differ by" in run.stdout
+    return run.stdout
+
+
+@pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
+class TestDistributed:
+    def test_training_equals_a_single_process(self) -> None:
+        """DDP, FSDP2, FSDP2 in bf16 and compiled."""
+        printed = distributed()
+        for label in ("DDP", "FSDP2", "FSDP2 in bf16", "FSDP2 compiled"):
+            assert f"{label}: gradients of 333 parameters differ by" in printed
+
+    def test_synchronised_batch_norm_sees_all_processes(self) -> None:
+        printed = distributed("--statistics")
+        for label in ("all rows", "some"):
+            assert f"statistics of {label}: gradients of" in printed
+
+
+class TestSynchronisedBatchNorm:
+    """`nn.SyncBatchNorm.convert_sync_batchnorm`, in a single process."""
+
+    @pytest.mark.parametrize("training", [True, False])
+    def test_changes_nothing(self, training: bool) -> None:
+        model = build(torch.float64, head_dropout=0.0).train(training)
+        converted = nn.SyncBatchNorm.convert_sync_batchnorm(copy.deepcopy(model))
+        assert not any(isinstance(m, nn.BatchNorm2d) for m in converted.modules())
+        assert list(converted.state_dict()) == list(model.state_dict())
+        images, _ = batch(dtype=torch.float64)
+        present = torch.tensor([[True, False], [True, True]])
+        for mask in (None, present):
+            torch.testing.assert_close(converted(images, mask), model(images, mask))
+        for a, b in zip(converted.buffers(), model.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+    def test_folds(self) -> None:
+        model = build(torch.float64).eval()
+        images, _ = batch(dtype=torch.float64)
+        expected = model(images)
+        folded = nn.SyncBatchNorm.convert_sync_batchnorm(model).fold_()
+        torch.testing.assert_close(folded(images), expected)
 
 
 class TestDeterminism:

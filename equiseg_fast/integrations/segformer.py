@@ -7,10 +7,17 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast.nn import MixFFN
+from equiseg_fast.nn._foreign import (
+    activation,
+    find,
+    is_attention_mit,
+    is_attention_v4,
+    is_attention_v5,
+    is_mix_ffn,
+)
 from equiseg_fast.nn.attention import reduce_tokens
 from equiseg_fast.ops import attention, depthwise_conv_gelu, mix_ffn
 
@@ -32,15 +39,6 @@ def accelerate_segformer(model: nn.Module, *, verbose: bool = True) -> Report:
     return accelerate_module(model, SEGFORMER_RULES, verbose=verbose)
 
 
-def _get(module: Any, *names: str) -> Any:
-    """What the module has under the first of these names that it knows, else None."""
-    for name in names:
-        found = getattr(module, name, None)
-        if found is not None:
-            return found
-    return None
-
-
 def _active(*dropouts: Any) -> bool:
     return any(d is not None and d.training and getattr(d, "p", 0) > 0 for d in dropouts)
 
@@ -50,30 +48,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, heads: int, scale: float | None = N
     return attention(q, k, v, scale=scale).flatten(2)
 
 
-def _check_reduction(conv: Any, ratio: int) -> bool | str:
-    if ratio == 1:
-        return True
-    if isinstance(conv, nn.Conv2d):
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if shape == ((ratio, ratio), (ratio, ratio), (0, 0), (1, 1), 1):
-            return True
-    return f"its reduction {conv} is not a convolution of kernel and stride {ratio}"
-
-
 def _examples(module: Any) -> Iterator[tuple[Tensor, int, int]]:
-    channels = _get(module, "q_proj", "query", "q", "fc1", "dense1").in_features
-    ratio = _get(module, "sequence_reduction_ratio", "sr_ratio") or 2
+    channels = find(module, "q_proj", "query", "q", "fc1", "dense1").in_features
+    ratio = find(module, "sequence_reduction_ratio", "sr_ratio") or 2
     # A size that the ratio divides, and one that it does not.
     for height, width in ((ratio, 2 * ratio), (ratio + 1, 2 * ratio + 1)):
         yield torch.randn(2, height * width, channels), height, width
-
-
-def _matches_v5(module: Any) -> bool | str:
-    ratio = getattr(module, "sequence_reduction_ratio", None)
-    if not isinstance(ratio, int) or _get(module, "q_proj") is None:
-        return False
-    reduction = _get(module, "sequence_reduction")
-    return _check_reduction(_get(reduction, "sequence_reduction"), ratio)
 
 
 def _attention_v5(
@@ -100,13 +80,6 @@ def _attention_v5(
     return module.o_proj(out), None
 
 
-def _matches_v4(module: Any) -> bool | str:
-    ratio = getattr(module, "sr_ratio", None)
-    if not isinstance(ratio, int) or _get(module, "query") is None:
-        return False
-    return _check_reduction(_get(module, "sr"), ratio)
-
-
 def _attention_v4(
     module: Any, hidden_states: Tensor, height: int, width: int, output_attentions: bool = False
 ) -> Any:
@@ -121,18 +94,10 @@ def _attention_v4(
     return (_attend(q, k, v, module.num_attention_heads),)
 
 
-def _matches_mit(module: Any) -> bool | str:
-    ratio = getattr(module, "sr_ratio", None)
-    parts = _get(module, "q"), _get(module, "kv"), _get(module, "head", "num_heads")
-    if not isinstance(ratio, int) or None in parts:
-        return False
-    return _check_reduction(_get(module, "sr"), ratio)
-
-
 def _attention_mit(
     module: Any, x: Tensor, height: int, width: int, *more: Any, **others: Any
 ) -> Any:
-    if more or others or _active(_get(module, "attn_drop"), _get(module, "proj_drop")):
+    if more or others or _active(find(module, "attn_drop"), find(module, "proj_drop")):
         return NotImplemented
     source = x
     if module.sr_ratio > 1:
@@ -140,50 +105,21 @@ def _attention_mit(
             return NotImplemented
         source = module.norm(reduce_tokens(module.sr, x, height, width))
     k, v = module.kv(source).chunk(2, dim=-1)
-    heads, scale = _get(module, "head", "num_heads"), _get(module, "scale")
+    heads, scale = find(module, "head", "num_heads"), find(module, "scale")
     return module.proj(_attend(module.q(x), k, v, heads, scale))
 
 
 def _matches_ffn(module: Any) -> bool | str:
-    first, last = _get(module, "fc1", "dense1"), _get(module, "fc2", "dense2")
-    conv = _get(_get(module, "dwconv"), "dwconv")
-    if isinstance(module, MixFFN) or None in (first, last) or not isinstance(conv, nn.Conv2d):
-        return False
-    hidden = conv.out_channels
-    if getattr(first, "out_features", 0) != hidden or getattr(last, "in_features", 0) != hidden:
-        return f"{first} and {last} are not linear layers around {hidden} channels"
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    zeros = conv.padding_mode == "zeros"
-    if shape != ((3, 3), (1, 1), (1, 1), (1, 1), hidden) or not zeros or conv.bias is None:
-        return f"{conv} is not a depthwise 3x3 convolution with padding 1 and bias"
-    if not _is_gelu(_activation(module)):
-        return f"its activation {_activation(module)} is not the exact GELU"
-    return True
-
-
-def _activation(module: Any) -> Any:
-    """None if it is written out in the module's `forward`."""
-    return _get(module, "activation_fn", "intermediate_act_fn", "act")
-
-
-def _is_gelu(activation: Any) -> bool:
-    if activation is None:
-        return True
-    if isinstance(activation, nn.Module):
-        if any(True for _ in activation.parameters()):
-            return False
-        activation = activation.forward  # not its hooks
-    x = torch.linspace(-4, 4, 99, dtype=torch.float64, device="cpu")
-    return torch.allclose(activation(x), F.gelu(x))
+    return not isinstance(module, MixFFN) and is_mix_ffn(module)
 
 
 def _mix_ffn(module: Any, x: Tensor, height: int, width: int, *more: Any, **others: Any) -> Any:
     holder = module.dwconv
     conv = holder.dwconv
-    if more or others or hooked(holder, conv, _activation(module)):
+    if more or others or hooked(holder, conv, activation(module)):
         return NotImplemented
-    first, last = _get(module, "fc1", "dense1"), _get(module, "fc2", "dense2")
-    dropout = _get(module, "dropout", "drop")
+    first, last = find(module, "fc1", "dense1"), find(module, "fc2", "dense2")
+    dropout = find(module, "dropout", "drop")
     linear = type(first) is type(last) is nn.Linear and None not in (first.bias, last.bias)
     passes = dropout is None or (isinstance(dropout, nn.Dropout) and not _active(dropout))
     if linear and passes and not hooked(first, last, dropout):
@@ -199,12 +135,12 @@ _MIX_FFN = Rule("Mix-FFN", _matches_ffn, _mix_ffn, _examples)
 
 # `transformers` from 5, and up to 4
 SEGFORMER_RULES = (
-    Rule("attention (q_proj, k_proj, v_proj, o_proj)", _matches_v5, _attention_v5, _examples),
-    Rule("attention (query, key, value)", _matches_v4, _attention_v4, _examples),
+    Rule("attention (q_proj, k_proj, v_proj, o_proj)", is_attention_v5, _attention_v5, _examples),
+    Rule("attention (query, key, value)", is_attention_v4, _attention_v4, _examples),
     _MIX_FFN,
 )
 # the spelling of SegFormer's authors, which CMNeXt and most code for research share
 MIT_RULES = (
-    Rule("attention (q, kv, proj)", _matches_mit, _attention_mit, _examples),
+    Rule("attention (q, kv, proj)", is_attention_mit, _attention_mit, _examples),
     _MIX_FFN,
 )

@@ -177,7 +177,7 @@ class EQUISeg(nn.Module):
             order = _permutation(x.shape[0], x.device, generator)
             losses = [
                 self.prototype_loss(
-                    stages[s - 1].features, labels, *stages[s - 1].size, order, present=mask
+                    stages[s - 1].features, labels, order, *stages[s - 1].size, present=mask
                 )
                 for s in config.sgm_stages
             ]

@@ -1,9 +1,15 @@
-"""Layers: parameters under the names of the field, and one call of an operation each."""
+"""Layers: parameters under the names of the field, and one call of an operation each.
+
+Features are tokens `[B, L, C]`, and then come with height and width, or a map `[B, C, H, W]`, and
+then do not; modality-major ones are `[M, B, L, C]` or `[M, B, C, H, W]`. A layer returns the form
+it was given. A map in channels-last memory costs nothing, any other one a copy. `from_torch` of a
+layer takes over the parameters of the same layer in somebody else's code.
+"""
 
 from ._init import init_module
 from .attention import CrossModalAttention, EfficientSelfAttention
 from .block import CrossModalBlock
-from .common import DepthwiseConv, DropPath, MixFFN, PatchEmbed, TokenBatchNorm
+from .common import DepthwiseConv, DropPath, MixFFN, PatchEmbed
 from .head import SegmentationHead
 from .pooling_mixer import ParallelPoolingMixer
 from .query_hub import SelfQueryHub
@@ -22,6 +28,5 @@ __all__ = [
     "SegmentationHead",
     "SelfGuidedGate",
     "SelfQueryHub",
-    "TokenBatchNorm",
     "init_module",
 ]

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from equiseg_fast.ops._checks import check_present
 from equiseg_fast.reference import has_others
 
+from ._forms import as_tokens, check_same_form, like
 from .attention import CrossModalAttention
 from .pooling_mixer import ParallelPoolingMixer
 from .query_hub import SelfQueryHub
@@ -46,17 +48,36 @@ class CrossModalBlock(nn.Module):
         self,
         embedded: Tensor,
         encoded: Tensor,
-        height: int,
-        width: int,
+        height: int | None = None,
+        width: int | None = None,
         *,
         present: Tensor | None = None,
         subset: Sequence[int] | None = None,
     ) -> Tensor:
-        """embedded (source of the hub) and encoded `[M, B, L, dim]` -> `[M, B, L, dim]`.
+        """embedded (source of the hub) and encoded: tokens `[M, B, L, dim]` with height and width,
+        or maps `[M, B, dim, H, W]` -> what encoded is.
 
         present `[M, B]` bool; subset: which score nets serve the M modalities, None for all. A
-        modality that is alone keeps its encoding.
+        modality that is alone keeps its encoding. Raises TypeError or ValueError naming the
+        argument.
         """
+        check_same_form("encoded", encoded, "embedded", embedded)
+        given = encoded
+        encoded, rows, columns = as_tokens("encoded", encoded, height, width, "M, B")
+        embedded, _, _ = as_tokens("embedded", embedded, height, width, "M, B")
+        check_present(present, encoded)
+        out = self._fuse(embedded, encoded, rows, columns, present, subset)
+        return like(out, given, rows, columns)
+
+    def _fuse(
+        self,
+        embedded: Tensor,
+        encoded: Tensor,
+        height: int,
+        width: int,
+        present: Tensor | None,
+        subset: Sequence[int] | None,
+    ) -> Tensor:
         keep = rows = None
         if present is not None:
             encoded = encoded.masked_fill(~present[:, :, None, None], 0.0)
@@ -71,3 +92,7 @@ class CrossModalBlock(nn.Module):
         if keep is not None:
             update = torch.where(keep[:, :, None, None], update, 0.0)
         return encoded + update
+
+    def extra_repr(self) -> str:
+        modalities, dim = self.query_hub.dw_bias.shape
+        return f"dim={dim}, modalities={modalities}"

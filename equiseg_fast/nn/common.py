@@ -1,11 +1,25 @@
 """Small layers that several others are made of."""
 
+from typing import Any
+
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast.ops import depthwise_conv_gelu, mix_ffn
-from equiseg_fast.ops._layout import linear, to_map, to_tokens
+from equiseg_fast.ops import _backend, _checks, depthwise_conv_gelu, mix_ffn
+from equiseg_fast.ops._layout import linear, to_tokens
+
+from . import _foreign
+from ._forms import as_tokens, check_channels, check_sizes, like
+from ._sharing import adopt
+
+
+def backend_repr(op: str, *args: object) -> str:
+    """For `extra_repr`: the backend that is chosen for `op`, and the one that would take it now.
+
+    args: of the operation, as in a call; only devices, dtypes and shapes are looked at.
+    """
+    choice, would_run = _backend.choice_for(op, *args)
+    return f"backend={choice}" if choice == would_run else f"backend={choice} -> {would_run}"
 
 
 class Linear(nn.Linear):
@@ -23,6 +37,8 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
+        if not 0.0 <= rate < 1.0:
+            raise ValueError(f"rate must be in [0, 1); got {rate}")
         self.rate = rate
 
     def forward(self, x: Tensor) -> Tensor:
@@ -36,60 +52,6 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class BatchNorm2d(nn.BatchNorm2d):
-    """`nn.BatchNorm2d` that also works when parameters are cast and running statistics are not, as
-    in sharded training with mixed precision: it computes in the dtype of the statistics."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        dtype = self.running_mean.dtype
-        if self.weight.dtype == dtype:
-            return super().forward(x)
-        if self.training:
-            self.num_batches_tracked.add_(1)
-        return F.batch_norm(
-            x, self.running_mean, self.running_var, self.weight.to(dtype), self.bias.to(dtype),
-            self.training, self.momentum, self.eps,
-        )  # fmt: skip
-
-
-class TokenBatchNorm(BatchNorm2d):
-    """Batch normalisation of tokens `[R, L, C]` over rows and tokens.
-
-    In training `rows` `[R]` bool says which rows the statistics are taken from; rows of absent
-    modalities hold nothing real. Without any such row the running statistics serve.
-    """
-
-    def forward(  # type: ignore[override]
-        self, x: Tensor, height: int, width: int, rows: Tensor | None = None
-    ) -> Tensor:
-        if rows is None or not self.training:
-            return to_tokens(super().forward(to_map(x, height, width)))
-        stats = x.float() if x.element_size() < 4 else x
-        weight = rows.to(stats.dtype)[:, None, None]
-        count = weight.sum() * x.shape[1]
-        mean = (stats * weight).sum((0, 1)) / count.clamp(min=1)
-        var = ((stats - mean).square() * weight).sum((0, 1)) / count.clamp(min=1)
-        self._update(mean.detach(), var.detach(), count)
-        some = count > 0
-        mean = torch.where(some, mean, self.running_mean.to(mean.dtype))
-        var = torch.where(some, var, self.running_var.to(var.dtype))
-        scale = (var + self.eps).rsqrt() * self.weight
-        return ((stats - mean) * scale + self.bias).to(x.dtype)
-
-    def scale_and_shift(self) -> tuple[Tensor, Tensor]:
-        """What the norm does outside training: scale and shift, `[C]` each."""
-        scale = self.weight * (self.running_var + self.eps).rsqrt()
-        return scale, self.bias - self.running_mean * scale
-
-    def _update(self, mean: Tensor, var: Tensor, count: Tensor) -> None:
-        dtype = self.running_mean.dtype
-        momentum = self.momentum * (count > 0).to(dtype)
-        unbiased = var * count / (count - 1).clamp(min=1)
-        self.running_mean.lerp_(mean.to(dtype), momentum)
-        self.running_var.lerp_(unbiased.to(dtype), momentum)
-        self.num_batches_tracked.add_(1)
-
-
 class PatchEmbed(nn.Module):
     """Overlapping patch embedding: convolution, then LayerNorm on tokens."""
 
@@ -97,40 +59,80 @@ class PatchEmbed(nn.Module):
         self, in_channels: int, dim: int, kernel: int, stride: int, eps: float = 1e-5
     ) -> None:
         super().__init__()
+        check_sizes(in_channels=in_channels, dim=dim, kernel=kernel, stride=stride)
         self.proj = nn.Conv2d(in_channels, dim, kernel, stride, padding=kernel // 2)
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Map `[R, C_in, H, W]` -> tokens `[R, L, dim]` and the size `(height, width)` of L."""
+        _checks.check_tensor("x", x, _checks.FLOATING, "[R, C_in, H, W]")
+        if x.shape[1] != self.proj.in_channels:
+            raise ValueError(
+                f"x must have in_channels = {self.proj.in_channels} channels; got {x.shape[1]}"
+            )
         y = self.proj(x)
         return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
 
 
 class MixFFN(nn.Module):
-    """Mix-FFN of SegFormer on tokens: linear, 3x3 depthwise convolution, GELU, linear."""
+    """Mix-FFN of SegFormer: linear, 3x3 depthwise convolution, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
+        check_sizes(dim=dim, hidden=hidden)
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = DepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, dim)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width."""
+    @classmethod
+    def from_torch(cls, module: Any) -> "MixFFN":
+        """This layer on the parameters of somebody else's Mix-FFN, which stay the same objects.
+
+        module: `Mlp` of SegFormer's authors or CMNeXt, or `SegformerMixFFN` of transformers (4; 5
+        calls it `SegformerMixMLP`). Its structure is checked, not its `forward`; it is left as it
+        is. Raises TypeError that says what is missing or different, dropout above 0 for example.
+        """
+        spelling = _foreign.spelling_of(module, cls.__name__, _foreign.MIX_FFN)
+        _foreign.demand(cls.__name__, _foreign.is_mix_ffn(module))
+        _foreign.demand_no_dropout(module, "dropout", "drop")
+        fc1, fc2 = (_foreign.child(module, spelling.children[n]) for n in ("fc1", "fc2"))
+        if fc1.in_features != getattr(fc2, "out_features", 0):
+            raise TypeError(f"{cls.__name__} returns as many channels as it takes; got {module}")
+        with torch.device("meta"):
+            layer = cls(fc1.in_features, fc1.out_features)
+        adopt(layer, module, spelling)
+        return layer
+
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
+        tokens, height, width = as_tokens("x", x, height, width)
+        check_channels("x", tokens, self.fc1.in_features)
         conv = self.dwconv.dwconv
-        return mix_ffn(
-            x, self.fc1.weight, self.fc1.bias, conv.weight, conv.bias, self.fc2.weight,
+        y = mix_ffn(
+            tokens, self.fc1.weight, self.fc1.bias, conv.weight, conv.bias, self.fc2.weight,
             self.fc2.bias, height, width,
         )  # fmt: skip
+        return like(y, x, height, width)
+
+    def extra_repr(self) -> str:
+        dim, hidden = self.fc1.in_features, self.fc1.out_features
+        return f"dim={dim}, hidden={hidden}, {backend_repr('mix_ffn', self.fc1.weight)}"
 
 
 class DepthwiseConv(nn.Module):
-    """3x3 depthwise convolution and GELU on tokens; the parameters are those of `nn.Conv2d`."""
+    """3x3 depthwise convolution and GELU; the parameters are those of `nn.Conv2d`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
+        check_sizes(dim=dim)
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
-    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        """`[R, L, dim]` -> `[R, L, dim]`, L = height * width."""
-        return depthwise_conv_gelu(x, self.dwconv.weight, self.dwconv.bias, height, width)
+    def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
+        """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
+        tokens, height, width = as_tokens("x", x, height, width)
+        check_channels("x", tokens, self.dwconv.in_channels)
+        y = depthwise_conv_gelu(tokens, self.dwconv.weight, self.dwconv.bias, height, width)
+        return like(y, x, height, width)
+
+    def extra_repr(self) -> str:
+        return backend_repr("depthwise_conv_gelu", self.dwconv.weight)

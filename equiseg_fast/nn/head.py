@@ -1,6 +1,7 @@
 """All-MLP decode head of SegFormer, folded."""
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -8,7 +9,10 @@ from torch import Tensor, nn
 
 from equiseg_fast.ops._layout import pointwise_conv, to_map
 
-from .common import BatchNorm2d
+from . import _foreign
+from ._forms import as_tokens, check_form, check_sizes
+from ._sharing import adopt
+from .norm import BatchNorm2d
 
 
 class _Projection(nn.Module):
@@ -46,20 +50,80 @@ class SegmentationHead(nn.Module):
         fold: bool = True,
     ) -> None:
         super().__init__()
+        if len(in_channels) != 4:
+            raise ValueError(f"in_channels must have four stages; got {list(in_channels)}")
+        for channels in in_channels:
+            check_sizes(in_channels=channels)
+        check_sizes(dim=dim, num_classes=num_classes)
         self.fold = fold
         self.linear_c1, self.linear_c2, self.linear_c3, self.linear_c4 = (
             _Projection(channels, dim) for channels in in_channels
         )
         self.linear_fuse: _Fuse | None = _Fuse(4 * dim, dim)
-        self.dropout = nn.Dropout2d(dropout)
+        self.dropout: nn.Module = nn.Dropout2d(dropout)
         self.linear_pred = nn.Conv2d(dim, num_classes, 1)
 
-    def forward(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
-        """features: four tokens `[B, H_s W_s, C_s]`, sizes `(H_s, W_s)` -> `[B, K, H_1, W_1]`."""
+    @classmethod
+    def from_torch(cls, module: Any, fold: bool = True) -> "SegmentationHead":
+        """This head on the parameters and statistics of somebody else's, the same objects.
+
+        module: `SegFormerHead` of SegFormer's authors or CMNeXt, or `SegformerDecodeHead` of
+        transformers (4 and 5), with four stages; its dropout is kept as it is, per channel or per
+        value. fold: as for the class. The structure of the module is checked, not its `forward`; it
+        is left as it is. Move it to another device before, because a move replaces statistics.
+        Raises TypeError that says what is missing or different.
+        """
+        spelling = _foreign.spelling_of(module, cls.__name__, _foreign.HEAD)
+        parts = {o: _foreign.child(module, str(t)) for o, t in spelling.children.items()}
+        stages = [parts[f"linear_c{s}.proj"] for s in (1, 2, 3, 4)]
+        dropout = _foreign.child(module, "dropout")
+        if not isinstance(dropout, nn.Dropout | nn.Dropout2d | None):
+            raise TypeError(f"dropout must be an nn.Dropout or nn.Dropout2d; got {dropout}")
+        with torch.device("meta"):
+            layer = cls(
+                [getattr(p, "in_features", 1) for p in stages],
+                getattr(stages[0], "out_features", 1),
+                getattr(parts["linear_pred"], "out_channels", 1),
+                fold=fold,
+            )
+        layer.dropout = nn.Identity() if dropout is None else type(dropout)(dropout.p)
+        adopt(layer, module, spelling)
+        return layer
+
+    def forward(
+        self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None = None
+    ) -> Tensor:
+        """Four stages -> logits `[B, K, H_1, W_1]`.
+
+        features: tokens `[B, H_s W_s, C_s]` with sizes `(H_s, W_s)`, or maps `[B, C_s, H_s, W_s]`
+        without. Raises TypeError or ValueError naming the argument.
+        """
+        features, sizes = self._tokens(features, sizes)
         fused = self._folded(features, sizes) if self.fold else self._published(features, sizes)
         if self.linear_fuse is not None:
             fused = self.linear_fuse.bn(fused)
         return self.linear_pred(self.dropout(F.relu(fused, inplace=True)))
+
+    def _tokens(
+        self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None
+    ) -> tuple[list[Tensor], list[tuple[int, int]]]:
+        for name, values in (("features", features), ("sizes", sizes)):
+            if values is not None and len(values) != 4:
+                raise ValueError(f"{name} must have four stages; got {len(values)}")
+        tokens, found = [], []
+        for s, (x, projection) in enumerate(zip(features, self._projections(), strict=True)):
+            name = f"features[{s}]"
+            if sizes is None and not check_form(name, x):
+                raise TypeError(f"sizes must be given for tokens {name} [B, L, C]; got None")
+            height, width = (None, None) if sizes is None else sizes[s]
+            x, height, width = as_tokens(name, x, height, width)
+            if x.shape[-1] != projection.in_features:
+                raise ValueError(
+                    f"{name} must have {projection.in_features} channels; got {x.shape[-1]}"
+                )
+            tokens.append(x)
+            found.append((height, width))
+        return tokens, found
 
     @torch.no_grad()
     def fold_(self) -> "SegmentationHead":
@@ -119,7 +183,9 @@ class SegmentationHead(nn.Module):
         return self.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
 
     def extra_repr(self) -> str:
-        return f"fold={self.fold}"
+        channels = [p.in_features for p in self._projections()]
+        sizes = f"dim={self.linear_pred.in_channels}, num_classes={self.linear_pred.out_channels}"
+        return f"in_channels={channels}, {sizes}, fold={self.fold}"
 
 
 def _upsample(x: Tensor, size: tuple[int, int]) -> Tensor:

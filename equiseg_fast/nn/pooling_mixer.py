@@ -1,12 +1,20 @@
-"""Parallel pooling mixer (PPX) of CMNeXt (arXiv 2303.01480), on tokens."""
+"""Parallel pooling mixer (PPX) of CMNeXt (arXiv 2303.01480)."""
+
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from equiseg_fast.ops import mix_ffn, pooling_mixer
+from equiseg_fast.ops import _checks, mix_ffn, pooling_mixer
 from equiseg_fast.ops._layout import to_map, to_tokens
 
-from .common import DepthwiseConv, DropPath, TokenBatchNorm
+from . import _foreign
+from ._forms import as_tokens, check_channels, check_sizes, like
+from ._sharing import adopt
+from .common import DepthwiseConv, DropPath, backend_repr
+from .norm import BatchNorm2d, batch_norm_tokens, scale_and_shift
+
+_SCALES = ("layer_scale_1", "layer_scale_2")
 
 
 class _Mixing(nn.Module):
@@ -42,25 +50,75 @@ class _ConvFFN(nn.Module):
 class ParallelPoolingMixer(nn.Module):
     """One PPX block. dim: channels; ratio: hidden width of its feed-forward part over dim.
 
-    Parameter names are CMNeXt's. `reference.pooling_mixer_block` is the formula.
+    drop_path: rate of its two branches; layer_scale: what the scales of both start with. Parameter
+    names are CMNeXt's. `reference.pooling_mixer_block` is the formula.
+    `nn.SyncBatchNorm.convert_sync_batchnorm` makes the statistics of its norms those of all
+    processes, those of a part of the rows, too.
     """
 
     def __init__(
         self, dim: int, ratio: int = 8, drop_path: float = 0.0, layer_scale: float = 1e-2
     ) -> None:
         super().__init__()
-        self.norm1 = TokenBatchNorm(dim)
+        check_sizes(dim=dim, ratio=ratio)
+        self.norm1 = BatchNorm2d(dim)
         self.attn = _Mixing(dim)
         self.layer_scale_1 = nn.Parameter(torch.full((dim,), layer_scale))
         self.c_nets = nn.Sequential(nn.Conv1d(1, 1, 3, padding=1, bias=False))
-        self.norm2: TokenBatchNorm | None = TokenBatchNorm(dim)
+        self.norm2: nn.Module | None = BatchNorm2d(dim)
         self.mlp = _ConvFFN(dim, ratio * dim)
         self.layer_scale_2: nn.Parameter | None = nn.Parameter(torch.full((dim,), layer_scale))
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, height: int, width: int, rows: Tensor | None = None) -> Tensor:
-        """`[R, L, dim]` -> `[R, L, dim]`; rows `[R]` bool enter the batch statistics."""
-        u = self.norm1(x, height, width, rows)
+    @classmethod
+    def from_torch(cls, module: Any) -> "ParallelPoolingMixer":
+        """This layer on the parameters and statistics of CMNeXt's `MSPABlock`, the same objects.
+
+        The structure of the module is checked, not its `forward`; it is left as it is. Move it to
+        another device before, because a move replaces statistics. Raises TypeError that says what
+        is missing or different.
+        """
+        (spelling,) = _foreign.MIXER
+        _foreign.spelling_of(module, cls.__name__, _foreign.MIXER)
+        scales = [module._parameters.get(name) for name in _SCALES]
+        if None in scales:
+            raise TypeError(f"module lacks {' or '.join(_SCALES)}")
+        ratio = getattr(module.mlp.fc1, "out_channels", 0) // len(scales[0])
+        if ratio < 1:
+            raise TypeError(f"mlp.fc1 must be a wider nn.Conv2d; got {module.mlp.fc1}")
+        _foreign.demand_no_dropout(module.mlp, "drop", "dropout")
+        rate = _foreign.find(_foreign.child(module, "drop_path"), "drop_prob", "p", "rate") or 0.0
+        with torch.device("meta"):
+            layer = cls(len(scales[0]), ratio, float(rate))
+        for name, scale in zip(_SCALES, scales, strict=True):
+            if scale.shape != (len(scales[0]),):
+                raise TypeError(f"{name} must have shape [dim]; got {list(scale.shape)}")
+            setattr(layer, name, scale)
+        adopt(layer, module, spelling)
+        return layer
+
+    def forward(
+        self,
+        x: Tensor,
+        height: int | None = None,
+        width: int | None = None,
+        rows: Tensor | None = None,
+    ) -> Tensor:
+        """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same.
+
+        rows `[R]` bool enter the batch statistics, None for all. Raises TypeError or ValueError
+        naming the argument.
+        """
+        tokens, height, width = as_tokens("x", x, height, width)
+        check_channels("x", tokens, len(self.layer_scale_1))
+        if rows is not None:
+            _checks.check_tensor("rows", rows, (torch.bool,), "[R]")
+            _checks.check_shape("rows", rows, tuple(tokens.shape[:1]), "[R]")
+            _checks.check_same_device(x=tokens, rows=rows)
+        return like(self._mix(tokens, height, width, rows), x, height, width)
+
+    def _mix(self, x: Tensor, height: int, width: int, rows: Tensor | None) -> Tensor:
+        u = batch_norm_tokens(self.norm1, x, height, width, rows)
         # layer_scale_1 * (u + gate * u), with one product on the features
         scale = torch.addcmul(self.layer_scale_1, self.attn(u, height, width), self.layer_scale_1)
         if self.training:
@@ -70,7 +128,8 @@ class ParallelPoolingMixer(nn.Module):
         gate = self.c_nets(x.mean(dim=1, keepdim=True)).sigmoid()
         if self.norm2 is None:
             return torch.addcmul(self.mlp(x, height, width), gate, x)
-        y = self.layer_scale_2 * self.mlp(self.norm2(x, height, width, rows), height, width)
+        y = batch_norm_tokens(self.norm2, x, height, width, rows)
+        y = self.layer_scale_2 * self.mlp(y, height, width)
         return torch.addcmul(self.drop_path(y), gate, x)
 
     @torch.no_grad()
@@ -83,7 +142,7 @@ class ParallelPoolingMixer(nn.Module):
         """
         if self.norm2 is None:
             return self
-        scale, shift = self.norm2.scale_and_shift()
+        scale, shift = scale_and_shift(self.norm2)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         fc1.bias += fc1.weight.flatten(1) @ shift
         fc1.weight *= scale[:, None, None]
@@ -98,3 +157,8 @@ class ParallelPoolingMixer(nn.Module):
         if mode and self.norm2 is None:
             raise RuntimeError("this mixer was folded for inference; train another copy of it")
         return super().train(mode)
+
+    def extra_repr(self) -> str:
+        dim, hidden = len(self.layer_scale_1), self.mlp.fc1.out_channels
+        backend = backend_repr("pooling_mixer", self.attn.conv0.weight)
+        return f"dim={dim}, ratio={hidden // dim}, {backend}"

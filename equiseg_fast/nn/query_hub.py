@@ -2,11 +2,19 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops import query_hub
+
+from ._foreign import child
+from ._forms import as_tokens, check_sizes, like
+from ._sharing import JoinedParameter, replace_by_joined
+from .common import backend_repr
+
+_NETS = ("dw_weight", "dw_bias", "pw_weight", "pw_bias")
 
 
 class SelfQueryHub(nn.Module):
@@ -14,6 +22,7 @@ class SelfQueryHub(nn.Module):
 
     def __init__(self, dim: int, modalities: int) -> None:
         super().__init__()
+        check_sizes(dim=dim, modalities=modalities)
         self.dw_weight = nn.Parameter(torch.empty(modalities, dim, 3, 3))
         self.dw_bias = nn.Parameter(torch.zeros(modalities, dim))
         self.pw_weight = nn.Parameter(torch.empty(modalities, dim))
@@ -25,25 +34,84 @@ class SelfQueryHub(nn.Module):
         nn.init.normal_(self.dw_weight, std=sqrt(2 / 9))
         nn.init.normal_(self.pw_weight, std=sqrt(2))
 
+    @classmethod
+    def from_torch(cls, module: Any) -> "SelfQueryHub":
+        """This layer on the score nets of somebody else's, whose parameters stay the same objects.
+
+        module: CMNeXt's `PredictorConv`, with a net per modality in `score_nets`, or those nets as
+        an `nn.ModuleList`: each a depthwise 3x3 convolution, then a 1x1 convolution to one channel,
+        both with bias. They are joined whenever the layer is called; its state dict has the joined
+        ones. Raises TypeError that says what is missing or different.
+        """
+        nets = getattr(module, "score_nets", module)
+        if not isinstance(nets, nn.ModuleList) or not len(nets):
+            raise TypeError(
+                "module must be an nn.ModuleList of score nets, or have one named score_nets; "
+                f"got {type(module).__name__}"
+            )
+        pairs = [(child(net, "0"), child(net, "1")) for net in nets]
+        dim = getattr(pairs[0][0], "out_channels", 0)
+        for i, (depthwise, pointwise) in enumerate(pairs):
+            _check_conv(f"score_nets.{i}.0", depthwise, dim, dim, 3, dim)
+            _check_conv(f"score_nets.{i}.1", pointwise, dim, 1, 1, 1)
+        with torch.device("meta"):
+            layer = cls(dim, len(nets))
+        for k, kind in enumerate(("dw", "pw")):
+            for name in ("weight", "bias"):
+                parts = [getattr(pair[k], name) for pair in pairs]
+                replace_by_joined(layer, f"{kind}_{name}", parts)
+        return layer.train(module.training)
+
     def forward(
         self,
         x: Tensor,
-        height: int,
-        width: int,
+        height: int | None = None,
+        width: int | None = None,
         *,
         present: Tensor | None = None,
         subset: Sequence[int] | None = None,
     ) -> Tensor:
-        """x `[M, B, L, dim]` -> hub of every primary `[M, B, L, dim]`.
+        """x, tokens `[M, B, L, dim]` with height and width, or maps `[M, B, dim, H, W]` -> hub of
+        every primary, in the form of x.
 
         present `[M, B]` bool; subset: which score nets serve the M modalities of x, None for all.
+        Raises TypeError or ValueError naming the argument.
         """
-        nets: list[Tensor] = [self.dw_weight, self.dw_bias, self.pw_weight, self.pw_bias]
+        tokens, height, width = as_tokens("x", x, height, width, "M, B")
+        modalities, dim = self.dw_bias.shape
+        if tokens.shape[-1] != dim:
+            raise ValueError(f"x must have dim = {dim} channels; got {tokens.shape[-1]}")
+        chosen = range(modalities) if subset is None else list(subset)
+        if len(chosen) != len(tokens) or not set(chosen) <= set(range(modalities)):
+            raise ValueError(
+                f"subset must choose one of the {modalities} score nets for each of the "
+                f"{len(tokens)} modalities of x; got {subset}"
+            )
+        own = (getattr(self, name) for name in _NETS)
+        nets = [p() if isinstance(p, JoinedParameter) else p for p in own]
         if subset is not None:
-            nets = [p[list(subset)] for p in nets]
+            nets = [p[chosen] for p in nets]
         dw_weight, dw_bias, pw_weight, pw_bias = nets
-        return query_hub(x, dw_weight, dw_bias, pw_weight, pw_bias, height, width, present=present)
+        hub = query_hub(
+            tokens, dw_weight, dw_bias, pw_weight, pw_bias, height, width, present=present
+        )
+        return like(hub, x, height, width)
 
     def extra_repr(self) -> str:
         modalities, dim = self.dw_bias.shape
-        return f"dim={dim}, modalities={modalities}"
+        example = next(self.parameters())
+        return f"dim={dim}, modalities={modalities}, {backend_repr('query_hub', example)}"
+
+
+def _check_conv(label: str, conv: Any, channels: int, out: int, kernel: int, groups: int) -> None:
+    """A convolution of these sizes that keeps the size of the map, with bias."""
+    if isinstance(conv, nn.Conv2d) and conv.bias is not None:
+        side = (kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), "zeros"
+        found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
+        sizes = conv.in_channels, conv.out_channels, conv.groups
+        if found == side and sizes == (channels, out, groups):
+            return
+    raise TypeError(
+        f"{label} must be a {kernel}x{kernel} convolution of {channels} channels to {out} in "
+        f"{groups} groups, with bias and padding {kernel // 2}; got {conv}"
+    )

@@ -5,9 +5,25 @@ from torch import Tensor, nn
 
 from equiseg_fast import reference
 from equiseg_fast.ops import class_prototypes, guided_gate
+from equiseg_fast.ops._checks import (
+    check_present,
+    check_same_device,
+    check_shape,
+    check_tensor,
+)
 from equiseg_fast.ops._registry import without_autocast
 
+from ._forms import (
+    as_tokens,
+    check_channels,
+    check_form,
+    check_positive,
+    check_sizes,
+    like,
+    map_to_tokens,
+)
 from ._init import init_module
+from .common import backend_repr
 
 
 class SelfGuidedGate(nn.Module):
@@ -20,6 +36,10 @@ class SelfGuidedGate(nn.Module):
 
     def __init__(self, dim: int, reduction: int = 4, rho: float = 0.5, tau: float = 1.0) -> None:
         super().__init__()
+        check_sizes(dim=dim, reduction=reduction)
+        if dim < reduction:
+            raise ValueError(f"reduction must be at most dim = {dim}; got {reduction}")
+        check_positive("tau", tau)
         self.rho = rho
         self.tau = tau
         self.fc1 = nn.Linear(2 * dim, dim // reduction)
@@ -29,7 +49,8 @@ class SelfGuidedGate(nn.Module):
         nn.init.zeros_(self.fc2.bias)
 
     def logits(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
-        """x `[M, B, L, dim]`, present `[M, B]` bool -> `[M, B, dim]` fp32."""
+        """x as for `forward`, present `[M, B]` bool -> `[M, B, dim]` fp32."""
+        x = self._tokens(x, present)
         with without_autocast(x.device.type):
             descriptors = reference.gate_descriptors(x, present=present)
             layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
@@ -37,11 +58,33 @@ class SelfGuidedGate(nn.Module):
             return reference.gate_logits(descriptors, w1, b1, w2, b2, tau=self.tau)
 
     def forward(self, x: Tensor, *, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """x `[M, B, L, dim]` -> branches `[M, B, L, dim]` and fused `[B, L, dim]`."""
-        return guided_gate(x, self.logits(x, present=present), present=present, rho=self.rho)
+        """x, tokens `[M, B, L, dim]` or maps `[M, B, dim, H, W]` -> branches of its shape and
+        fused `[B, L, dim]` or `[B, dim, H, W]`.
+
+        present `[M, B]` bool. Nothing here needs height and width. Raises TypeError or ValueError
+        naming the argument.
+        """
+        tokens = self._tokens(x, present)
+        logits = self.logits(tokens, present=present)
+        branches, fused = guided_gate(tokens, logits, present=present, rho=self.rho)
+        if x.dim() == tokens.dim():
+            return branches, fused
+        size = (x.shape[-2], x.shape[-1])
+        return like(branches, x, *size), like(fused, x[0], *size)
+
+    def _tokens(self, x: Tensor, present: Tensor | None) -> Tensor:
+        tokens = map_to_tokens(x) if check_form("x", x, "M, B") else x
+        if len(tokens) < 1:
+            raise ValueError(f"x must have at least one modality; got shape {list(x.shape)}")
+        check_channels("x", tokens, self.fc2.out_features)
+        check_present(present, tokens)
+        return tokens
 
     def extra_repr(self) -> str:
-        return f"rho={self.rho}, tau={self.tau}"
+        w, dim = self.fc1.weight, self.fc2.out_features
+        example = w.new_empty((0, 0, 0, dim)), w.new_empty((0, 0, dim))
+        settings = f"dim={dim}, rho={self.rho}, tau={self.tau}"
+        return f"{settings}, {backend_repr('guided_gate', *example)}"
 
 
 class PrototypeLoss(nn.Module):
@@ -52,6 +95,8 @@ class PrototypeLoss(nn.Module):
 
     def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__()
+        check_sizes(num_classes=num_classes)
+        check_positive("tau", tau)
         self.num_classes = num_classes
         self.tau = tau
         self.ignore_index = ignore_index
@@ -60,17 +105,24 @@ class PrototypeLoss(nn.Module):
         self,
         x: Tensor,
         labels: Tensor,
-        height: int,
-        width: int,
         order: Tensor,
+        height: int | None = None,
+        width: int | None = None,
         *,
         present: Tensor | None = None,
     ) -> Tensor:
-        """Features `[M, B, L, C]`, labels `[B, s*height, s*width]` integer -> scalar, fp32.
+        """Features and labels -> scalar, fp32.
 
-        order `[M]`: the permutation of modalities from which teachers are taken first, e.g.
-        `torch.randperm(M)`; present `[M, B]` bool.
+        x: tokens `[M, B, L, C]` with height and width, or maps `[M, B, C, H, W]`; labels
+        `[B, s*height, s*width]` integer; order `[M]` int64: the permutation of modalities from
+        which teachers are taken first, e.g. `torch.randperm(M)`; present `[M, B]` bool. Raises
+        TypeError or ValueError naming the argument.
         """
+        x, height, width = as_tokens("x", x, height, width, "M, B")
+        check_tensor("order", order, (torch.int64,), "[M]")
+        check_shape("order", order, (len(x),), "[M]")
+        check_same_device(x=x, order=order)
+        check_present(present, x)
         prototypes, counts = class_prototypes(
             x, labels, self.num_classes, height, width, ignore_index=self.ignore_index
         )

@@ -92,6 +92,15 @@ def register_reasons(op: str, function: Callable[..., Reasons]) -> None:
     _REASONS[op] = function
 
 
+def choice_for(op: str, *args: object) -> tuple[str, str]:
+    """The current choice, and the backend it comes to for these arguments of `op` (or "none")."""
+    device = next(a for a in args if isinstance(a, Tensor)).device
+    try:
+        return _default, resolve(op, None, device, _REASONS[op](*args))
+    except ValueError:
+        return _default, "none"
+
+
 def explain(op: str, *args: object, **kwargs: object) -> str:
     """Say in words which backend `op` would take for these arguments, and why not another.
 

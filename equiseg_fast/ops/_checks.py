@@ -57,6 +57,8 @@ def check_same_device(**tensors: Tensor | None) -> None:
 def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
     """The token axis of x (second to last) holds height * width tokens, both positive."""
     for label, value in (("height", height), ("width", width)):
+        if not isinstance(value, int | torch.SymInt):
+            raise TypeError(f"{label} must be an integer; got {value!r}")
         if value < 1:
             raise ValueError(f"{label} must be at least 1; got {value}")
     if x.shape[-2] != height * width:
