@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -40,8 +41,10 @@ from benchmarks import (  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Options, dry_run, plan  # noqa: E402
+from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.runner import Phases, Runner  # noqa: E402
+from equiseg_fast.kernels import _tuned  # noqa: E402
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -73,6 +76,7 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="default: benchmark-results/<device>-<date>")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument("--tuned", metavar="FILE", help="configurations of the provider tuned")
     run.add_argument(
         "--dry-run", action="store_true", help="only list cases, providers and why some are skipped"
     )
@@ -142,6 +146,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
         args.seed, args.shape,
     )  # fmt: skip
+    if args.tuned:
+        _tuned.read(Path(args.tuned))  # what is wrong with it is said before anything runs
+        os.environ[TUNED] = args.tuned
     cases = plan(options)
     if args.dry_run:
         console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)

@@ -63,47 +63,49 @@ class KernelCounter(TorchDispatchMode):
 
 
 @contextmanager
+def _launching(instead: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
+    """Our launchers call what this makes of their `launch`."""
+    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
+    before = [module.launch for module in modules]
+    try:
+        for module in modules:
+            module.launch = instead(module.launch)
+        yield
+    finally:
+        for module, launch in zip(modules, before, strict=True):
+            module.launch = launch
+
+
+@contextmanager
 def counting() -> Iterator[KernelCounter]:
     """Count what runs inside, forward or backward, on CPU tensors and the Triton backend.
 
     What our kernels would compute is left uninitialised.
     """
     counter = KernelCounter()
-    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
-    launch, interpret = modules[0].launch, _backend.INTERPRET
+    interpret = _backend.INTERPRET
     try:
-        for module in modules:
-            module.launch = counter.launch
         _backend.INTERPRET = True  # so that tensors on the CPU are taken for ours
-        with use_backend("triton"), counter:
+        with _launching(lambda _: counter.launch), use_backend("triton"), counter:
             yield counter
     finally:
         _backend.INTERPRET = interpret
-        for module in modules:
-            module.launch = launch
 
 
 @contextmanager
 def recorded() -> Iterator[list[str]]:
     """What our kernels are launched with inside, each once: name, tile and launch options."""
-    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
-    launch = modules[0].launch
     seen: list[str] = []
 
-    def noted(kernel: Any, grid: Any, *args: Any, **options: Any) -> None:
+    def noted(launch: Callable[..., None], kernel: Any, *args: Any, **options: Any) -> None:
         tile = {k: v for k, v in options.items() if k.startswith(("BLOCK", "num_"))}
         text = " ".join([_name(kernel), *(f"{k}={v}" for k, v in tile.items())])
         if text not in seen:
             seen.append(text)
-        launch(kernel, grid, *args, **options)
+        launch(kernel, *args, **options)
 
-    try:
-        for module in modules:
-            module.launch = noted
+    with _launching(lambda launch: partial(noted, launch)):
         yield seen
-    finally:
-        for module in modules:
-            module.launch = launch
 
 
 def _name(kernel: Any) -> str:

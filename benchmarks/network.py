@@ -48,6 +48,7 @@ def network_problem(
         "reference": _on_backend("reference", lambda: run(network)),
         "torch": _on_backend("torch", lambda: run(network)),
         "triton": _on_backend("auto", lambda: run(network)),
+        "tuned": _on_backend("auto", lambda: run(network)),
         **(others or {}),
     }
     for name, mode in COMPILED.items():

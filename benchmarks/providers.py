@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
@@ -15,6 +17,7 @@ PROVIDERS = {
     "reference": "equiseg_fast.reference, the mathematics in plain PyTorch",
     "torch": "backend 'torch', the fastest composition of stock operators",
     "triton": "backend 'triton'; for models the kernels that exist, stock operators elsewhere",
+    "tuned": "triton with the launch configurations of a file (--tuned, EQUISEG_FAST_TUNED)",
     "compile": "torch.compile of the torch backend",
     "compile_max": "torch.compile of the torch backend, mode max-autotune-no-cudagraphs",
     "sdpa_math": "scaled_dot_product_attention, written out in matrix products",
@@ -28,10 +31,13 @@ PROVIDERS = {
     "transformers": "SegformerModel of transformers, eager",
 }
 
-OURS = ("reference", "torch", "triton")
+TUNED = "EQUISEG_FAST_TUNED"
+"""The environment variable that names a file of `python -m benchmarks tune`."""
+
+OURS = ("reference", "torch", "triton", "tuned")
 """What this package is; everybody else is somebody to be faster than."""
 
-EVERYWHERE = ("baseline", "reference", "torch", "triton", "compile", "compile_max")
+EVERYWHERE = ("baseline", "reference", "torch", "triton", "tuned", "compile", "compile_max")
 """What every operation has. The others are named by the operations that have them."""
 
 COMPILED = {"compile": None, "compile_max": "max-autotune-no-cudagraphs"}
@@ -39,6 +45,7 @@ COMPILED = {"compile": None, "compile_max": "max-autotune-no-cudagraphs"}
 
 _PACKAGES = {
     "triton": "triton",
+    "tuned": "triton",
     "flash_attn": "flash_attn",
     "xformers": "xformers",
     "liger": "liger_kernel",
@@ -46,6 +53,7 @@ _PACKAGES = {
 }
 _GPU_ONLY = {
     "triton": "kernels are timed on a GPU only",
+    "tuned": "kernels are timed on a GPU only",
     "sdpa_efficient": "PyTorch has this backend on a GPU only",
     "sdpa_cudnn": "PyTorch has this backend on a GPU only",
     "flex": "FlexAttention has no backward on a CPU",
@@ -68,9 +76,26 @@ def impossible(provider: str, device: torch.device, dtype: str = "") -> str:
         return f"{_GPU_ONLY[provider]}; the device is {device.type!r}"
     if package and not find_spec(package):
         return f"{package} is not installed"
+    if provider == "tuned" and not os.environ.get(TUNED):
+        return f"no file is named, neither by --tuned nor by {TUNED}"
     if device.type == "cuda" and dtype == "fp32":
         return _HALF_ON_GPU.get(provider, "")
     return ""
+
+
+@contextmanager
+def configured(provider: str) -> Iterator[None]:
+    """Around everything that a provider does, its backward too: whose launch configurations."""
+    if provider not in ("triton", "tuned"):
+        yield
+        return
+    try:
+        from equiseg_fast.kernels import _tuned
+    except ImportError:  # `against` an older revision, which has its defaults only
+        yield
+        return
+    with _tuned.use(_tuned.from_environment() if provider == "tuned" else {}):
+        yield
 
 
 def backends(function: Callable[..., Any], baseline: Callable[..., Any]) -> dict[str, Any]:
@@ -84,6 +109,7 @@ def backends(function: Callable[..., Any], baseline: Callable[..., Any]) -> dict
         "reference": on("reference"),
         "torch": on("torch"),
         "triton": on("triton"),
+        "tuned": on("triton"),
         **{name: _compiled(function, mode) for name, mode in COMPILED.items()},
     }
 

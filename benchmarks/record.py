@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 import equiseg_fast
+from benchmarks.providers import TUNED
 from benchmarks.registry import Shape
 
 SCHEMA = 1
@@ -242,6 +243,7 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
         "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
         "variables": {v: os.environ[v] for v in ENVIRONMENT_VARIABLES if v in os.environ},
+        "tuned": _tuned_hash(),
         "device": _cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     if device.type == "cuda":
@@ -261,6 +263,12 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
     env["env_id"] = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:12]
     env["utc"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
     return env
+
+
+def _tuned_hash() -> str:
+    """Of the file of launch configurations; its name would name folders."""
+    path = os.environ.get(TUNED)
+    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else ""
 
 
 def _output(*command: str) -> str:

@@ -107,7 +107,7 @@ def unavailable(op: Op, provider: str, device: torch.device, dtype: str = "") ->
     if reason := impossible(provider, device, dtype):
         return reason
     on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    if on_gpu and provider == "triton" and op.function:
+    if on_gpu and provider in ("triton", "tuned") and op.function:
         return _against_triton(op, device)
     return ""
 

@@ -13,6 +13,7 @@ import torch
 from benchmarks import memory, parity, timing
 from benchmarks.cost import Limits, total
 from benchmarks.plan import Case, Options, plan
+from benchmarks.providers import configured
 from benchmarks.record import Record
 from benchmarks.registry import (
     COMPILED,
@@ -113,10 +114,12 @@ class Prepared:
         calls = {}
         for provider in providers:
             try:
-                calls[provider] = [
-                    timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
-                    for p in problems
-                ]
+                with configured(provider):
+                    made = [
+                        timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
+                        for p in problems
+                    ]
+                calls[provider] = [_configured(provider, call) for call in made]
                 if device.type == "cuda":
                     for call in calls[provider]:
                         call()
@@ -190,7 +193,7 @@ class Prepared:
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
-        with self._launches(provider) as launches:
+        with configured(provider), self._launches(provider) as launches:
             started = perf_counter()
             step_peak, result = memory.peak_bytes(step, device)
             first = perf_counter() - started
@@ -212,7 +215,7 @@ class Prepared:
 
     def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
         """What our kernels are launched with, for operations that are one of them."""
-        if provider != "triton" or not self.case.op.function:
+        if provider not in ("triton", "tuned") or not self.case.op.function:
             return nullcontext([])
         from benchmarks.launches import recorded
 
@@ -272,6 +275,14 @@ class Runner:
             except RuntimeError:
                 torch.cuda.synchronize()
         return timing.measure_cuda(calls, seconds=seconds, rounds=rounds, graph=False)
+
+
+def _configured(provider: str, call: timing.Call) -> timing.Call:
+    def run() -> object:
+        with configured(provider):
+            return call()
+
+    return run if provider in ("triton", "tuned") else call
 
 
 def _explained(error: BaseException) -> tuple[str, str]:

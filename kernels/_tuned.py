@@ -10,6 +10,7 @@ same file and the same input give the same bits.
 from __future__ import annotations
 
 import functools
+import importlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -38,7 +39,7 @@ def tunable(choose: _Choose) -> _Choose:
 
     @functools.wraps(choose)
     def chosen(*arguments: Any) -> Any:
-        table = _from_environment() if _in_use is None else _in_use
+        table = from_environment() if _in_use is None else _in_use
         found = table.get((name, arguments))
         return choose(*arguments) if found is None else found
 
@@ -63,13 +64,16 @@ def use(table: Table) -> Iterator[None]:
 
 
 @functools.cache
-def _from_environment() -> Table:
+def from_environment() -> Table:
+    """The table that EQUISEG_FAST_TUNED names, read once; empty if it names none."""
     path = os.environ.get(VARIABLE)
     return read(Path(path)) if path else {}
 
 
 def read(path: Path) -> dict[Key, Any]:
     """The table of a file. Raises ValueError naming the file and the entry that is wrong."""
+    # Only what is imported has said that it is tunable.
+    importlib.import_module("equiseg_fast.kernels._configs")
     try:
         content = json.loads(path.read_text())
         schema, entries = content["schema"], content["configs"]

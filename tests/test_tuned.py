@@ -253,3 +253,70 @@ class TestSearch:
         monkeypatch.delenv("TRITON_INTERPRET")
         with pytest.raises(ValueError, match="set TRITON_INTERPRET=1"):
             self.run(tmp_path)
+
+
+class TestProvider:
+    """`tuned` beside `triton` in a benchmark; pretend that a CPU is a GPU for kernels."""
+
+    @pytest.fixture
+    def file(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+        entries = [
+            {"function": "guided_gate_fwd_config", "arguments": [0, 4, 2, 64]},
+            {"function": "guided_gate_bwd_config", "arguments": [0, 2, 64]},
+        ]
+        path = write(tmp_path / "t.json", *({**e, "config": {"block_l": 16}} for e in entries))
+        monkeypatch.setenv("EQUISEG_FAST_TUNED", str(path))
+        _tuned.from_environment.cache_clear()
+        yield path
+        _tuned.from_environment.cache_clear()
+
+    @needs_interpreter
+    def test_forward_and_backward_use_the_file_and_triton_does_not(
+        self, file: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        from benchmarks import providers
+        from benchmarks.registry import Shape, operations
+        from benchmarks.runner import Case, Options, Runner
+        from equiseg_fast.kernels import guided_gate as kernels
+
+        monkeypatch.setattr(providers, "_GPU_ONLY", {})
+        launched: list[tuple[str, int]] = []
+        launch: Callable[..., None] = kernels.launch
+
+        def record(kernel: Any, *args: Any, **options: Any) -> None:
+            if "BLOCK_L" in options:
+                launched.append((kernel.__name__, options["BLOCK_L"]))
+            launch(kernel, *args, **options)
+
+        monkeypatch.setattr(kernels, "launch", record)
+        shape = Shape("b0", 2, 64, 64, 1, 2)
+        for provider, block_l in (("tuned", 16), ("triton", 64)):
+            launched.clear()
+            case = Case(operations()["guided_gate"], shape, "fp32", ("step",), (provider,))
+            (row,) = Runner(Options()).run(case)
+            assert (row.status, row.reason) == ("ok", "")
+            kernels_of = {"_guided_gate_fwd_kernel", "_guided_gate_bwd_kernel"}
+            assert {name for name, _ in launched} == kernels_of
+            assert {b for _, b in launched} == {block_l}
+            assert row.config.count(f"BLOCK_L={block_l} ") == 2
+
+    def test_needs_a_file(self) -> None:
+        from benchmarks.providers import impossible
+
+        assert impossible("tuned", torch.device("cuda")).startswith("no file is named, neither")
+
+    def test_the_record_of_the_environment_has_its_hash(self, file: Path) -> None:
+        from benchmarks.record import environment
+
+        with_file = environment(torch.device("cpu"))
+        assert len(with_file["tuned"]) == 12
+        file.write_text(file.read_text() + "\n")
+        assert environment(torch.device("cpu"))["tuned"] != with_file["tuned"]
+
+    def test_a_bad_file_is_refused_before_anything_runs(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        path = write(tmp_path / "t.json", {**ENTRY, "function": "f"})
+        with pytest.raises(SystemExit, match="2"):
+            benchmark_main(["run", "--dry-run", "--tuned", str(path)])
+        assert "t.json: function must be one of" in capsys.readouterr().err
