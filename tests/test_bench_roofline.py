@@ -60,6 +60,7 @@ def test_h200_is_the_one_on_the_datasheet() -> None:
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA H100 NVL", None),
         ("Some CPU", None),
     ],
 )
@@ -287,4 +288,6 @@ def test_roofline_dry_run_and_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", "--gpu", "b200", "--size", "64x64", "--parts"]) == 0
     out = capsys.readouterr().out
     assert "key reduction" in out
+    assert "multiprocessors" in out
+    assert "148" in out
     assert "unconfirmed" in out
