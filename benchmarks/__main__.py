@@ -219,7 +219,8 @@ def _breakdown(
 
 
 def _sensors(out: Path, seed: int, phases: Phases) -> None:
-    from benchmarks import plot_sensors, sensors
+    from benchmarks import sensors
+    from benchmarks.plots import sensors as plot
 
     with phases.phase("sensors"):
         found = sensors.contributions(seed)
@@ -229,7 +230,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> None:
     }
     (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
-        plot_sensors.draw(found, out / "plots")
+        plot.draw(found, out / "plots")
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:

@@ -15,9 +15,10 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import analysis, breakdown, document, html, plot_curves, plot_style, plots, report
+from benchmarks import analysis, breakdown, document, html, plots, report
 from benchmarks.document import Card, Cards, Cell, Document, Picture, Section, Table, Text
 from benchmarks.launches import Row
+from benchmarks.plots import curves, style
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import PROVIDERS, Shape
 
@@ -267,8 +268,8 @@ def test_a_browser_shows_the_page(written: Path, tmp_path: Path, width: int) -> 
 
 
 def test_every_provider_has_a_colour_of_its_own() -> None:
-    assert set(PROVIDERS) <= set(plot_style.COLOURS)
-    assert len(set(plot_style.COLOURS.values())) == len(plot_style.COLOURS)
+    assert set(PROVIDERS) <= set(style.COLOURS)
+    assert len(set(style.COLOURS.values())) == len(style.COLOURS)
 
 
 def sweep_records(sizes: tuple[int, ...], op: str = "attention") -> list[Record]:
@@ -280,26 +281,26 @@ def sweep_records(sizes: tuple[int, ...], op: str = "attention") -> list[Record]
 
 
 def test_three_sizes_make_a_line_and_two_do_not() -> None:
-    assert plot_curves.sweeps(sweep_records((64, 128))) == []
-    (sweep,) = plot_curves.sweeps(sweep_records((64, 128, 256)))
+    assert curves.sweeps(sweep_records((64, 128))) == []
+    (sweep,) = curves.sweeps(sweep_records((64, 128, 256)))
     assert (sweep.variable, sweep.op, len(sweep.records)) == ("tokens", "attention", 6)
     modalities = [record(m, case={"modalities": m}) for m in (1, 2, 3)]
-    (sweep,) = plot_curves.sweeps(modalities)
+    (sweep,) = curves.sweeps(modalities)
     assert sweep.variable == "modalities"
     sizes = (("b0", 1, 256), ("b0", 2, 512), ("b2", 2, 512))
     channels = [
         record(1, case={"variant": v, "stage": s, "height": n, "width": n}) for v, s, n in sizes
     ]
-    (sweep,) = plot_curves.sweeps(channels)
+    (sweep,) = curves.sweeps(channels)
     assert sweep.variable == "channels"
 
 
 def test_networks_of_other_depth_are_other_lines() -> None:
     models = [("b1", 64), ("b2", 128), ("b3", 256)]
     rows = [record(1, op="model", case={"variant": v, "stage": 0, "height": n}) for v, n in models]
-    assert plot_curves.sweeps(rows) == []
+    assert curves.sweeps(rows) == []
     same = [replace(r, case=r.case | {"variant": "b2"}) for r in rows]
-    assert len(plot_curves.sweeps(same)) == 1
+    assert len(curves.sweeps(same)) == 1
 
 
 def test_pictures_of_a_sweep(tmp_path: Path) -> None:
@@ -313,10 +314,10 @@ def test_pictures_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_many_panels_get_pages(tmp_path: Path) -> None:
-    from benchmarks import plot_bars
+    from benchmarks.plots import bars
 
     rows = [record(i + 1, op=f"op{i % 2}", case={"height": 32 * (i // 2 + 1)}) for i in range(220)]
-    pages = plot_bars.pages("latency", rows, "p50_us")
+    pages = bars.pages("latency", rows, "p50_us")
     assert list(pages) == ["latency-op0-1", "latency-op0-2", "latency-op1-1", "latency-op1-2"]
     assert sum(len(groups) for panels in pages.values() for _, groups in panels) == 220
 

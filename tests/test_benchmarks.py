@@ -10,12 +10,13 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import analysis, data, memory, plot_sensors, report, sensors, timing
+from benchmarks import analysis, data, memory, report, sensors, timing
 from benchmarks.__main__ import main
 from benchmarks.baseline_model import EagerBaseline
 from benchmarks.cost import Limits
 from benchmarks.launches import Row
 from benchmarks.plan import Case, Options, plan
+from benchmarks.plots import sensors as sensor_plot
 from benchmarks.record import Record, environment, read_jsonl, write_jsonl
 from benchmarks.registry import (
     MODES,
@@ -536,7 +537,7 @@ def test_the_picture_of_the_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     for title, table in found.weights.items():
         torch.testing.assert_close(table.nansum(dim=1), torch.ones(4))
         assert table.isnan().any() == title.endswith("absent")
-    assert plot_sensors.draw(found, tmp_path) == "sensors.png"
+    assert sensor_plot.draw(found, tmp_path) == "sensors.png"
     assert (tmp_path / "sensors.png").stat().st_size > 50_000
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.analysis import grouped, milliseconds, significant
-from benchmarks.plot_style import colour, legend, pyplot, save
+from benchmarks.plots.style import colour, legend, pyplot, save
 from benchmarks.record import Record
 
 GROUPS_PER_PANEL = 8

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plot_bars, plot_breakdown, plot_curves
+from benchmarks.plots import bars, curves
+from benchmarks.plots import breakdown as breakdown_plot
 from benchmarks.record import Record
 
 QUANTITIES = (
@@ -26,15 +27,15 @@ def draw(
     Returns the file names."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [r for r in records if r.p50_us is not None]
-    sweeps = plot_curves.sweeps(rows)
-    names = [] if breakdown is None else [plot_breakdown.draw(breakdown, folder / "breakdown.png")]
+    sweeps = curves.sweeps(rows)
+    names = [] if breakdown is None else [breakdown_plot.draw(breakdown, folder / "breakdown.png")]
     for stem, field, unit, title in QUANTITIES:
-        for page, chosen in plot_bars.pages(stem, rows, field).items():
-            names.append(plot_bars.draw(chosen, field, unit, title, folder / f"{page}.png"))
+        for page, chosen in bars.pages(stem, rows, field).items():
+            names.append(bars.draw(chosen, field, unit, title, folder / f"{page}.png"))
         for variable in dict.fromkeys(sweep.variable for sweep in sweeps):
             chosen = [s for s in sweeps if s.variable == variable]
             path = folder / f"{stem}-over-{variable}.png"
-            names.append(plot_curves.draw_lines(chosen, field, unit, title, path))
+            names.append(curves.draw_lines(chosen, field, unit, title, path))
     if limits is not None and any(r.gbps for r in rows):
-        names.append(plot_curves.draw_roofline(rows, limits, folder / "roofline.png"))
+        names.append(curves.draw_roofline(rows, limits, folder / "roofline.png"))
     return names

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost import Limits
-from benchmarks.plot_style import colour, in_order, legend, panels, pyplot, save
+from benchmarks.plots.style import colour, in_order, legend, panels, pyplot, save
 from benchmarks.record import Record
 
 VARIABLES = ("tokens", "channels", "modalities")
