@@ -113,6 +113,9 @@ def _reasons(logits: Tensor, labels: Tensor, **_: object) -> _backend.Reasons:
     reasons = _backend.triton_reasons(logits)
     if logits.shape[1] > MAX_CLASSES:
         reasons.append(f"{logits.shape[1]} classes are more than {MAX_CLASSES}")
+    rows, columns = logits.shape[2:]
+    if (rows + 1) * (columns + 1) >= 2**31:
+        reasons.append(f"{rows} x {columns} positions exceed 32 bits")
     for samples, size in zip(logits.shape[2:], labels.shape[1:], strict=True):
         if (2 * size + 1) * (samples + 1) >= 2**31:
             reasons.append(f"positions of {size} pixels over {samples} samples exceed 32 bits")
