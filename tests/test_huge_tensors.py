@@ -21,6 +21,7 @@ pytest.importorskip("triton", reason="triton not installed")
 
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
+from tests.operations import needs_interpreter
 
 STEMS = (
     "attention", "depthwise", "guided_gate", "losses", "norm", "pooling_mixer", "prototypes",
@@ -31,9 +32,7 @@ GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # of CUDA
 MAX_LOADS = 60
 """A program that loops over many tiles is left after so many loads."""
 
-pytestmark = pytest.mark.skipif(
-    not _backend.INTERPRET, reason="needs Triton's interpreter: TRITON_INTERPRET=1"
-)
+pytestmark = needs_interpreter
 
 
 def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
