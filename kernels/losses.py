@@ -33,8 +33,9 @@ Numbers. fp32 inside whatever the logits are, one rounding at the store. The los
 (max - v[label]) + log(sum), without cancellation where the label wins by far. A label that is
 neither a class nor ignored has a loss of NaN.
 
-Limits. K <= 256; (2 H + 1) (h + 1) < 2^31, and so for the width. With large factors on tiny maps
-(32 times 16 x 16 samples) the backward has too few positions to fill a large GPU.
+Limits. K <= 256; (h + 1) (w + 1) < 2^31; (2 H + 1) (h + 1) < 2^31, and so for the width. With
+large factors on tiny maps (32 times 16 x 16 samples) the backward has too few positions to fill a
+large GPU.
 """
 
 from __future__ import annotations

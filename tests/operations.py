@@ -4,11 +4,17 @@ from collections.abc import Callable
 from math import prod
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from equiseg_fast import ops, reference
+from equiseg_fast.ops import _backend
 from equiseg_fast.testing import random_normal
+
+needs_interpreter = pytest.mark.skipif(
+    not _backend.INTERPRET, reason="kernels on CPU tensors need TRITON_INTERPRET=1"
+)
 
 
 class Sizes(NamedTuple):

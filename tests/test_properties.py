@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from equiseg_fast.testing import LAYOUTS, check_op_parity, random_normal, with_layout
-from tests.operations import OPERATIONS, Sizes
+from tests.operations import OPERATIONS, Sizes, needs_interpreter
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis not installed")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402
@@ -113,6 +113,7 @@ def test_stock_operators(
     check(name, "torch" if name != "ohem" else None, sizes, dtype, layout, cotangent, seed)
 
 
+@needs_interpreter
 @pytest.mark.parametrize("name", [name for name in OPERATIONS if name != "ohem"])
 @settings(max_examples=3, **SETTINGS)
 @given(

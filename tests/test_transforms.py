@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from equiseg_fast import ops
-from tests.operations import OPERATIONS
+from tests.operations import OPERATIONS, needs_interpreter
 
 BACKENDS = ("torch", "triton", "reference")
 CASES = [
-    (name, backend)
+    pytest.param(name, backend, marks=[needs_interpreter] if backend == "triton" else [])
     for name in OPERATIONS
     for backend in (BACKENDS if name != "ohem" else (None,))  # it has no backends
 ]

@@ -60,8 +60,10 @@ def check_form(name: str, x: Tensor, lead: str = "B") -> bool:
     return is_map
 
 
-def check_same_form(name: str, x: Tensor, other_name: str, other: Tensor) -> None:
-    """Both are of one shape, and so of one form."""
+def check_same_form(name: str, x: Tensor, other_name: str, other: Tensor, lead: str = "B") -> None:
+    """Both are tokens, or both are maps, of one shape."""
+    check_form(other_name, other, lead)
+    check_form(name, x, lead)
     if x.shape != other.shape:
         raise ValueError(
             f"{name} must have the shape of {other_name}, {list(other.shape)}; got {list(x.shape)}"

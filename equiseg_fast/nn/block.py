@@ -61,7 +61,7 @@ class CrossModalBlock(nn.Module):
         modality that is alone keeps its encoding. Raises TypeError or ValueError naming the
         argument.
         """
-        check_same_form("encoded", encoded, "embedded", embedded)
+        check_same_form("encoded", encoded, "embedded", embedded, "M, B")
         given = encoded
         encoded, rows, columns = as_tokens("encoded", encoded, height, width, "M, B")
         embedded, _, _ = as_tokens("embedded", embedded, height, width, "M, B")

@@ -99,7 +99,7 @@ class SelfQueryHub(nn.Module):
 
     def extra_repr(self) -> str:
         modalities, dim = self.dw_bias.shape
-        example = next(self.parameters())
+        example = next(self.parameters()).new_empty((modalities, 0, 0, dim))
         return f"dim={dim}, modalities={modalities}, {backend_repr('query_hub', example)}"
 
 

@@ -4,6 +4,7 @@ Only metadata is looked at, so nothing waits for the device and the compiler see
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,9 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: s
 
 
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...], shape: str) -> None:
-    """x has exactly the expected shape; `shape` names it for the message."""
+    """x is a tensor of exactly the expected shape; `shape` names it for the message."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
     if tuple(x.shape) != expected:
         raise ValueError(f"{name} must have shape {shape} = {list(expected)}; got {list(x.shape)}")
 
@@ -54,11 +57,26 @@ def check_same_device(**tensors: Tensor | None) -> None:
             )
 
 
+def check_integer(name: str, value: object) -> None:
+    """value is an integer, of Python, NumPy or the compiler."""
+    if isinstance(value, int | torch.SymInt):
+        return
+    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+        raise TypeError(f"{name} must be an integer; got {value!r}")
+
+
+def number(name: str, value: Any) -> float:
+    """value as a float; TypeError if it is no number."""
+    # The compiler knows no attributes of its numbers.
+    if isinstance(value, float | int) or hasattr(value, "__float__"):
+        return float(value)
+    raise TypeError(f"{name} must be a number; got {value!r}")
+
+
 def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
     """The token axis of x (second to last) holds height * width tokens, both positive."""
     for label, value in (("height", height), ("width", width)):
-        if not isinstance(value, int | torch.SymInt):
-            raise TypeError(f"{label} must be an integer; got {value!r}")
+        check_integer(label, value)
         if value < 1:
             raise ValueError(f"{label} must be at least 1; got {value}")
     if x.shape[-2] != height * width:

@@ -65,12 +65,16 @@ def without_autocast(device: str) -> AbstractContextManager[None]:
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Under autocast cast fp32 and half-precision inputs to its dtype; fp64 stays as it is."""
+    """Under autocast cast fp32 and half-precision inputs to its dtype; fp64 stays as it is.
+
+    So does what is no tensor, which the checks behind this report.
+    """
     device = tensors[0].device.type
     if not autocast_is_on(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
-    return tuple(t if t.dtype == torch.float64 else t.to(dtype) for t in tensors)
+    stays = (not isinstance(t, Tensor) or t.dtype == torch.float64 for t in tensors)
+    return tuple(t if stay else t.to(dtype) for t, stay in zip(tensors, stays, strict=True))
 
 
 def needs_grad(*tensors: Tensor) -> bool:

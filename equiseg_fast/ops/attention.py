@@ -71,7 +71,7 @@ def attention(
         _checks.check_tensor(name, x, _checks.FLOATING, shape)
     q, k, v = autocast(q, k, v)
     _check(q, k, v)
-    scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
+    scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
     chosen = _backend.resolve("attention", backend, q.device, _reasons(q, k, v))
     if chosen == "reference":
         return reference.attention(q, k, v, scale=scale, return_lse=return_lse)

@@ -33,13 +33,15 @@ def upsample_cross_entropy(
     the compiler) nothing of the size `[B, K, H, W]` exists, forward or backward. Saved: logits,
     labels and `[B, H, W]` fp32. At least K h w elements and 12 bytes a pixel are moved forward,
     11 K FLOP a pixel. The backward is deterministic. A label that is neither a class nor ignored
-    is an error that only the CPU reports. Raises TypeError or ValueError naming the argument.
-    Source: the loss of SegFormer (arXiv 2105.15203) and CMNeXt (arXiv 2303.01480), at full size.
+    is a ValueError on the CPU, where looking waits for nothing. Raises TypeError or ValueError
+    naming the argument. Source: the loss of SegFormer (arXiv 2105.15203) and CMNeXt (arXiv
+    2303.01480), at full size.
     """
     _checks.check_tensor("logits", logits, _checks.FLOATING, "[B, K, h, w]")
     _checks.check_tensor("labels", labels, _checks.INTEGER, _LABELS)
     _checks.check_same_device(logits=logits, labels=labels)
     _check(logits, labels)
+    _checks.check_integer("ignore_index", ignore_index)
     chosen = _backend.resolve(
         "upsample_cross_entropy", backend, logits.device, _reasons(logits, labels)
     )
@@ -47,6 +49,7 @@ def upsample_cross_entropy(
         if needs_grad(logits):
             return _UpsampleCrossEntropy.apply(logits, labels, ignore_index)[0]
         return _FORWARD(logits, labels, ignore_index)[0]
+    _check_values(labels, logits.shape[1], ignore_index)
     with without_autocast(logits.device.type):
         if chosen == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             apply = _Chunked.apply if needs_grad(logits) else _chunked_forward
@@ -74,15 +77,21 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
             raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
     _checks.check_shape("valid", valid, tuple(loss.shape), "that of loss")
     _checks.check_same_device(loss=loss, valid=valid)
+    thresh = _checks.number("thresh", thresh)
+    _checks.check_integer("min_kept_ratio", min_kept_ratio)
     if not 0.0 < thresh <= 1.0:
         raise ValueError(f"thresh must be in (0, 1]; got {thresh}")
     if min_kept_ratio < 1:
         raise ValueError(f"min_kept_ratio must be at least 1; got {min_kept_ratio}")
-    # Only real values in CPU memory can be branched on: no fake tensors, no transforms.
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    if loss.device.type != "cpu" or traced or type(valid) is not Tensor:
+    if not _has_values(valid):
         return reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=min_kept_ratio)
     return _ohem_cpu(loss.flatten(), valid.flatten(), -log(thresh), min_kept_ratio)
+
+
+def _has_values(x: Tensor) -> bool:
+    """Only real values in CPU memory can be branched on: no fake tensors, no transforms."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and not traced and type(x) is Tensor
 
 
 def _ohem_cpu(loss: Tensor, valid: Tensor, bound: float, min_kept_ratio: int) -> Tensor:
@@ -109,10 +118,24 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         raise ValueError(f"labels must have at least one pixel; got shape {list(labels.shape)}")
 
 
+def _check_values(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Where it waits for nothing, every label is a class or ignored."""
+    if not _has_values(labels):
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {labels[wrong][0]}"
+        )
+
+
 def _reasons(logits: Tensor, labels: Tensor, **_: object) -> _backend.Reasons:
     reasons = _backend.triton_reasons(logits)
     if logits.shape[1] > MAX_CLASSES:
         reasons.append(f"{logits.shape[1]} classes are more than {MAX_CLASSES}")
+    rows, columns = logits.shape[2:]
+    if (rows + 1) * (columns + 1) >= 2**31:
+        reasons.append(f"{rows} x {columns} positions exceed 32 bits")
     for samples, size in zip(logits.shape[2:], labels.shape[1:], strict=True):
         if (2 * size + 1) * (samples + 1) >= 2**31:
             reasons.append(f"positions of {size} pixels over {samples} samples exceed 32 bits")

@@ -52,6 +52,8 @@ def class_prototypes(
             f"labels must have shape [B, s*height, s*width] with B = {x.shape[1]}, height = "
             f"{height}, width = {width} and a whole s >= 1; got {list(labels.shape)}"
         )
+    _checks.check_integer("num_classes", num_classes)
+    _checks.check_integer("ignore_index", ignore_index)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
     reasons = _reasons(x, labels, num_classes)

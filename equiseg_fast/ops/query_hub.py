@@ -83,7 +83,10 @@ def query_hub(
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
-    return _backend.triton_reasons(x)
+    reasons = _backend.triton_reasons(x)
+    if x.shape[2] >= 2**31:
+        reasons.append(f"{x.shape[2]} tokens exceed 32 bits")
+    return reasons
 
 
 _backend.register_reasons("query_hub", _reasons)

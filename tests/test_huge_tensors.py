@@ -1,0 +1,254 @@
+"""Tensors of more than 2^31 elements, without their memory: where the kernels read and write.
+
+Launchers get tensors on the meta device. What they would launch is recorded, and the programs at
+the corners of the grid run in Triton's interpreter on addresses alone: loads give zeros, stores go
+nowhere, and every address that is not masked must lie within its tensor. Offsets that do not fit
+into 32 bits wrap there as they do on a GPU, and land outside.
+"""
+
+import importlib
+import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+pytest.importorskip("triton", reason="triton not installed")
+
+from equiseg_fast.ops import _backend
+from equiseg_fast.ops._registry import LAUNCHERS
+from tests.operations import needs_interpreter
+
+STEMS = (
+    "attention", "depthwise", "guided_gate", "losses", "norm", "pooling_mixer", "prototypes",
+    "query_hub",
+)  # fmt: skip
+LIMIT = 2**31
+GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # of CUDA
+MAX_LOADS = 60
+"""A program that loops over many tiles is left after so many loads."""
+
+pytestmark = needs_interpreter
+
+
+def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+class Launch:
+    """One recorded launch: kernel, grid, arguments and constexprs."""
+
+    def __init__(self, kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
+        self.kernel, self.grid, self.args = kernel, grid, args
+        for name in ("num_warps", "num_stages", "max_registers"):
+            options.pop(name, None)
+        self.constexprs = options
+
+    @property
+    def name(self) -> str:
+        return self.kernel.__name__
+
+
+@contextmanager
+def recording(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[list[Launch]]:
+    """Launches are recorded, for an H200 with so many multiprocessors."""
+    launches: list[Launch] = []
+    with monkeypatch.context() as patch:
+        for stem in STEMS:
+            module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
+            patch.setattr(module, "launch", lambda *a, **k: launches.append(Launch(*a, **k)))
+            patch.setattr(module, "device_facts", lambda device: (90, processors))
+        yield launches
+
+
+class Pointer:
+    """Stands for a tensor argument: an address range of its own, far from all others."""
+
+    def __init__(self, x: Tensor, index: int) -> None:
+        self.dtype = x.dtype
+        self.start = (index + 1) << 44
+        extent = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) + 1
+        self.stop = self.start + (extent if x.numel() else 0) * x.element_size()
+
+    def data_ptr(self) -> int:
+        return self.start
+
+
+class Enough(Exception):
+    """A program has shown enough of its loop."""
+
+
+class Accesses:
+    """Takes the place of memory: checks addresses, and remembers the furthest of each tensor."""
+
+    def __init__(self, pointers: dict[str, Pointer]) -> None:
+        self.pointers, self.loads = pointers, 0
+        self.furthest: dict[str, int] = {}
+
+    def check(self, addresses: np.ndarray, mask: np.ndarray, size: int) -> None:
+        active = np.broadcast_to(addresses, np.broadcast_shapes(addresses.shape, mask.shape))[
+            np.broadcast_to(mask, np.broadcast_shapes(addresses.shape, mask.shape))
+        ]
+        if not active.size:
+            return
+        low, high = int(active.min()), int(active.max())
+        for name, p in self.pointers.items():
+            if p.start <= low < p.stop:
+                end = high + size - p.start
+                assert end <= p.stop - p.start, f"{name} ends at {p.stop - p.start}; got {end}"
+                self.furthest[name] = max(self.furthest.get(name, 0), end)
+                return
+        near = {name: hex((low - p.start) % 2**64) for name, p in self.pointers.items()}
+        raise AssertionError(f"an address before or behind every tensor: offsets {near}")
+
+
+def run_program(launch: Launch, index: tuple[int, ...], patch: pytest.MonkeyPatch) -> Accesses:
+    """The kernel at one point of its grid, on addresses alone."""
+    from triton.runtime import interpreter
+
+    names = launch.kernel.arg_names
+    pairs = dict(zip(names, launch.args, strict=False)) | launch.constexprs
+    pointers = {n: Pointer(x, i) for i, (n, x) in enumerate(pairs.items()) if isinstance(x, Tensor)}
+    accesses = Accesses(pointers)
+    arguments = {
+        n: x if n in launch.constexprs else interpreter._implicit_cvt(pointers.get(n, x))
+        for n, x in pairs.items()
+    }
+
+    def load(ptrs: Any, mask: Any, other: Any, *_: Any) -> Any:
+        accesses.loads += 1
+        kind = ptrs.get_element_ty()
+        dtype = interpreter._get_np_dtype(kind)
+        accesses.check(ptrs.data, mask.data, dtype.itemsize)
+        if accesses.loads >= MAX_LOADS:
+            raise Enough
+        shape = np.broadcast_shapes(ptrs.data.shape, mask.data.shape)
+        return interpreter.TensorHandle(np.zeros(shape, dtype), kind)
+
+    def store(ptrs: Any, value: Any, mask: Any, *_: Any) -> None:
+        dtype = interpreter._get_np_dtype(ptrs.get_element_ty())
+        accesses.check(ptrs.data, mask.data, dtype.itemsize)
+
+    builder = interpreter.interpreter_builder
+    patch.setattr(type(builder), "create_masked_load", lambda self, *a: load(*a))
+    patch.setattr(type(builder), "create_masked_store", lambda self, *a: store(*a))
+    function = launch.kernel.rewrite()
+    scope = interpreter._patch_lang(function)
+    try:
+        builder.set_grid_dim(*launch.grid, *(1,) * (3 - len(launch.grid)))
+        builder.set_grid_idx(*index, *(0,) * (3 - len(index)))
+        function(**arguments)
+    except Exception as error:
+        causes = iter(lambda e=[error]: e.append(e[-1].__cause__) or e[-1], None)
+        if not any(isinstance(e, Enough) for e in (error, *causes)):
+            raise
+    finally:
+        scope.restore()
+    return accesses
+
+
+def check_launch(launch: Launch, patch: pytest.MonkeyPatch) -> set[str]:
+    """Corners of the grid stay inside their tensors, and reach the end of those that are huge.
+
+    Half of all wrong offsets land inside; none of those lands near the end. Returns the huge ones.
+    """
+    for size, limit in zip(launch.grid, GRID_LIMITS, strict=False):
+        assert 1 <= size <= limit, f"{launch.name} has a grid of {launch.grid}"
+    furthest: dict[str, int] = {}
+    for index in itertools.product(*({0, n // 2, n - 1} for n in launch.grid)):
+        for name, end in run_program(launch, index, patch).furthest.items():
+            furthest[name] = max(furthest.get(name, 0), end)
+    arguments = zip(launch.kernel.arg_names, launch.args, strict=False)
+    huge = {name: x for name, x in arguments if isinstance(x, Tensor) and x.numel() > LIMIT}
+    for name in huge.keys() & furthest.keys():
+        part = furthest[name] / (huge[name].numel() * huge[name].element_size())
+        assert part > 0.75, f"{launch.name} reaches {part:.0%} of {name}"
+    return huge.keys() & furthest.keys()
+
+
+# Batch, height, width, channels. Scores and statistics, one per token, are large in "many
+# tokens"; the query hub has another kernel for "wide" features.
+SHAPES = {
+    "many images": (35, 1000, 1001, 64),
+    "large images": (1, 6001, 6000, 64),
+    "many tokens": (2200, 1000, 1001, 16),
+    "wide": (7, 1000, 1001, 320),
+}
+
+
+def cases(batch: int, height: int, width: int, channels: int) -> dict[str, tuple[Any, ...]]:
+    """Registered operation -> its arguments."""
+    C = channels
+    tokens, fp32 = height * width, torch.float32
+    x, m = meta(batch, tokens, C), meta(3, batch, tokens, C)
+    q, k = x[:, :, None], meta(batch, 100, 1, C)
+    lse = meta(batch, 1, tokens, dtype=fp32)
+    taps = meta(3, 9, C, dtype=fp32)
+    present = meta(3, batch, dtype=torch.bool)
+    score = meta(3, batch, tokens, dtype=fp32)
+    winner = meta(batch, tokens, C, dtype=torch.uint8)
+    gate_logits = meta(3, batch, C, dtype=fp32)
+    weight, vector, size = meta(C, 1, 3, 3), meta(C), (height, width)
+    labels = meta(batch, height, width, dtype=torch.uint8)
+    prototypes = meta(3, batch, 19, C, dtype=fp32)
+    counts = meta(batch, 19, dtype=torch.int64)
+    maps = meta(batch, height, width, C).movedim(-1, 1)
+    large_labels = meta(batch, 2 * height, 2 * width, dtype=torch.uint8)
+    pixels = meta(batch, 2 * height, 2 * width, dtype=fp32)
+    row = meta(batch, tokens, dtype=fp32)
+    return {
+        "attention_fwd": (q, k, k, 0.1, False),
+        "attention_bwd": (q, lse, q, k, k, q, lse, 0.1, False, True, True, True),
+        "depthwise_conv_gelu_fwd": (x, weight, vector, *size),
+        "depthwise_conv_gelu_bwd": (x, x, weight, vector, *size, True, True, True),
+        "guided_gate_fwd": (m, gate_logits, present, 0.5),
+        "guided_gate_bwd": (m, m[0], m, gate_logits, present, 0.5, True, True),
+        "upsample_cross_entropy_fwd": (maps, large_labels, 255),
+        "upsample_cross_entropy_bwd": (pixels, maps, large_labels, pixels, 255),
+        "add_layer_norm_fwd": (x, x, vector, vector, 1e-5),
+        "add_layer_norm_bwd": (x, x, x, vector, row, row, True, True, True),
+        "pooling_mixer_fwd": (x, meta(C, 1, 7, 7), vector, *size),
+        "pooling_mixer_bwd": (x, x, meta(C, 1, 7, 7), *size, True, True, True),
+        "class_prototypes_fwd": (m, labels, 19, 255),
+        "class_prototypes_bwd": (prototypes, labels, counts, 255, torch.bfloat16),
+        "query_hub_fwd": (m, taps, meta(3, dtype=fp32), present, *size, True),
+        "query_hub_bwd": (m, m, taps, present, score, winner, *size, True, True),
+    }
+
+
+def test_every_operation_is_here() -> None:
+    assert set(cases(1, 2, 2, 2)) == set(LAUNCHERS)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("name", sorted(LAUNCHERS))
+def test_addresses(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    with recording(monkeypatch, processors=132) as launches:
+        LAUNCHERS[name](*cases(*shape)[name])
+    assert launches
+    assert any([check_launch(launch, monkeypatch) for launch in launches])
+
+
+@pytest.mark.parametrize(
+    ("op", "arguments", "words"),
+    [
+        (
+            "upsample_cross_entropy",
+            (meta(1, 2, 2**16, 2**15), meta(1, 2**16, 2**15, dtype=torch.uint8)),
+            "65536 x 32768 positions exceed 32 bits",
+        ),
+        (
+            "upsample_cross_entropy",
+            (meta(1, 2, 2**15, 4), meta(1, 2**16, 4, dtype=torch.uint8)),
+            "positions of 65536 pixels over 32768 samples exceed 32 bits",
+        ),
+        ("query_hub", (meta(2, 1, 2**31, 2),), "2147483648 tokens exceed 32 bits"),
+    ],
+)
+def test_what_is_beyond_is_refused(op: str, arguments: tuple[Any, ...], words: str) -> None:
+    """Where programs or positions within an image are counted in 32 bits."""
+    assert words in _backend.explain(op, *arguments)
