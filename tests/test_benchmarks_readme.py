@@ -141,7 +141,7 @@ def test_other_results_are_other_numbers() -> None:
 
 def test_commands_of_the_readme_are_understood() -> None:
     section = README.read_text().split("## Benchmarks")[1].split("\n## ")[0]
-    commands = re.findall(r"^\| `([a-z].*?)` \|", section, flags=re.MULTILINE)
+    commands = re.findall(r"^\| `((?!python)[a-z].*?)` \|", section, flags=re.MULTILINE)
     parser = _parser()
     names = [parser.parse_args(shlex.split(command)) and command.split()[0] for command in commands]
     choices = next(action.choices for action in parser._actions if action.choices)
