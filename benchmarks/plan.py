@@ -142,22 +142,22 @@ def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:
     Nothing is built. For a GPU on a machine without one it says what is known.
     """
     lines = []
-    skipped: dict[tuple[str, str, str], dict[str, None]] = {}
+    skipped: dict[tuple[str, str], dict[str, None]] = {}
     for case in cases:
-        usable = []
-        for provider in case.providers:
-            reason = case.op.refuses(case.shape)
-            reason = reason or unavailable(case.op, provider, device, case.dtype)
-            if reason:
-                skipped.setdefault((case.op.name, provider, reason), {})[case.label] = None
-            else:
-                usable.append(provider)
+        reasons = {p: unavailable(case.op, p, device, case.dtype) for p in case.providers}
+        usable = [p for p, reason in reasons.items() if not reason]
+        out = [(f"{case.op.name} {p}", reason) for p, reason in reasons.items() if reason]
+        if reason := case.op.refuses(case.shape):
+            usable, out = [], [(case.op.name, reason)]
+        for key in out:
+            skipped.setdefault(key, {})[case.label] = None
         shown = ", ".join(usable) or "nobody"
         lines.append(f"{case.label}: {', '.join(case.modes)}: {shown}")
     per_op = {name: sum(case.op.name == name for case in cases) for name in operations()}
-    for (op, provider, reason), labels in skipped.items():
-        where = "" if len(labels) == per_op[op] else f" ({len(labels)} of {per_op[op]} cases)"
-        lines.append(f"skipped: {op} {provider}: {reason}{where}")
+    for (who, reason), labels in skipped.items():
+        total = per_op[who.split()[0]]
+        where = "" if len(labels) == total else f" ({len(labels)} of {total} cases)"
+        lines.append(f"skipped: {who}: {reason}{where}")
     if device.type == "cuda" and not torch.cuda.is_available():
         lines.append(
             "torch sees no GPU here: what a GPU's capability or memory would refuse is not known, "

@@ -79,11 +79,13 @@ class Prepared:
                 own = case.dtype == "fp32" and "reference" in case.providers
                 self.gate = parity.Gate(self.problem, options.seed, fp32_reference=own)
         except Exception as error:
-            self.fail(case.providers, error)
+            self.fail(case.providers, error, "inputs or oracle: ")
 
-    def fail(self, providers: Iterable[str], error: BaseException) -> None:
-        """These providers get no numbers, and the reason why."""
+    def fail(self, providers: Iterable[str], error: BaseException, what: str = "") -> None:
+        """These providers get no numbers, and the reason why; what: failed, if it was not they."""
         status, reason = _explained(error)
+        if status != "unsupported":
+            reason = what + reason
         for (provider, _), row in self.rows.items():
             if provider in providers and row.status == "ok":
                 row.status, row.reason = status, reason

@@ -50,7 +50,17 @@ def test_backends_of_sdpa_that_a_cpu_has(provider: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "op", ["query_hub", "pooling_mixer", "block", "block_training", "stage", "model", "training"]
+    "op",
+    [
+        "query_hub",
+        "pooling_mixer",
+        "block",
+        "block_training",
+        "stage",
+        "encoder",
+        "model",
+        "training",
+    ],
 )
 def test_the_baseline_in_channels_last_memory_is_correct(op: str) -> None:
     row = measured(op, "baseline_cl")["baseline_cl"]

@@ -15,7 +15,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks import timing
 from benchmarks.launches import recorded
+from benchmarks.plan import Case, Options
 from benchmarks.record import (
     COLUMNS,
     MACHINE_INFO,
@@ -25,7 +27,8 @@ from benchmarks.record import (
     read_environment,
     write_jsonl,
 )
-from benchmarks.registry import Shape
+from benchmarks.registry import Shape, operations
+from benchmarks.runner import Runner
 from equiseg_fast import add_layer_norm
 from equiseg_fast.ops import _backend
 
@@ -240,3 +243,40 @@ def test_pytest_without_timing_is_a_smoke_test(tmp_path: Path) -> None:
     assert "12 passed, 4 skipped" in done.stdout
     done = run_pytest(tmp_path, "--benchmark-disable", "--bench-suite", "slow")
     assert "invalid choice: 'slow'" in done.stderr
+
+
+@pytest.mark.parametrize(("method", "number"), [("graph", 8), ("events", 1)])
+def test_on_a_gpu_rounds_are_replays_and_records_are_events(
+    method: str, number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With stand-ins for what only a GPU has: events, graphs and the wait for them."""
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_bench_suite
+
+    happened: list[str] = []
+    events = timing.Timing(4.0, 5.0, 6.0, 3.0, 20, method)
+    monkeypatch.setattr(Runner, "_measure", lambda self, calls, _: dict.fromkeys(calls, events))
+    monkeypatch.setattr(timing, "captured", lambda sets: (lambda: happened.append("replay"), 8))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
+
+    class Benchmark:
+        group = "a case"
+
+        def pedantic(self, call: Any, rounds: int) -> None:
+            happened.clear()
+            call()
+            assert rounds >= 2
+
+    declared = operations()["guided_gate"]
+    case = Case(declared, replace(SHAPE, stage=2), "fp32", ("fwd",), ("reference", "torch"))
+    prepared = Runner(Options()).prepare(case)
+    prepared.check("torch")
+    benchmark = Benchmark()
+    single = [lambda: happened.append("call")]
+    test_bench_suite._on_gpu(benchmark, prepared, "torch", "fwd", single)
+    assert happened == ["replay" if method == "graph" else "call", "wait"]
+    assert benchmark.group == ("a case, 8 calls a round" if number > 1 else "a case")
+    row = prepared.record("torch", "fwd")
+    assert (row.p20_us, row.p50_us, row.p80_us, row.n, row.method) == (4.0, 5.0, 6.0, 20, method)
+    assert row.status == "ok"
+    assert row.gbps > 0

@@ -206,7 +206,7 @@ def test_dry_run_counts_the_cases_a_provider_misses() -> None:
     lines = dry_run(plan(options), CPU)
     alone = sum(case.shape.modalities == 1 for case in plan(options))
     total = len(plan(options))
-    reason = "skipped: query_hub torch: the hub needs two modalities or more"
+    reason = "skipped: query_hub: the hub needs two modalities or more"
     assert f"{reason} ({alone} of {total} cases)" in lines
     assert "query_hub b0 s1 512x512 B1 M1 bf16: fwd, fwd_train, bwd, step: nobody" in lines
 

@@ -245,7 +245,9 @@ def test_out_of_memory_and_unsupported_are_rows() -> None:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")
 
     rows = run_case(case_of(replace(operations()["attention"], build=exhausted)))
-    assert {r.status for (p, _), r in rows.items() if p != "triton"} == {"oom"}
+    assert {(r.status, r.reason) for (p, _), r in rows.items() if p != "triton"} == {
+        ("oom", "inputs or oracle: out of memory")
+    }
     rows = run_case(case_of(operations()["query_hub"], shape=replace(SMALL, modalities=1)))
     assert {r.status for r in rows.values()} == {"unsupported"}
 
