@@ -40,8 +40,8 @@ def _attention(layer: Any) -> str:
 
 
 def _embedding(conv: nn.Conv2d) -> str | None:
-    # The only convolutions with a stride whose patches overlap; of others some part has the rest.
-    return "patch embedding" if 1 < conv.stride[0] < conv.kernel_size[0] else None
+    # The other convolutions with a stride reduce keys, inside attention.
+    return "patch embedding" if conv.stride[0] > 1 else None
 
 
 def _always(name: str) -> Label:

@@ -126,7 +126,12 @@ def _exponentials(elements: int, device: torch.device) -> tuple[int, Callable[[]
     from benchmarks.exp_kernel import STEPS, exponentials
 
     out = torch.empty(elements, device=device)
-    return elements * STEPS, lambda: exponentials(out)
+
+    def call() -> int:
+        with torch.cuda.device(device):
+            return exponentials(out)
+
+    return elements * STEPS, call
 
 
 def measure_launches(device: torch.device) -> list[Measurement]:
@@ -223,7 +228,7 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
     if args.dry_run:
         console.print(f"copy: {4 * sizes.copy / 2**20:.0f} MiB of random fp32, read and written")
         console.print(f"matrix products: {sizes.matrix} cubed, {', '.join(dtypes)}")
-        console.print(f"exponentials: of {sizes.exps} elements, until memory is no limit")
+        console.print(f"exponentials: of {sizes.exps} elements")
         console.print(f"launches: {LAUNCHES} of one small operator; nothing was run")
         return 0
     found = [*measure(device, dtypes), *measure_launches(device)]

@@ -157,6 +157,21 @@ def test_encoder_is_a_part_of_the_model() -> None:
     assert operations()["model"].cost(shape, 2) == model_cost.combined(whole)
 
 
+def test_images_get_no_gradient() -> None:
+    embeddings = [
+        p.cost
+        for p in model_cost.encoder_parts(Shape("b0", 0, 64, 64), 2)
+        if p.name == "patch embedding"
+    ]
+    works = [(cost.forward[0].matrix, cost.backward[0].matrix) for cost in embeddings]
+    assert [backward / forward for forward, backward in works] == [1, 2, 2, 2]
+    # stage 1: 3 images of 64 x 64 x 3, 16 x 16 tokens of 32 channels, 7 x 7 taps
+    images, tokens, weight = 3 * 64 * 64 * 3, 3 * 16 * 16 * 32, 49 * 3 * 32
+    assert works[0][0] == 2 * tokens * 49 * 3
+    assert embeddings[0].forward[0].bytes == embeddings[0].backward[0].bytes
+    assert embeddings[0].forward[0].bytes == 2 * (images + tokens + weight)
+
+
 def test_training_needs_the_losses_and_statistics() -> None:
     shape = Shape("b0", 0, 64, 64, 1, 2)
     inference, training = (

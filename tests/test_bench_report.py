@@ -9,7 +9,7 @@ import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
-from time import sleep
+from time import perf_counter, sleep
 
 import pytest
 import torch
@@ -46,6 +46,7 @@ def some_records() -> list[Record]:
         record(4, "compile"),
         record(2, "reference"),
         record(1, "torch"),
+        record(12, "baseline_cl"),
         record(1, "baseline", "losses"),
         record(3, "torch", "losses"),
         record(9, "baseline", "losses", **wide),
@@ -89,6 +90,8 @@ def test_the_headline_shows_the_best_and_the_worst() -> None:
     assert "**0.333x** worst against the same: losses fwd b0 s1 64x96" in headline
     assert "**2 of 3** cases that ours wins" in headline
     assert "| losses | fwd | fp32 | baseline | 2 | 1 | 0.333x | 1.67x | 3.00x | 1.67x |" in headline
+    summary = report.build(some_records(), {}, [], []).sections[0].blocks[1]
+    assert [[cell.text for cell in row if cell.warn] for row in summary.rows] == [[], ["0.333x"]]
     alone = document.markdown(report.build([record(1.0)], {}, [], []))
     assert "No case was measured both with ours and with somebody else's." in alone
 
@@ -102,8 +105,8 @@ def test_every_row_shows_its_distance_to_the_floor() -> None:
         if isinstance(block, Table)
     )
     floor, share = (table.columns.index(name) for name in ("floor ms", "% roofline"))
-    assert [row[floor].text for row in table.rows] == ["0.4"] * 4 + [""]
-    assert [row[share].text for row in table.rows] == ["5.00", "10.0", "20.0", "40.0", ""]
+    assert [row[floor].text for row in table.rows] == ["0.4"] * 5 + [""]
+    assert [row[share].text for row in table.rows] == ["5.00", "10.0", "20.0", "40.0", "3.33", ""]
 
 
 def test_columns_without_numbers_are_left_out() -> None:
@@ -208,7 +211,9 @@ def test_blocks_render(tmp_path: Path) -> None:
         Table(("n", "v"), [[Cell("k"), Cell("1", 1.5, best=True)]], names=1),
         Picture("x.png"),
     ]
-    text = html.page(Document("t", [], [Section("A & b", blocks)]), tmp_path)
+    built = Document("t", [], [Section("A & b", blocks)])
+    assert "| n | v |\n|---|--:|\n| k | **1** |" in document.markdown(built)
+    text = html.page(built, tmp_path)
     Page(text)
     assert "<strong>a</strong> and <em>b</em> and <code>c &lt; d</code>" in text
     assert '<div class="card bad"><b>2x</b>' in text
@@ -235,10 +240,10 @@ def test_a_browser_shows_the_page(written: Path, tmp_path: Path, width: int) -> 
     text, _ = page_of(written)
     probe = """<script>
       const head = [...document.querySelectorAll("#attention ~ .wide th")]
-        .find(h => h.textContent === "median ms");
+        .find(h => h.textContent === "p20 to p80");
       head.click();
       const cells = [...head.closest("table").tBodies[0].rows].map(
-        r => r.cells[head.cellIndex].textContent);
+        r => r.cells[head.cellIndex - 1].textContent);
       document.title = [document.documentElement.scrollWidth <= window.innerWidth,
         [...document.images].every(i => i.naturalWidth > 100), cells.join(" ")].join(";");
     </script>"""
@@ -253,7 +258,7 @@ def test_a_browser_shows_the_page(written: Path, tmp_path: Path, width: int) -> 
     done = subprocess.run([*command, "--dump-dom", page.as_uri()], **options)
     title = re.search(r"<title>(.*?)</title>", done.stdout)
     assert title, done.stderr[-1000:]
-    assert title[1] == "true;true;1.00 2.00 4.00 8.00 oom"
+    assert title[1] == "true;true;1.00 2.00 4.00 8.00 12.0 oom"
     subprocess.run([*command, f"--screenshot={picture}", page.as_uri()], **options)
     assert picture.stat().st_size > 20_000
 
@@ -290,8 +295,11 @@ def test_three_sizes_make_a_line_and_two_do_not() -> None:
 
 
 def test_networks_of_other_depth_are_other_lines() -> None:
-    rows = [record(1, op="model", case={"variant": v, "stage": 0}) for v in ("b1", "b2", "b3")]
+    models = [("b1", 64), ("b2", 128), ("b3", 256)]
+    rows = [record(1, op="model", case={"variant": v, "stage": 0, "height": n}) for v, n in models]
     assert plot_curves.sweeps(rows) == []
+    same = [replace(r, case=r.case | {"variant": "b2"}) for r in rows]
+    assert len(plot_curves.sweeps(same)) == 1
 
 
 def test_pictures_of_a_sweep(tmp_path: Path) -> None:
@@ -354,9 +362,11 @@ def test_watching_a_part_counts_all_of_it_and_stops() -> None:
 def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(breakdown, "WATCHED", ((Clockwork, "tick", lambda _: "tick"),))
     clock = Clockwork()
+    begin = perf_counter()
     parts = breakdown.split(clock.run, CPU)
+    assert sum(parts.values()) <= perf_counter() - begin
     assert set(parts) == {"tick", breakdown.REST}
-    assert 0.03 <= parts["tick"] < parts["tick"] + parts[breakdown.REST] < 2.0
+    assert parts["tick"] >= 0.03
     assert parts[breakdown.REST] >= 0.02
 
 

@@ -60,6 +60,7 @@ def test_h200_is_the_one_on_the_datasheet() -> None:
         ("NVIDIA L40S", "l40s"),
         ("NVIDIA GeForce RTX 4090", "rtx4090"),
         ("NVIDIA GeForce RTX 5090", "rtx5090"),
+        ("NVIDIA H100 NVL", None),
         ("Some CPU", None),
     ],
 )
