@@ -33,9 +33,8 @@ PYTHON = sys.executable
 OPTIONAL = {
     "transformers": "no provider transformers, its tests are skipped",
     "skimage": "no sensor images: the suite quick has no model",
-    "hypothesis": "property tests are not run (none of them launches a kernel)",
+    "hypothesis": "property tests are not run",
     "pytest_timeout": "a test that hangs takes its whole file's time",
-    "matplotlib": "no plots",
 }
 # The hottest first, for the case that time runs out.
 HOTTEST = (
