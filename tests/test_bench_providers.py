@@ -32,8 +32,8 @@ SMALL = Shape("b0", 2, 64, 96, batch=2, modalities=3)
 def measured(op: str, *names: str, shape: Shape = SMALL, dtype: str = "fp32") -> dict[str, Record]:
     """One record per provider, of a step (of inference where there is none)."""
     declared = operations()[op]
-    shape = replace(shape, stage=shape.stage if shape.stage in declared.stages else 0)
-    shape = shape if shape.stage else replace(shape, height=40, width=64, batch=1)
+    if shape.stage not in declared.stages:
+        shape = replace(shape, stage=0, height=40, width=64, batch=1)
     mode = "step" if "step" in declared.modes else "fwd"
     case = Case(declared, shape, dtype, (mode,), names)
     limits = Limits(1e9, {"fp32": 1e9, "bf16": 1e9})
@@ -65,6 +65,19 @@ def test_backends_of_sdpa_that_a_cpu_has(provider: str, dtype: str) -> None:
 def test_the_baseline_in_channels_last_memory_is_correct(op: str) -> None:
     row = measured(op, "baseline_cl")["baseline_cl"]
     assert (row.status, row.reason) == ("ok", "")
+
+
+OPERATIONS = [name for name, op in operations().items() if op.scope == "operation"]
+
+
+@pytest.mark.parametrize("op", [*OPERATIONS, "block_training", "stage", "encoder"])
+def test_maps_of_any_size(op: str) -> None:
+    """70 x 102 pixels are 5 x 7 tokens of stage 3, and 18 x 26 of stage 1."""
+    stage = 3 if 3 in operations()[op].stages else operations()[op].stages[0]
+    shape = Shape("b0", stage, 70, 102, batch=1, modalities=2)
+    for row in measured(op, "baseline", "torch", shape=shape).values():
+        assert (row.status, row.reason) == ("ok", "")
+        assert row.shape == shape
 
 
 def test_channels_last_is_what_it_says_and_ends_with_the_call() -> None:
