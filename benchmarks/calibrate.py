@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 SCHEMA = 1
-ROUNDS = {"cuda": 50, "cpu": 7}
+ROUNDS = {"cuda": 50, "cpu": 25}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LAUNCHES = 200
 SLOW_PRODUCT = 1.0

@@ -36,11 +36,6 @@ class Work:
             self.exps + other.exps,
         )
 
-    def __mul__(self, times: float) -> Work:
-        return Work(times * self.bytes, times * self.matrix, times * self.vector, times * self.exps)
-
-    __rmul__ = __mul__
-
 
 @dataclass(frozen=True)
 class Cost:

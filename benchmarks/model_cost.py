@@ -50,7 +50,7 @@ def combined(parts: Iterable[Part]) -> Cost:
 
 def encoder_parts(shape: Shape, itemsize: int) -> list[Part]:
     """Mix Transformer on all modalities in one batch; shape of any stage."""
-    return [p for s in (1, 2, 3, 4) for p in _encoder_stage(replace(shape, stage=s), itemsize)]
+    return [p for s in (1, 2, 3, 4) for p in stage_parts(replace(shape, stage=s), itemsize)]
 
 
 def model_parts(
@@ -67,17 +67,12 @@ def model_parts(
     parts = []
     for stage in (1, 2, 3, 4):
         here = replace(shape, stage=stage)
-        parts += _encoder_stage(here, itemsize)
+        parts += stage_parts(here, itemsize)
         if shape.modalities > 1:
             parts += _fusion_stage(here, itemsize, training)
             parts += _gate_stage(here, itemsize, training)
     parts += _head(shape, itemsize, training, fold_head)
     return parts + _end(replace(shape, stage=1), itemsize, training)
-
-
-def stage_parts(shape: Shape, itemsize: int) -> list[Part]:
-    """One stage of the encoder, on all modalities in one batch."""
-    return _encoder_stage(shape, itemsize)
 
 
 def block_parts(shape: Shape, itemsize: int, *, training: bool) -> list[Part]:
@@ -154,7 +149,8 @@ def _attention_layer(shape: Shape, itemsize: int) -> list[tuple[str, Cost]]:
     ]
 
 
-def _encoder_stage(shape: Shape, itemsize: int) -> list[Part]:
+def stage_parts(shape: Shape, itemsize: int) -> list[Part]:
+    """One stage of the encoder, on all modalities in one batch."""
     dims, depths = VARIANTS[shape.variant]
     s, n, depth = shape.stage, _elements(shape), depths[shape.stage - 1]
     kernel, inputs, pixels = 7, 3, shape.height * shape.width

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from benchmarks.analysis import significant
 from benchmarks.breakdown import REST
 from benchmarks.plot_style import in_order, pyplot, save
 
@@ -14,7 +15,7 @@ PART_COLOURS = (
     "#da8bc3",
 )  # fmt: skip
 REST_COLOUR = "#b5b5b5"
-NARROW = 0.035
+NARROW = 0.05
 """A share of the longest bar that is too narrow for its number."""
 
 
@@ -35,9 +36,11 @@ def draw(breakdown: Mapping[str, Any], path: Path) -> str:
                 y, width, left=left, height=0.7, color=colours[part], label=part if y == 0 else None
             )
             if width > NARROW * 1e3 * longest:
-                axis.text(left + width / 2, y, f"{width:.3g}", ha="center", va="center", color="w")
+                axis.text(
+                    left + width / 2, y, significant(width), ha="center", va="center", color="w"
+                )
             left += width
-        axis.text(left, y, f" {left:.3g} ms", va="center", fontweight="bold")
+        axis.text(left, y, f" {significant(left)} ms", va="center", fontweight="bold")
     axis.set_yticks(range(len(providers)), providers)
     axis.invert_yaxis()
     axis.set_xlim(0, 1.1e3 * longest)

@@ -4,7 +4,8 @@
 
 The floor of a part is the longest of four times: its bytes at the memory's bandwidth, its matrix
 products at the tensor cores' peak, its other FLOPs at the FP32 peak, its exponentials at the rate
-of the special function units. Floors of parts add up. All of it is a prediction from published or
+of the special function units. Floors of parts add up. Bytes are taken to come from memory: of small
+tensors that stay in the L2 cache it is no floor. All of it is a prediction from published or
 calibrated peaks; nothing here was measured.
 """
 
@@ -127,54 +128,63 @@ def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Any:
         cells = [published, used] if calibrated else [used]
         shown = ["not known" if x is None else f"{x / 1e12:.4g}" for x in cells]
         table.add_row(name, *shown)
+    l2 = "not confirmed" if gpu.l2 is None else f"{gpu.l2 / 1e6:.0f}"
+    for name, value in (
+        ("multiprocessors", str(gpu.multiprocessors)),
+        ("clock, GHz", f"{gpu.clock / 1e9:.2f}"),
+        ("L2, MB", l2),
+    ):
+        table.add_row(name, value)
     doubts = f"; unconfirmed: {gpu.unconfirmed}" if gpu.unconfirmed else ""
     measured = "; used here: calibration file" if calibrated else ""
     table.caption = f"published: {gpu.source}{doubts}{measured}"
     return table
 
 
-def _table(title: str, columns: Sequence[str]) -> Any:
+NUMBERS = ("calls", "MB", "GFLOP", "G exps", "floor ms", "share")
+
+
+def _table(title: str, names: Sequence[str], left_out: Sequence[str]) -> Any:
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
 
     table = Table(title=f"{title} ({LABEL})", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in columns:
+    for name in names:
         table.add_column(name, no_wrap=True)
-    for name in ("calls", "MB", "GFLOP", "G exps", "floor ms", "share"):
-        table.add_column(name, justify="right", no_wrap=True)
+    for name in NUMBERS:
+        if name not in left_out:
+            table.add_column(name, justify="right", no_wrap=True)
     table.add_column("bound by", no_wrap=True)
     return table
 
 
-def _cells(floor: Floor, whole: float | None, calls: int | None) -> list[str]:
+def _cells(floor: Floor, left_out: Sequence[str], whole: float = 0.0, calls: int = 0) -> list[str]:
+    """One row of `_table` behind the names; whole: seconds of the model, for the share."""
     work = floor.work
-    return [
-        "" if calls is None else str(calls),
-        f"{work.bytes / 1e6:.4g}",
-        f"{work.flops / 1e9:.4g}",
-        f"{work.exps / 1e9:.3g}" if work.exps else "",
-        milliseconds(floor.seconds),
-        "" if whole is None else f"{100 * floor.seconds / whole:.1f} %",
-        floor.bound if floor.seconds else "",
-    ]
+    cells = {
+        "calls": str(calls or ""),
+        "MB": f"{work.bytes / 1e6:.4g}",
+        "GFLOP": f"{work.flops / 1e9:.4g}",
+        "G exps": f"{work.exps / 1e9:.3g}" if work.exps else "",
+        "floor ms": milliseconds(floor.seconds),
+        "share": f"{100 * floor.seconds / whole:.1f} %" if whole else "",
+    }
+    shown = [text for name, text in cells.items() if name not in left_out]
+    return [*shown, floor.bound if floor.seconds else ""]
 
 
 def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str) -> Any:
     """The operations that `run` measures, at every stage."""
-    table = _table(title, ("operation", "stage"))
+    left_out = ("calls", "share")
+    table = _table(title, ("operation", "stage"), left_out)
     for op in operations().values():
         if not op.function or op.cost is None:
             continue
         for i, stage in enumerate(op.stages):
-            here = replace(shape, stage=stage)
-            works = op.cost(here, DTYPES[dtype].itemsize).of(mode)
+            works = op.cost(replace(shape, stage=stage), DTYPES[dtype].itemsize).of(mode)
+            cells = _cells(Floor.of(works, limits, dtype), left_out)
             last = i == len(op.stages) - 1
-            table.add_row(
-                "" if i else op.name,
-                str(stage),
-                *_cells(Floor.of(works, limits, dtype), None, 1),
-                end_section=last,
-            )
+            table.add_row("" if i else op.name, str(stage), *cells, end_section=last)
     return table
 
 
@@ -182,18 +192,21 @@ def _model(
     parts: Sequence[Part], mode: str, limits: Limits, dtype: str, title: str, every: bool
 ) -> Any:
     """The sum of every stage, and of all; every part, too, if asked for."""
-    table = _table(f"whole model, {title}", ("stage", "part") if every else ("stage",))
-    blank = [""] if every else []
+    names, blank, left_out = ("stage",), [], ("calls",)
+    if every:
+        names, blank, left_out = ("stage", "part"), [""], ()
+    table = _table(f"whole model, {title}", names, left_out)
     whole = floor_of_parts(parts, mode, limits, dtype)
     for name, members in groups_of(parts).items():
         subtotal = floor_of_parts(members, mode, limits, dtype)
-        style = "bold" if every else ""
-        table.add_row(name, *blank, *_cells(subtotal, whole.seconds, None), style=style)
+        cells = _cells(subtotal, left_out, whole.seconds)
+        table.add_row(name, *blank, *cells, style="bold" if every else "")
         for part in members if every else ():
             floor = floor_of_parts([part], mode, limits, dtype)
-            table.add_row("", part.name, *_cells(floor, whole.seconds, part.count))
+            table.add_row("", part.name, *_cells(floor, left_out, whole.seconds, part.count))
     table.add_section()
-    table.add_row("whole model", *blank, *_cells(whole, whole.seconds, None), style="bold")
+    cells = _cells(whole, left_out, whole.seconds)
+    table.add_row("whole model", *blank, *cells, style="bold")
     return table
 
 

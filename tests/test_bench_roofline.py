@@ -288,4 +288,6 @@ def test_roofline_dry_run_and_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", "--gpu", "b200", "--size", "64x64", "--parts"]) == 0
     out = capsys.readouterr().out
     assert "key reduction" in out
+    assert "multiprocessors" in out
+    assert "148" in out
     assert "unconfirmed" in out
