@@ -146,3 +146,17 @@ def test_commands_of_the_readme_are_understood() -> None:
     names = [parser.parse_args(shlex.split(command)) and command.split()[0] for command in commands]
     choices = next(action.choices for action in parser._actions if action.choices)
     assert sorted(names) == sorted(choices)
+
+
+def test_headline_compares_peaks_of_memory() -> None:
+    found = folders(ROOT)
+    doubled = [
+        replace(r, peak_mib=2 * r.peak_mib)
+        if (r.op, r.provider) == ("training", "torch") and r.peak_mib
+        else r
+        for r in found[0].records
+    ]
+    peaks = {(r.op, r.provider): r.peak_mib for r in doubled}
+    share = 100 * peaks["training", "torch"] / peaks["training", "baseline"]
+    text = readme.headline([replace(found[0], records=doubled)])
+    assert f"{share:.0f} % of the memory" in text
