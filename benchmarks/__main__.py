@@ -31,6 +31,7 @@ from benchmarks import (  # noqa: E402
     compare,
     exercise,
     profiling,
+    readme,
     report,
     resources,
     roofline,
@@ -92,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
         (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
+        (readme, "readme", "the numbers of README.md from the results that are committed"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)

@@ -90,8 +90,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
         (out / name).mkdir(parents=True, exist_ok=True)
     with _worktree(sha) as base, ExitStack() as stack:
         sides = [
-            stack.enter_context(closing(Side(name, package, out / f"{name}.log", args.threads)))
+            stack.enter_context(closing(Side(name, package, log, device, args.threads)))
             for name, package in (("base", base), ("new", ROOT))
+            for log in [out / f"{name}.log"]
         ]
         envs = _environments(sides, sha, out)
         rows: list[list[Record]] = [[], []]

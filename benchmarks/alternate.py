@@ -53,7 +53,9 @@ class Side:
     What it prints goes to the file `log`. Raises RuntimeError if the worker ends.
     """
 
-    def __init__(self, name: str, package: Path, log: Path, threads: int | None) -> None:
+    def __init__(
+        self, name: str, package: Path, log: Path, device: torch.device, threads: int | None
+    ) -> None:
         self.name = name
         self.log = log
         self.connection, theirs = Pipe()
@@ -63,7 +65,7 @@ class Side:
                 command, cwd=ROOT, pass_fds=[theirs.fileno()], stdout=out, stderr=out
             )
         theirs.close()
-        self.send(threads)
+        self.send((str(device), threads))
 
     def send(self, message: Any) -> None:
         try:
@@ -99,19 +101,24 @@ def measure(sides: Sequence[Side], task: Task, blocks: int) -> list[list[Record]
     """The records of every side. Whoever is ready, that is correct and warm, is asked in turn."""
     for side in sides:
         side.send(task)
+    # What a side says instead of READY, or of the number of its block, are its records.
     answers = [side.receive() for side in sides]
-    ready = [side for side, answer in zip(sides, answers, strict=True) if answer == READY]
+    order = list(range(len(sides)))
     for i in range(blocks):
-        for side in ready if i % 2 == 0 else ready[::-1]:
-            side.send(BLOCK)
-            side.receive()
-    for side in ready:
-        side.send(DONE)
-    found = [
-        side.receive() if answer == READY else answer
-        for side, answer in zip(sides, answers, strict=True)
-    ]
-    return [_errors(task, rows) if isinstance(rows, str) else rows for rows in found]
+        for j in order if i % 2 == 0 else order[::-1]:
+            if not _final(answers[j]):
+                sides[j].send(BLOCK)
+                answers[j] = sides[j].receive()
+    for j, side in enumerate(sides):
+        if not _final(answers[j]):
+            side.send(DONE)
+            answers[j] = side.receive()
+    return [_errors(task, rows) if isinstance(rows, str) else rows for rows in answers]
+
+
+def _final(answer: Any) -> bool:
+    """Records, or the reason why there are none."""
+    return answer != READY and not isinstance(answer, int)
 
 
 def _errors(task: Task, reason: str) -> list[Record]:
@@ -159,10 +166,11 @@ def serve(handle: int, package: str) -> None:
     if not Path(equiseg_fast.__file__).is_relative_to(package):
         raise RuntimeError(f"equiseg_fast was imported from elsewhere than {package}")
     connection = Connection(handle)
-    if threads := connection.recv():
+    device, threads = connection.recv()
+    if threads:
         torch.set_num_threads(threads)
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
-    connection.send(environment(torch.device("cuda" if torch.cuda.is_available() else "cpu")))
+    connection.send(environment(torch.device(device)))
     while True:
         try:
             task = connection.recv()

@@ -33,9 +33,8 @@ PYTHON = sys.executable
 OPTIONAL = {
     "transformers": "no provider transformers, its tests are skipped",
     "skimage": "no sensor images: the suite quick has no model",
-    "hypothesis": "property tests are not run (none of them launches a kernel)",
+    "hypothesis": "property tests are not run",
     "pytest_timeout": "a test that hangs takes its whole file's time",
-    "matplotlib": "no plots",
 }
 # The hottest first, for the case that time runs out.
 HOTTEST = (
@@ -143,11 +142,11 @@ def _parity_step(folder: Path, cuda: bool) -> Step:
 
 def _at_once(cuda: bool) -> int:
     """How many files of tests run together: most of the time compilers run, on one core each, and
-    a few tests need up to 16 GiB of the GPU."""
+    tests of large strides need up to 12 GiB of the GPU."""
     if not (cuda and torch.cuda.is_available()):
         return 1
     gib = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return max(1, min((os.cpu_count() or 2) // 2, int(gib // 16), 8))
+    return max(1, min((os.cpu_count() or 2) * 3 // 4, int(gib // 12)))
 
 
 def _core_step(folder: Path, on: tuple[str, ...], ops: Sequence[str]) -> Step:

@@ -28,7 +28,7 @@ from benchmarks.record import (
     write_jsonl,
 )
 from benchmarks.registry import Shape, operations
-from benchmarks.runner import Runner
+from benchmarks.runner import Prepared, Runner
 from equiseg_fast import add_layer_norm
 from equiseg_fast.ops import _backend
 
@@ -186,22 +186,29 @@ from benchmarks.registry import SUITES, Grid
 
 grid = Grid(("b0",), ((64, 96),), modalities=(3,), stages=(2,))
 SUITES["quick"] = replace(SUITES["quick"], grids=(grid,), seconds=0.0, rounds=(3, 3))
-right = registry.operations()["norm"]
 
 
-def build(*arguments):
-    problem = right.build(*arguments)
-    torch = problem.calls["torch"]
-    problem.calls["torch"] = lambda: tuple(1.01 * x for x in torch())
-    return problem
+def wrong(right):
+    def build(*arguments):
+        problem = right.build(*arguments)
+        torch = problem.calls["torch"]
+        problem.calls["torch"] = lambda: tuple(1.01 * x for x in torch())
+        return problem
+
+    return replace(right, build=build)
 
 
-registry.operations()["norm"] = replace(right, build=build)
+for name in ("norm", "model"):
+    registry.operations()[name] = wrong(registry.operations()[name])
 """
 
 
+# Of the model only one provider, which then has nobody before it to be compared with.
+CHOSEN = "norm or training or (model and torch)"
+
+
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The benchmarks under pytest in a process of their own, tiny, and with a wrong norm."""
+    """The benchmarks under pytest in a process of their own, tiny, norm and model wrong."""
     (folder / "tiny.py").write_text(TINY)
     search = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     command = (sys.executable, "-m", "pytest", "benchmarks", "-p", "tiny", "-q", *arguments)
@@ -212,10 +219,11 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
 def test_pytest_times_what_is_right_and_fails_what_is_wrong(tmp_path: Path) -> None:
     pytest.importorskip("pytest_benchmark")
     path = tmp_path / "timings.json"
-    options = ("--benchmark-only", "--benchmark-json", str(path), "-k", "norm or training")
+    options = ("--benchmark-only", "--benchmark-json", str(path), "-k", CHOSEN)
     done = run_pytest(tmp_path, *options)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "incorrect: " in done.stdout
+    assert done.stdout.count("incorrect: logits") == 1
+    assert done.stdout.count("incorrect: total") == 2
     assert "kernels are timed on a GPU only" in done.stdout
     rows = {(row.op, row.provider, row.mode): row for row in read(path)}
     trusted = {"baseline", "reference"}
@@ -280,3 +288,18 @@ def test_on_a_gpu_rounds_are_replays_and_records_are_events(
     assert (row.p20_us, row.p50_us, row.p80_us, row.n, row.method) == (4.0, 5.0, 6.0, 20, method)
     assert row.status == "ok"
     assert row.gbps > 0
+
+
+def test_what_fails_before_it_is_timed_has_its_reason(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_bench_suite
+
+    def calls(self: Prepared, mode: str, providers: list[str]) -> dict[str, Any]:
+        self.fail(providers, RuntimeError("no such kernel image"))
+        return {}
+
+    monkeypatch.setattr(Prepared, "calls", calls)
+    case = Case(operations()["guided_gate"], replace(SHAPE, stage=2), "fp32", ("fwd",), ("torch",))
+    prepared = Runner(Options()).prepare(case)
+    with pytest.raises(pytest.fail.Exception, match="error: RuntimeError: no such kernel image"):
+        test_bench_suite.test_case(None, prepared, "fwd", "torch", "")

@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.alternate import pooled
+from benchmarks.alternate import BLOCK, DONE, READY, Task, measure, pooled
+from benchmarks.plan import Options, plan
 from benchmarks.record import read_jsonl
+from benchmarks.registry import SUITES
 from benchmarks.timing import Timing
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -178,6 +180,40 @@ def test_interrupted_it_leaves_no_worktree(
         running.kill()
     assert git(repository, "worktree", "list").count("\n") == 0
     assert list((repository.parent / "tmp").iterdir()) == []
+
+
+class Scripted:
+    """A side that answers as it is told, and keeps what it was asked."""
+
+    def __init__(self, *answers: object) -> None:
+        self.answers = list(answers)
+        self.asked: list[object] = []
+
+    def send(self, message: object) -> None:
+        self.asked.append(message)
+        ORDER.append(self)
+
+    def receive(self) -> object:
+        return self.answers.pop(0)
+
+
+ORDER: list[Scripted] = []
+
+
+def test_sides_are_asked_in_turn_and_one_that_fails_is_left_out() -> None:
+    ORDER.clear()
+    task = Task(plan(Options())[0], Options(), SUITES["quick"])
+    rows = [object()]
+    a = Scripted(READY, 1, 2, 3, rows)
+    b = Scripted(READY, 1, rows)  # fails in its second block, so that its records come at once
+    c = Scripted("ImportError: no such name")
+    found = measure([a, b, c], task, 3)
+    assert found[:2] == [rows, rows]
+    assert {(r.status, r.reason) for r in found[2]} == {("error", "ImportError: no such name")}
+    assert a.asked == [task, BLOCK, BLOCK, BLOCK, DONE]
+    assert b.asked == [task, BLOCK, BLOCK]
+    assert c.asked == [task]
+    assert ORDER == [a, b, c, a, b, b, a, a, a]
 
 
 def test_a_block_counts_with_its_fastest_call_by_wall_clock() -> None:

@@ -1,0 +1,162 @@
+"""The numbers of README.md are those of the committed results, and its commands exist."""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from benchmarks import gpus, model_cost, readme
+from benchmarks.__main__ import _parser, main
+from benchmarks.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
+from benchmarks.record import Record
+
+ROOT = Path(__file__).resolve().parent.parent
+CASE = {"variant": "b0", "stage": 1, "height": 512, "width": 512, "batch": 1, "modalities": 4}
+
+
+def record(provider: str, p50_ms: float, width_ms: float = 0.0, **fields: object) -> Record:
+    values = {"suite": "core", "op": "attention", "case": CASE, "mode": "fwd", "dtype": "bf16"}
+    us, width = 1e3 * p50_ms, 1e3 * width_ms
+    times = {"p20_us": us - width, "p50_us": us, "p80_us": us + width, "peak_mib": 10 * p50_ms}
+    return Record(**(values | {"provider": provider} | times | fields))
+
+
+def on_a_gpu(records: list[Record]) -> Folder:
+    env = {"device": "NVIDIA H200", "torch": "2.11.0", "capability": "9.0", "threads": 16}
+    return Folder("benchmarks/results/h200", env, records)
+
+
+def test_readme_is_what_the_results_say() -> None:
+    text = README.read_text()
+    assert rewritten(text, folders(ROOT)) == text, "run `python -m benchmarks readme`"
+
+
+def test_headline_by_hand() -> None:
+    path = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "results.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    found = {(r["op"], r["mode"], r["provider"]): r for r in rows}
+    text = " ".join(README.read_text().split())
+    ours, eager = (found["training", "step", p] for p in ("torch", "baseline"))
+    share = round(100 * ours["peak_mib"] / eager["peak_mib"])
+    for op, mode, format_ in (
+        ("model", "fwd", "takes {:.0f} ms in public style and {:.0f} ms here"),
+        (
+            "training",
+            "step",
+            "a training step {:.0f} and {:.0f} ms with " + f"{share} % of the memory",
+        ),
+    ):
+        ms = [found[op, mode, p]["p50_us"] / 1e3 for p in ("baseline", "torch")]
+        assert format_.format(*ms) in text
+
+
+def test_table() -> None:
+    rows = [
+        record("baseline", 4.0), record("sdpa_flash", 1.5), record("triton", 1.0),
+        record("torch", 2.0), record("reference", 0.5),
+        record("baseline", 9.0, 2.0, mode="step"), record("triton", 10.0, 2.0, mode="step"),
+        record("baseline", 8.0, op="training", mode="step", case=CASE | {"stage": 0}),
+        record("triton", 2.0, op="training", mode="step", case=CASE | {"stage": 0}),
+        record("baseline", 7.7, case=CASE | {"height": 1024}),
+        record("triton", 7.7, case=CASE | {"height": 1024}),
+    ]  # fmt: skip
+    text = gpu([on_a_gpu(rows)])
+    assert (
+        "NVIDIA H200, torch 2.11.0, suite core ([report](benchmarks/results/h200/report.md)):"
+        in text
+    )
+    # The strongest other, the best of ours, what is lost, and what only seems so.
+    assert "| 1.50 sdpa_flash | 1.00 | 1.50x | 9.00 | 10.0 | (0.9x) | 90.0 | 100 |" in text
+    assert "| model | b0 512x512 B1 M4 bf16 |  |  |  | 8.00 | 2.00 | 4.00x | 80.0 | 20.0 |" in text
+    assert "7.7" not in text
+    assert "predictions" not in text
+    assert cpu([on_a_gpu(rows)]) == ""
+
+
+def test_without_a_gpu_there_are_predictions_called_that() -> None:
+    text = gpu(folders(ROOT)[:0])
+    assert text.startswith("No GPU has been measured yet.")
+    assert "predictions, not measurements" in text
+    # The bytes alone take this long.
+    parts = model_cost.model_parts(readme.Shape("b0", 0, 1024, 1024, 1, 4), 2, training=False)
+    moved = sum(w.bytes for w in model_cost.combined(parts).of("fwd"))
+    row = next(line for line in text.splitlines() if line.startswith("| EQUISeg-B0, forward"))
+    predicted = [float(cell) for cell in row.split("|")[2:-1]]
+    assert len(predicted) == len(readme.PREDICTED)
+    for name, ms in zip(readme.PREDICTED, predicted, strict=True):
+        assert 1e3 * moved / gpus.by_name(name).limits.bandwidth <= ms * 1.01
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda text: text.replace("<!-- numbers: gpu -->", ""),
+        lambda text: text.replace("<!-- /numbers -->", "", 1),
+        lambda text: text.replace("numbers: gpu", "numbers: tpu"),
+        lambda text: text + "\n<!-- numbers: cpu -->\n<!-- /numbers -->\n",
+    ],
+)
+def test_regions_must_be_there(change) -> None:
+    with pytest.raises(ValueError, match="must have the regions cpu, gpu, headline"):
+        rewritten(change(README.read_text()), folders(ROOT))
+
+
+def test_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = README.read_text()
+    stale = REGION.sub(lambda m: f"{m[1]}old\n{m[4]}" if m[2] == "gpu" else m[0], text)
+    path = tmp_path / "README.md"
+    path.write_text(stale)
+    monkeypatch.setattr(readme, "README", path)
+    assert main(["readme", "--check"]) == 1
+    assert capsys.readouterr().out == "stale: gpu\n"
+    assert path.read_text() == stale
+    assert main(["readme"]) == 0
+    assert path.read_text() == text
+    assert main(["readme", "--check"]) == 0
+
+
+def test_other_results_are_other_numbers() -> None:
+    found = folders(ROOT)
+    slower = [
+        replace(r, p50_us=3 * r.p50_us) if r.provider == "torch" and r.p50_us else r
+        for r in found[0].records
+    ]
+    changed = rewritten(README.read_text(), [replace(found[0], records=slower), *found[1:]])
+    stale = [
+        before[2]
+        for before, after in zip(
+            REGION.finditer(README.read_text()), REGION.finditer(changed), strict=True
+        )
+        if before[3] != after[3]
+    ]
+    assert stale == ["headline", "cpu"]
+
+
+def test_commands_of_the_readme_are_understood() -> None:
+    section = README.read_text().split("## Benchmarks")[1].split("\n## ")[0]
+    commands = re.findall(r"^\| `((?!python)[a-z].*?)` \|", section, flags=re.MULTILINE)
+    parser = _parser()
+    names = [parser.parse_args(shlex.split(command)) and command.split()[0] for command in commands]
+    choices = next(action.choices for action in parser._actions if action.choices)
+    assert sorted(names) == sorted(choices)
+
+
+def test_headline_compares_peaks_of_memory() -> None:
+    found = folders(ROOT)
+    doubled = [
+        replace(r, peak_mib=2 * r.peak_mib)
+        if (r.op, r.provider) == ("training", "torch") and r.peak_mib
+        else r
+        for r in found[0].records
+    ]
+    peaks = {(r.op, r.provider): r.peak_mib for r in doubled}
+    share = 100 * peaks["training", "torch"] / peaks["training", "baseline"]
+    text = readme.headline([replace(found[0], records=doubled)])
+    assert f"{share:.0f} % of the memory" in text
