@@ -303,3 +303,14 @@ def test_what_fails_before_it_is_timed_has_its_reason(monkeypatch: pytest.Monkey
     prepared = Runner(Options()).prepare(case)
     with pytest.raises(pytest.fail.Exception, match="error: RuntimeError: no such kernel image"):
         test_bench_suite.test_case(None, prepared, "fwd", "torch", "")
+
+
+def test_a_case_that_nobody_can_do_is_skipped() -> None:
+    pytest.importorskip("pytest_benchmark")
+    from benchmarks import test_bench_suite
+
+    alone = replace(SHAPE, modalities=1)
+    case = Case(operations()["query_hub"], alone, "fp32", ("fwd",), ("torch",))
+    prepared = Runner(Options()).prepare(case)
+    with pytest.raises(pytest.skip.Exception, match="two modalities or more"):
+        test_bench_suite.test_case(None, prepared, "fwd", "torch", "")
