@@ -66,24 +66,12 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
             "limits of the device",
             1.0,
             (_task("calibrate", bench("calibrate", *on, "--out", str(folder / "calibration"))),),
-            impossible=_missing_command("calibrate"),
         ),
         _parity_step(folder, cuda),
         _core_step(folder, on, core_operations() if cuda else ("guided_gate", "query_hub")),
         _memory_step(folder, on, cuda),
         _sanitizer_step(cuda),
-        Step(
-            "tune",
-            "search of launch configurations",
-            1.5,
-            (
-                _task(
-                    "tune",
-                    bench("tune", "--minutes", "{minutes}", *on, "--out", str(folder / "tune")),
-                ),
-            ),
-            impossible=_missing_command("tune"),
-        ),
+        _tune_step(folder, cuda),
         Step(
             "report",
             "report and plots of the core suite",
@@ -102,11 +90,6 @@ def core_operations() -> list[str]:
 
 def _task(name: str, command: Sequence[str], **options: Any) -> Task:
     return Task(name, tuple(command), f"logs/{name.replace('/', '-')}.log", **options)
-
-
-def _missing_command(name: str) -> str:
-    found = find_spec(f"benchmarks.{name}")
-    return "" if found else f"this version has no command {name!r}"
 
 
 def _environment_step(cuda: bool) -> Step:
@@ -197,6 +180,14 @@ def _sanitizer_step(cuda: bool) -> Step:
         "sanitizer", "memory accesses and races on small shapes", 1.2, tasks,
         impossible="" if tool else reason,
     )  # fmt: skip
+
+
+def _tune_step(folder: Path, cuda: bool) -> Step:
+    on = ("--device", "cuda") if cuda else ("--device", "cpu", "--op", "guided_gate")
+    command = bench("tune", "--minutes", "{minutes}", *on, "--out", str(folder / "tune"))
+    variables = {"TRITON_INTERPRET": None if cuda else "1", "EQUISEG_FAST_TUNED": None}
+    task = _task("tune", command, variables=variables)
+    return Step("tune", "search of launch configurations", 1.5, (task,))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -286,6 +286,13 @@ def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert planned["sanitizer"].impossible == "compute-sanitizer is not on the PATH"
 
 
+def test_search_is_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
+    for device, interpret in ((CUDA, None), (torch.device("cpu"), "1")):
+        (task,) = {step.name: step for step in visit.steps(tmp_path, device)}["tune"].tasks
+        assert task.variables["TRITON_INTERPRET"] == interpret
+        assert main([*task.command[3:5], "0", *task.command[6:], "--dry-run"]) == 0
+
+
 def test_every_planned_command_is_understood(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
