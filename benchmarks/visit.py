@@ -72,7 +72,18 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
         _core_step(folder, on, core_operations() if cuda else ("guided_gate", "query_hub")),
         _memory_step(folder, on, cuda),
         _sanitizer_step(cuda),
-        _tune_step(folder, on, cuda),
+        Step(
+            "tune",
+            "search of launch configurations",
+            1.5,
+            (
+                _task(
+                    "tune",
+                    bench("tune", "--minutes", "{minutes}", *on, "--out", str(folder / "tune")),
+                ),
+            ),
+            impossible=_missing_command("tune"),
+        ),
         Step(
             "report",
             "report and plots of the core suite",
@@ -185,16 +196,6 @@ def _sanitizer_step(cuda: bool) -> Step:
     return Step(
         "sanitizer", "memory accesses and races on small shapes", 1.2, tasks,
         impossible="" if tool else reason,
-    )  # fmt: skip
-
-
-def _tune_step(folder: Path, on: tuple[str, ...], cuda: bool) -> Step:
-    minutes = "{minutes}" if cuda else "0.1"
-    command = bench("tune", "--minutes", minutes, *on, "--out", str(folder / "tune"))
-    task = _task("tune", command, variables={"TRITON_INTERPRET": None if cuda else "1"})
-    return Step(
-        "tune", "search of launch configurations", 1.5, (task,),
-        impossible=_missing_command("tune"),
     )  # fmt: skip
 
 
