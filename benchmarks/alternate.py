@@ -7,6 +7,7 @@ package `benchmarks`, is the same in both: only `equiseg_fast` differs.
 
 from __future__ import annotations
 
+import re
 import statistics
 import subprocess
 import sys
@@ -178,7 +179,8 @@ def serve(handle: int, package: str) -> None:
             return
         except (ImportError, AttributeError) as error:
             # A version that lacks what this operation's benchmark imports.
-            connection.send(f"{type(error).__name__}: {error}")
+            reason = re.sub(r" \(/.*\)$", "", str(error))  # names a file of the checkout
+            connection.send(f"{type(error).__name__}: {reason}")
             continue
         runner = BlockRunner(task.options, suite=task.suite)
         runner.connection = connection

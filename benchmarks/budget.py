@@ -21,6 +21,8 @@ POLL_SECONDS = 0.05
 GRACE_SECONDS = 3.0
 LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
+USABLE = 0.8
+"""Share of its limit that a command is told: the rest is for starting and for coming to an end."""
 AGAIN = 75
 """Exit status of a command that wants to be started again."""
 
@@ -29,10 +31,10 @@ AGAIN = 75
 class Task:
     """One command.
 
-    command: "{minutes}" in it becomes its time limit, "{attempt}" counts from 1. output: the file,
-    relative to the folder of results, of what it prints. variables: of its environment, None for
-    one that must not be set. restarts: how often it is started again, within its time, if it ends
-    with `AGAIN` or by a signal: for commands that go on where they stopped.
+    command: "{minutes}" in it becomes what it may plan with, "{attempt}" counts from 1. output: the
+    file, relative to the folder of results, of what it prints. variables: of its environment, None
+    for one that must not be set. restarts: how often it is started again, within its time, if it
+    ends with `AGAIN` or by a signal: for commands that go on where they stopped.
     """
 
     name: str
@@ -91,7 +93,7 @@ class Running:
         self.started = time.monotonic()
         self.deadline = self.started + limit
         attempt = state.of(task).get("attempts", 0) + 1
-        values = {"{minutes}": f"{limit / 60:.2f}", "{attempt}": str(attempt)}
+        values = {"{minutes}": f"{USABLE * limit / 60:.2f}", "{attempt}": str(attempt)}
         self.command = [_filled(word, values) for word in task.command]
         chosen = {**os.environ, **task.variables}
         self.environment = {name: value for name, value in chosen.items() if value is not None}

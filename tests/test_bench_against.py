@@ -120,6 +120,7 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not compared: encoder fwd torch: base: error, ImportError" in done.stdout
     assert "HUGGING_FACE_V5" in done.stdout
+    assert "equiseg-base" not in done.stdout + (tmp_path / "base" / "results.jsonl").read_text()
     assert "1 compared" in done.stdout
     assert [row.status for row in read_jsonl(tmp_path / "new") if row.op == "encoder"] == [
         "ok", "unsupported",
