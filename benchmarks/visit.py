@@ -64,7 +64,7 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
         Step(
             "calibrate",
             "limits of the device",
-            1.0,
+            2.5,
             (_task("calibrate", bench("calibrate", *on, "--out", str(folder / "calibration"))),),
         ),
         _parity_step(folder, cuda),
