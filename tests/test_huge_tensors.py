@@ -185,8 +185,9 @@ def cases(batch: int, height: int, width: int, channels: int) -> dict[str, tuple
     C = channels
     tokens, fp32 = height * width, torch.float32
     x, m = meta(batch, tokens, C), meta(3, batch, tokens, C)
-    q, k = x[:, :, None], meta(batch, 100, 1, C)
-    lse = meta(batch, 1, tokens, dtype=fp32)
+    q = x.unflatten(-1, (-1, min(C, 64)))
+    k = meta(batch, 100, *q.shape[2:])
+    lse = meta(batch, q.shape[2], tokens, dtype=fp32)
     taps = meta(3, 9, C, dtype=fp32)
     present = meta(3, batch, dtype=torch.bool)
     score = meta(3, batch, tokens, dtype=fp32)

@@ -23,7 +23,7 @@ CASES = [
 
 # On the CPU these are compositions of operators that PyTorch itself can transform; everything else
 # is an `autograd.Function` of ours.
-COMPOSED = {"attention", "depthwise_conv_gelu", "add_layer_norm"}
+COMPOSED = {"attention", "depthwise_conv_gelu", "add_layer_norm", "mix_ffn"}
 
 
 def refuses(name: str, backend: str | None) -> bool:
