@@ -77,6 +77,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument("--out", type=Path, help="default: benchmark-results/<device>-<date>")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
     run.add_argument("--seed", type=int, default=0)
+    run.add_argument(
+        "--calibration", type=Path, metavar="FILE",
+        help="limits of the device, of `calibrate`; without such a file they are measured",
+    )  # fmt: skip
     run.add_argument("--tuned", metavar="FILE", help="configurations of the provider tuned")
     run.add_argument(
         "--dry-run", action="store_true", help="only list cases, providers and why some are skipped"
@@ -164,7 +168,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     phases = Phases()
     phases.seconds["imports"] = perf_counter() - STARTED
     with phases.phase("device limits"):
-        limits = calibrate.device_limits(device, {case.dtype: DTYPES[case.dtype] for case in cases})
+        dtypes = {case.dtype: DTYPES[case.dtype] for case in cases}
+        if args.calibration and _has_limits(args.calibration):
+            limits = calibrate.read(args.calibration)
+        else:
+            limits = calibrate.device_limits(device, dtypes)
     env = records_of.environment(device, asdict(limits))
     out = args.out or _default_folder(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -185,7 +193,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             results.add(found)
             progress.advance(task)
         progress.update(task, description="parts of the model")
-        _breakdown(rows, device, out, args.seed, phases)
+        try:
+            _breakdown(rows, device, out, args.seed, phases)
+        except RuntimeError as error:  # out of memory, for one; the rows are worth their report
+            console.print(f"no breakdown of the model: {error}", markup=False)
         if args.suite == "quick" and not find_spec("skimage"):
             console.print("no picture of the sensors: scikit-image is not installed")
         elif args.suite == "quick":
@@ -202,6 +213,10 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         f"{torch.get_num_threads()} threads); written to {_shown(out)}"
     )
     return 0
+
+
+def _has_limits(path: Path) -> bool:
+    return (path / "calibration.json").is_file() if path.is_dir() else path.is_file()
 
 
 def _breakdown(

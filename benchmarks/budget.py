@@ -23,8 +23,18 @@ LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
 USABLE = 0.8
 """Share of its limit that a command is told: the rest is for starting and for coming to an end."""
+LEAST_SHARE = 60.0
+"""Seconds that a command may take even if others of its step then have none."""
 AGAIN = 75
 """Exit status of a command that wants to be started again."""
+
+
+STICKY = ("CUDA error", "device-side assert", "cudaError")
+
+
+def is_sticky(message: str) -> bool:
+    """Whether an error spoils every later call of its process."""
+    return any(word in message for word in STICKY)
 
 
 @dataclass(frozen=True)
@@ -190,7 +200,9 @@ def _run_step(
                 task = waiting.pop(0)
                 # Those that still wait get their part of what is left.
                 rounds = -(-(len(waiting) + 1) // step.at_once)
-                limit = (until - time.monotonic()) / rounds
+                left = until - time.monotonic()
+                # What comes first should rather finish than leave everybody too little.
+                limit = max(left / rounds, min(left, LEAST_SHARE))
                 if until - time.monotonic() < LEAST_SECONDS:
                     state.set(task, state=state.of(task).get("state", "not started"))
                     continue

@@ -20,9 +20,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.budget import AGAIN
-
-STICKY = ("CUDA error", "device-side assert", "cudaError")
+from benchmarks.budget import AGAIN, is_sticky
 
 
 @dataclass
@@ -97,7 +95,7 @@ class _Writer:
             test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2),
             reason=_reason(report),
         )  # fmt: skip
-        if report.failed and any(word in report.longreprtext for word in STICKY):
+        if report.failed and is_sticky(report.longreprtext):
             pytest.exit("the device is in error; to be run again", returncode=AGAIN)
 
     def _write(self, **values: Any) -> None:

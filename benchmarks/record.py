@@ -29,6 +29,7 @@ ENVIRONMENT_VARIABLES = (
     "TRITON_INTERPRET",
     "OMP_NUM_THREADS",
     "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF",
     "CUDA_LAUNCH_BLOCKING",
 )
 Key = tuple[str, str, str, str, str]
@@ -232,7 +233,8 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,
         "git_sha": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
+        # Without a repository nobody knows.
+        "git_dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": _version("triton"),

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field
 from time import perf_counter
 
 import torch
+import torch._functorch.config
+from torch import Tensor
 
 from benchmarks import memory, parity, timing
 from benchmarks.cost import Limits, total
@@ -28,6 +31,7 @@ from benchmarks.registry import (
 __all__ = ["Case", "Options", "Phases", "Prepared", "Runner", "plan"]
 
 Progress = Callable[[str], None]
+Forward = Callable[[], tuple[Tensor, ...]]
 
 
 @dataclass
@@ -65,11 +69,16 @@ class Prepared:
             for p in case.providers
         }
         for provider in case.providers:
-            if reason := unavailable(case.op, provider, runner.device, case.dtype):
-                self.fail([provider], Unsupported(reason))
+            try:
+                if reason := unavailable(case.op, provider, runner.device, case.dtype):
+                    raise Unsupported(reason)
+            except Exception as error:
+                self.fail([provider], error)
         if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
             # The compiler gives up after a few shapes of one function unless it forgets them.
             torch._dynamo.reset()
+            # A backward that is called again and again must not reuse what its forward has kept.
+            torch._functorch.config.donated_buffer = "bwd" not in case.modes
         progress(f"{case.label}: inputs and oracle")
         try:
             if reason := case.op.refuses(case.shape):
@@ -82,17 +91,20 @@ class Prepared:
         except Exception as error:
             self.fail(case.providers, error, "inputs or oracle: ")
 
-    def fail(self, providers: Iterable[str], error: BaseException, what: str = "") -> None:
-        """These providers get no numbers, and the reason why; what: failed, if it was not they."""
+    def fail(
+        self, providers: Iterable[str], error: BaseException, what: str = "", mode: str = ""
+    ) -> None:
+        """These providers get no numbers, and the reason why; what: failed, if it was not they;
+        mode: in this one alone."""
         status, reason = _explained(error)
         if status != "unsupported":
             reason = what + reason
-        for (provider, _), row in self.rows.items():
-            if provider in providers and row.status == "ok":
+        for (provider, own), row in self.rows.items():
+            if provider in providers and mode in ("", own) and row.status == "ok":
                 row.status, row.reason = status, reason
 
     def ok(self, provider: str) -> bool:
-        return self.rows[provider, self.case.modes[0]].status == "ok"
+        return any(self.rows[provider, mode].status == "ok" for mode in self.case.modes)
 
     def check(self, provider: str) -> None:
         """Parity and memory of a provider, once; one that is wrong or fails is out."""
@@ -195,25 +207,44 @@ class Prepared:
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
-        with configured(provider), self._launches(provider) as launches:
+        with configured(provider):
             started = perf_counter()
-            step_peak, result = memory.peak_bytes(step, device)
+            with self._launches(provider) as launches:
+                step_peak, result = memory.peak_bytes(step, device)
             first = perf_counter() - started
-        accuracy = gate.check(result)
-        del result
+            accuracy = gate.check(result)
+            del result
+            if self._compiles:
+                step_peak, _ = memory.peak_bytes(step, device)
+            peaks = {"step" if leaves else "fwd": step_peak}
+            for mode in self.case.modes:
+                if mode not in peaks:
+                    try:
+                        peaks[mode] = self._peak(forward, leaves, mode)
+                    except Exception as error:
+                        self.fail([provider], error, mode=mode)
         for mode in self.case.modes:
-            row = self.rows[provider, mode]
-            peak = step_peak
-            # With gradients the call above was a step, without it was a forward.
-            if mode != ("step" if leaves else "fwd"):
-                call = timing.call_in_mode(forward, leaves, mode, self.runner.options.seed)
-                peak, _ = memory.peak_bytes(call, device)
+            if mode not in peaks:
+                continue
+            row, peak = self.rows[provider, mode], peaks[mode]
             row.first_call_s = first
             row.peak_mib = peak / memory.MIB
             row.saved_mib = saved[0] / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio = accuracy.rms_ratio, accuracy.max_ratio
             row.budget = accuracy.budget
             row.config = "; ".join(launches)
+
+    @property
+    def _compiles(self) -> bool:
+        """Whether a first call needs memory that later ones do not: compilers of a GPU measure
+        candidates then, and its libraries make their workspaces."""
+        return self.runner.device.type == "cuda"
+
+    def _peak(self, forward: Forward, leaves: Sequence[Tensor], mode: str) -> int:
+        call = timing.call_in_mode(forward, leaves, mode, self.runner.options.seed)
+        if self._compiles:
+            call()
+        return memory.peak_bytes(call, self.runner.device)[0]
 
     def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
         """What our kernels are launched with, for operations that are one of them."""
@@ -297,4 +328,6 @@ def _explained(error: BaseException) -> tuple[str, str]:
         return "incorrect", reason
     if isinstance(error, torch.OutOfMemoryError) or "can't allocate memory" in reason:
         return "oom", "out of memory"
+    # Of a file only its name: folders are those of the machine.
+    reason = re.sub(r"(?<![\w.])/(?:[^\s/'\"]+/)+", "", reason)
     return "error", f"{type(error).__name__}: {reason}"

@@ -168,7 +168,7 @@ def measure_cuda(
             unit, number = units[name][i % len(units[name])]
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             if not graph:
-                flush.normal_()
+                flush.zero_()
                 torch.cuda._sleep(1_000_000)
             begin.record()
             unit()
@@ -199,7 +199,8 @@ def captured(sets: Sequence[Call]) -> tuple[Call, int]:
 
 def _settle() -> None:
     """Matrix products for 200 ms, until the clocks are where load puts them."""
-    x = torch.randn(4096, 4096, device="cuda", dtype=torch.bfloat16)
+    # Drawn on the host: after a capture that failed, the GPU's generator may refuse.
+    x = torch.randn(4096, 4096).to("cuda", torch.bfloat16)
     until = perf_counter() + SETTLE_MS / 1e3
     while perf_counter() < until:
         x @ x

@@ -5,7 +5,8 @@
 Every choice of `kernels/_configs.py` that an operation meets is varied by one step (half or twice a
 block or the warps, one pipeline stage more or less), one choice after the other. A candidate must
 pass the correctness gate; it wins if it is at least 2 % faster than the default and their p20 to
-p80 bands do not overlap. `tuned.json` grows as the search goes. Nothing uses it by itself: read it,
+p80 bands do not overlap. `tuned.json` grows as the search goes, and a
+second search with the same --out goes on where it stopped. Nothing uses it by itself: read it,
 measure it (`run --tuned FILE`), then name it in EQUISEG_FAST_TUNED.
 
 On a CPU, with TRITON_INTERPRET=1, the same search runs in Triton's interpreter on tiny shapes: a
@@ -15,6 +16,7 @@ rehearsal, whose times mean nothing.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
@@ -26,8 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import parity, timing
+from benchmarks.budget import AGAIN, is_sticky
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
+from equiseg_fast.kernels import _tuned
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -91,9 +95,6 @@ class Search:
     """The search on one case; `table` is what was decided so far and grows."""
 
     def __init__(self, op: Op, shape: Shape, dtype: str, device: torch.device, table: dict) -> None:
-        from equiseg_fast.kernels import _tuned
-
-        self.tuned = _tuned
         self.label = f"{op.name} {shape.label} {dtype}"
         self.device = device
         self.table = table
@@ -108,7 +109,7 @@ class Search:
         """What the case launches, in the order of launching."""
         leaves = list(self.problems[0].leaves.values())
         recorder = _Recorder(self.table)
-        with self.tuned.use(recorder):
+        with _tuned.use(recorder):
             outputs = self.problems[0].calls["triton"]()
             forward = list(recorder.asked)
             self.gate.gradients(outputs, leaves)
@@ -118,7 +119,7 @@ class Search:
         """Why a trial cannot be used; empty if its results are right."""
         problem = self.problems[0]
         try:
-            with self.tuned.use(trial):
+            with _tuned.use(trial):
                 outputs = problem.calls["triton"]()
                 gradients = self.gate.gradients(outputs, list(problem.leaves.values()))
             self.gate.check(parity.Result(tuple(x.detach() for x in outputs), gradients))
@@ -131,7 +132,7 @@ class Search:
 
         def under(trial: dict, call: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
-                with self.tuned.use(trial):
+                with _tuned.use(trial):
                     return call()
 
             return run
@@ -151,16 +152,28 @@ class Search:
 
     def decide(self, choice: Choice) -> dict[str, Any]:
         """Try the neighbours of one choice; the entry for the file, its "config" the winner's."""
-        default = self.table.get(choice.key, self.tuned.default(choice.key))
-        trials, refused = {"default": self.table}, {}
+        default = self.table.get(choice.key, _tuned.default(choice.key))
+        trials, refused = {"default": self.table}, dict[str, str]()
         configs = {"default": default}
+        name, arguments = choice.key
+        entry = {
+            "function": name,
+            "arguments": list(arguments),
+            "config": asdict(default),
+            "default": asdict(default),
+            "case": self.label,
+            "mode": choice.mode,
+            "refused": refused,
+        }
         for config in neighbours(default):
-            name = _differing(default, config)
+            what = _differing(default, config)
             trial = {**self.table, choice.key: config}
             if reason := self.refusal(trial):
-                refused[name] = reason
+                refused[what] = reason
+                if is_sticky(reason):
+                    return entry | {"broken": reason}
             else:
-                trials[name], configs[name] = trial, config
+                trials[what], configs[what] = trial, config
         timings = self.time(trials, choice.mode)
         fastest = min(timings, key=lambda name: timings[name].p50_us)
         before, after = timings["default"], timings[fastest]
@@ -168,18 +181,11 @@ class Search:
         winner = fastest if wins else "default"
         if wins:
             self.table[choice.key] = configs[winner]
-        name, arguments = choice.key
-        return {
-            "function": name,
-            "arguments": list(arguments),
+        return entry | {
             "config": asdict(configs[winner]),
-            "default": asdict(default),
-            "case": self.label,
-            "mode": choice.mode,
             "default_us": before.p50_us,
             "tuned_us": timings[winner].p50_us,
             "tried_us": {n: t.p50_us for n, t in timings.items()},
-            "refused": refused,
         }
 
 
@@ -222,8 +228,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     until = monotonic() + 60 * args.minutes
     longest = 0.0
-    table: dict = {}
-    entries: list[dict[str, Any]] = []
+    made_on = _made_on(device, interpreting)
+    entries = _earlier(args.out / "search.json", made_on)
+    table = {_key(e): replace(_tuned.default(_key(e)), **e["config"]) for e in entries}
     late = 0
     stream = nullcontext() if interpreting else torch.cuda.stream(torch.cuda.Stream(device))
     with stream:
@@ -235,7 +242,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 late += 1
                 continue
             search = Search(op, shape, dtype, device, table)
-            decided = {(e["function"], tuple(e["arguments"])) for e in entries}
+            decided = {_key(e) for e in entries}
             for choice in search.choices():
                 started = monotonic()
                 if choice.key in decided or started + longest > until:
@@ -244,16 +251,40 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 longest = max(longest, monotonic() - started)
                 entries.append(entry)
                 console.print(_line(entry), markup=False)
-                _write(args.out, entries, device, interpreting)
-    _write(args.out, entries, device, interpreting)
+                _write(args.out, entries, made_on)
+                if "broken" in entry:
+                    console.print("the device is out of order for this process; start it again")
+                    return AGAIN
+    _write(args.out, entries, made_on)
     won = sum(e["config"] != e["default"] for e in entries)
     rest = f", {late} cases not reached" if late else ""
     console.print(f"{len(entries)} choices searched, {won} changed{rest}; see tuned.json")
     return 0
 
 
+def _key(entry: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
+    return entry["function"], tuple(entry["arguments"])
+
+
+def _made_on(device: torch.device, rehearsal: bool) -> dict[str, Any]:
+    env = environment(device)
+    found = {key: env[key] for key in ("device", "torch", "triton", "git_sha", "utc")}
+    return found | {"rehearsal": rehearsal}
+
+
+def _earlier(path: Path, made_on: dict[str, Any]) -> list[dict[str, Any]]:
+    """What an earlier search of the same source on the same device has decided."""
+    if not path.is_file():
+        return []
+    content = json.loads(path.read_text())
+    same = all(content["made_on"][key] == made_on[key] for key in made_on if key != "utc")
+    return content["configs"] if same else []
+
+
 def _line(entry: dict[str, Any]) -> str:
     what = f"{entry['function']}{tuple(entry['arguments'])} in {entry['case']} {entry['mode']}"
+    if "broken" in entry:
+        return f"{what}: {entry['broken']}"
     changed = {k: v for k, v in entry["config"].items() if v != entry["default"][k]}
     verdict = f"{changed}" if changed else "default stays"
     return (
@@ -262,15 +293,8 @@ def _line(entry: dict[str, Any]) -> str:
     )
 
 
-def _write(
-    out: Path, entries: Sequence[dict[str, Any]], device: torch.device, rehearsal: bool
-) -> None:
+def _write(out: Path, entries: Sequence[dict[str, Any]], made_on: dict[str, Any]) -> None:
     """`tuned.json` with the winners alone, `search.json` with everything that was tried."""
-    from equiseg_fast.kernels import _tuned
-
-    env = environment(device)
-    made_on = {key: env[key] for key in ("device", "torch", "triton", "git_sha", "utc")}
-    made_on["rehearsal"] = rehearsal
     _tuned.write(out / "search.json", list(entries), made_on)
     winners = [e for e in entries if e["config"] != e["default"]]
     _tuned.write(out / "tuned.json", winners, made_on)

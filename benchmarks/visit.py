@@ -14,7 +14,7 @@ import shutil
 import signal
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from importlib.util import find_spec
@@ -27,6 +27,7 @@ from rich.console import Console
 from benchmarks.budget import State, Step, Task, run, shares
 from benchmarks.options import ROOT, choose_device
 from benchmarks.plan import Options, plan
+from benchmarks.registry import SUITES, operations
 from benchmarks.visit_summary import failed, table, unfinished, write_summary
 
 PYTHON = sys.executable
@@ -43,6 +44,7 @@ HOTTEST = (
 )  # fmt: skip
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
+COMPILERS = ("compile", "flex")
 REHEARSED_TESTS = "test_rho or test_rounds_once"
 REHEARSED_CASES = (
     "--shape", "variant=b0,stage=4", "--dtype", "fp32", "--provider", "baseline,torch,triton",
@@ -70,6 +72,7 @@ def steps(folder: Path, device: torch.device) -> tuple[Step, ...]:
         _parity_step(folder, cuda),
         _core_step(folder, on, core_operations() if cuda else ("guided_gate", "query_hub")),
         _memory_step(folder, on, cuda),
+        *((_compiled_step(folder, on),) if cuda else ()),
         _sanitizer_step(cuda),
         _tune_step(folder, cuda),
         Step(
@@ -98,7 +101,9 @@ def _environment_step(cuda: bool) -> Step:
         _task("environment/versions", (PYTHON, "-m", "equiseg_fast.env")),
     ]
     if cuda and shutil.which("nvidia-smi"):
-        tasks.append(_task("environment/driver", ("nvidia-smi", "-q")))
+        # Not all of it: serial numbers and processes are nobody's business.
+        query = ("nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE,MEMORY")
+        tasks.append(_task("environment/driver", query))
     return Step("environment", "versions, device, driver", 1.0, tuple(tasks))
 
 
@@ -133,14 +138,40 @@ def _at_once(cuda: bool) -> int:
 
 
 def _core_step(folder: Path, on: tuple[str, ...], ops: Sequence[str]) -> Step:
-    suite = ("--suite", "core", *on, *(() if on[1] == "cuda" else REHEARSED_CASES))
-    tasks = tuple(
-        # One process per operation: an error of the device spoils all later calls of a process.
-        _task(f"core/{op}", bench("run", *suite, "--op", op, "--out", out))
-        for op in ops
-        for out in [str(folder / "core" / op / "{attempt}")]
+    cuda = on[1] == "cuda"
+
+    def of(op: str) -> tuple[str, ...]:
+        if not cuda:
+            return REHEARSED_CASES
+        quick = [p for p in SUITES["core"].providers if p not in COMPILERS]
+        return ("--provider", ",".join(p for p in quick if p in operations()[op].providers))
+
+    runs = _runs("core", folder, on, {op: of(op) for op in ops})
+    return Step("core", "speed, suite core", 3.5, runs)
+
+
+def _compiled_step(folder: Path, on: tuple[str, ...]) -> Step:
+    """Compilers take longer than all others together, so they get what time is left."""
+
+    def of(op: str) -> tuple[str, ...]:
+        wanted = ("baseline", "triton", *COMPILERS)
+        return ("--provider", ",".join(p for p in wanted if p in operations()[op].providers))
+
+    runs = _runs("compiled", folder, on, {op: of(op) for op in core_operations()})
+    return Step("compiled", "the same beside compilers", 1.5, runs)
+
+
+def _runs(
+    name: str, folder: Path, on: tuple[str, ...], options: Mapping[str, Sequence[str]]
+) -> tuple[Task, ...]:
+    """The suite core, operation by operation in processes of their own: an error of the device
+    spoils all later calls of a process. They share the limits that were calibrated."""
+    shared = ("--suite", "core", *on, "--calibration", str(folder / "calibration"))
+    return tuple(
+        _task(f"{name}/{op}", bench("run", *shared, *own, "--op", op, "--out", out))
+        for op, own in options.items()
+        for out in [str(folder / name / op / "{attempt}")]
     )
-    return Step("core", "speed, suite core", 3.5, tasks)
 
 
 def _memory_step(folder: Path, on: tuple[str, ...], cuda: bool) -> Step:
@@ -159,6 +190,8 @@ def _sanitizer_step(cuda: bool) -> Step:
     tool = shutil.which("compute-sanitizer") if cuda else None
     reason = "compute-sanitizer is not on the PATH" if cuda else "compute-sanitizer needs a GPU"
     exercise = bench("exercise", "--device", "cuda" if cuda else "cpu")
+    # All kernels once: under the tool compiling takes most of the time.
+    watched = (*exercise, "--dtype", "bf16")
     # Every tensor its own allocation, or an access beyond one would hit its neighbour unseen.
     variables = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1", "TRITON_INTERPRET": None}
     if not cuda:
@@ -171,7 +204,14 @@ def _sanitizer_step(cuda: bool) -> Step:
     tasks = tuple(
         _task(
             f"sanitizer/{check}",
-            (tool or "compute-sanitizer", "--tool", check, "--error-exitcode", "9", *exercise),
+            (
+                tool or "compute-sanitizer",
+                "--tool",
+                check,
+                "--error-exitcode",
+                "9",
+                *watched,
+            ),
             variables=variables,
         )
         for check in ("memcheck", "racecheck")
@@ -186,7 +226,7 @@ def _tune_step(folder: Path, cuda: bool) -> Step:
     on = ("--device", "cuda") if cuda else ("--device", "cpu", "--op", "guided_gate")
     command = bench("tune", "--minutes", "{minutes}", *on, "--out", str(folder / "tune"))
     variables = {"TRITON_INTERPRET": None if cuda else "1", "EQUISEG_FAST_TUNED": None}
-    task = _task("tune", command, variables=variables)
+    task = _task("tune", command, variables=variables, restarts=5)
     return Step("tune", "search of launch configurations", 1.5, (task,))
 
 

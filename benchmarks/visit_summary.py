@@ -15,7 +15,7 @@ from rich.table import Table
 from benchmarks import record
 from benchmarks.budget import State, Step, Task
 from benchmarks.outcomes import merged
-from benchmarks.record import Record
+from benchmarks.record import Key, Record
 
 
 def failed(state: State, task: Task) -> bool:
@@ -54,7 +54,8 @@ def table(planned: Sequence[Step], state: State, folder: Path) -> Table:
 
 def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
     """`summary.md`, and the results of the core suite in one file."""
-    _merge_core(folder / "core")
+    for name in ("core", "compiled"):
+        _merge(folder / name)
     lines = ["# Visit", "", "| step | state | seconds | what came out |", "|---|---|--:|---|"]
     lines += [f"| {' | '.join(row)} |" for row in _rows(planned, state, folder)]
     lines += ["", "| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]
@@ -74,7 +75,7 @@ def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
     (folder / "summary.md").write_text("\n".join(lines) + "\n")
 
 
-def _merge_core(core: Path) -> None:
+def _merge(core: Path) -> None:
     """One folder that `report` and `compare` can read, from those of operations and attempts."""
     rows = _measured(core)
     if rows:
@@ -84,10 +85,14 @@ def _merge_core(core: Path) -> None:
 
 
 def _measured(folder: Path) -> list[Record]:
-    """The records of all attempts in `folder`; of one measurement that of the latest."""
+    """The records of all attempts in `folder`; of one measurement the latest that has numbers."""
     paths = [path for path in folder.rglob("results.jsonl") if path.parent.name.isdecimal()]
     paths.sort(key=lambda path: int(path.parent.name))
-    return list({row.key: row for path in paths for row in record.read_jsonl(path)}.values())
+    best: dict[Key, Record] = {}
+    for row in (row for path in paths for row in record.read_jsonl(path)):
+        if row.status == "ok" or row.key not in best or best[row.key].status != "ok":
+            best[row.key] = row
+    return list(best.values())
 
 
 def _last_lines(step: Step, folder: Path) -> str:
@@ -102,8 +107,9 @@ def _last_lines(step: Step, folder: Path) -> str:
 
 def _environment_outcome(step: Step, folder: Path) -> str:
     try:
-        env = json.loads((folder / "environment.json").read_text())
-    except (OSError, json.JSONDecodeError):
+        text = (folder / "environment.json").read_text()
+        env = json.loads(text[text.index("{") :])  # warnings may come first
+    except (OSError, ValueError):
         return ""
     triton = env["triton"] or "not installed"
     return f"{env['device']}, torch {env['torch']}, triton {triton}, python {env['python']}"
@@ -143,6 +149,7 @@ OUTCOMES = {
     "environment": _environment_outcome,
     "parity": _parity_outcome,
     "core": _measured_outcome,
+    "compiled": _measured_outcome,
     "memory": _measured_outcome,
     "sanitizer": _sanitizer_outcome,
     "report": _report_outcome,

@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from benchmarks import timing
+from benchmarks.__main__ import main
 from benchmarks.launches import recorded
 from benchmarks.plan import Case, Options
 from benchmarks.record import (
@@ -314,3 +315,50 @@ def test_a_case_that_nobody_can_do_is_skipped() -> None:
     prepared = Runner(Options()).prepare(case)
     with pytest.raises(pytest.skip.Exception, match="two modalities or more"):
         test_bench_suite.test_case(None, prepared, "fwd", "torch", "")
+
+
+NORM = Case(operations()["norm"], Shape("b0", 2, 64, 64, 1, 2), "fp32", ("step", "bwd"), ("torch",))
+
+
+def test_a_mode_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = timing.call_in_mode
+
+    def call_in_mode(forward: Any, leaves: Any, mode: str, seed: int = 0) -> Any:
+        if mode == "bwd":
+            raise RuntimeError("no backward twice, says /usr/lib/some/where/code.py")
+        return right(forward, leaves, mode, seed)
+
+    monkeypatch.setattr(timing, "call_in_mode", call_in_mode)
+    step, bwd = Runner(Options()).run(NORM)
+    assert step.status == "ok"
+    assert step.p50_us > 0
+    # Folders are those of a machine, and nobody else's business.
+    assert (bwd.status, bwd.reason) == (
+        "error",
+        "RuntimeError: no backward twice, says code.py",
+    )
+
+
+def test_compiled_backwards_that_are_repeated_keep_what_they_need() -> None:
+    for modes, donated in ((("step", "bwd"), False), (("fwd", "step"), True)):
+        runner = Runner(Options())
+        runner.prepare(replace(NORM, modes=modes, providers=("compile",)))
+        assert torch._functorch.config.donated_buffer is donated
+
+
+def test_asking_whether_a_provider_is_there_may_fail(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*_: Any) -> str:
+        raise RuntimeError("CUDA error: misaligned address")
+
+    monkeypatch.setattr(importlib.import_module("benchmarks.runner"), "unavailable", broken)
+    assert {row.status for row in Runner(Options()).run(NORM)} == {"error"}
+
+
+def test_limits_of_an_earlier_calibration(tmp_path: Path) -> None:
+    limits = {"bandwidth": 1e9, "peak": {"fp32": 2e9}, "exps": 3e9}
+    (tmp_path / "calibration.json").write_text(json.dumps({"limits": limits}))
+    run = ["run", "--op", "norm", "--provider", "torch", "--mode", "fwd", "--device", "cpu"]
+    for found, same in ((tmp_path, True), (tmp_path / "none.json", False)):
+        assert main([*run, "--calibration", str(found), "--out", str(tmp_path / "out")]) == 0
+        env = json.loads((tmp_path / "out" / "env.json").read_text())
+        assert (env["limits"] == limits) is same

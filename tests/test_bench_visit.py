@@ -8,19 +8,19 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import registry, visit
+from benchmarks import registry, visit, visit_summary
 from benchmarks.__main__ import main
 from benchmarks.budget import AGAIN, USABLE, State, Step, Task, run, shares
 from benchmarks.outcomes import Outcomes
 from benchmarks.plan import Options, plan
-from benchmarks.record import read_jsonl
-from benchmarks.registry import Problem, operations
+from benchmarks.record import Record, read_jsonl, write_jsonl
+from benchmarks.registry import Problem, Shape, operations
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -260,7 +260,8 @@ def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(visit.shutil, "which", lambda name: f"/opt/{name}")
     planned = {step.name: step for step in visit.steps(tmp_path, CUDA)}
     assert list(planned) == [
-        "environment", "calibrate", "parity", "core", "memory", "sanitizer", "tune", "report",
+        "environment", "calibrate", "parity", "core", "memory", "compiled", "sanitizer", "tune",
+        "report",
     ]  # fmt: skip
     tests = {task.name: task for task in planned["parity"].tasks}
     for op in operations().values():
@@ -279,6 +280,15 @@ def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert core[0] == "core/attention"
     assert core.index("core/training") < core.index("core/encoder")
     assert set(core) == {f"core/{case.op.name}" for case in plan(Options(suite="core"))}
+    providers = {
+        t.name: t.command[t.command.index("--provider") + 1] for t in planned["core"].tasks
+    }
+    assert providers["core/norm"] == "baseline,reference,torch,triton,tuned,liger"
+    assert not any("compile" in names or "flex" in names for names in providers.values())
+    beside = {
+        t.name: t.command[t.command.index("--provider") + 1] for t in planned["compiled"].tasks
+    }
+    assert beside["compiled/attention"] == "baseline,triton,compile,flex"
     for task in planned["sanitizer"].tasks:
         assert task.command[0] == "/opt/compute-sanitizer"
         assert task.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
@@ -305,7 +315,7 @@ def test_every_planned_command_is_understood(
                 assert main([*task.command[3:], "--dry-run"]) == 0
                 assert "nothing was run" in capsys.readouterr().out
                 seen += 1
-    assert seen == len(visit.core_operations()) + 1
+    assert seen == 2 * len(visit.core_operations()) + 1
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -426,3 +436,13 @@ def test_benchmarks_run_without_optional_packages(tmp_path: Path) -> None:
     arguments = ("-m", "benchmarks", "visit", "--device", "cpu", "--minutes", "0.01")
     out = without_optional_packages(tmp_path, *arguments, "--out", str(tmp_path / "v"))
     assert "without transformers: no provider transformers" in out
+
+
+def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
+    case = asdict(Shape("b0", 1, 64, 64))
+    good = Record("core", "norm", case, "fwd", "torch", "fp32", p50_us=2.0)
+    bad = replace(good, status="oom", p50_us=None)
+    for attempt, row in enumerate((bad, replace(good, p50_us=1.0), good, bad), start=1):
+        (tmp_path / str(attempt)).mkdir()
+        write_jsonl([row], tmp_path / str(attempt) / "results.jsonl")
+    assert visit_summary._measured(tmp_path) == [good]

@@ -159,12 +159,12 @@ needs_interpreter = pytest.mark.skipif(
 
 @needs_interpreter
 class TestSearch:
-    def run(self, out: Path, **changes: Any) -> dict[str, Any]:
+    def run(self, out: Path, status: int = 0, **changes: Any) -> dict[str, Any]:
         args = {
             "op": ("guided_gate",), "dtype": None, "device": "cpu", "minutes": 1.0, "out": out,
             "dry_run": False,
         }  # fmt: skip
-        assert tune.main(Namespace(**{**args, **changes}), Console(file=None, quiet=True)) == 0
+        assert tune.main(Namespace(**{**args, **changes}), Console(quiet=True)) == status
         return json.loads((out / "search.json").read_text())
 
     def test_the_fastest_correct_candidate_wins(
@@ -233,6 +233,32 @@ class TestSearch:
         assert len(times) > 6
         assert len(set(times)) > 6
         assert min(times) > 100
+
+    def test_goes_on_where_it_stopped(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """An error of the device ends the process; the next one skips what caused it."""
+        monkeypatch.setattr(
+            tune.Search, "time", lambda self, trials, mode: dict.fromkeys(trials, ANY)
+        )
+        refusal = tune.Search.refusal
+
+        def breaks(self: tune.Search, trial: dict) -> str:
+            last = next(reversed(trial))
+            broken = last[0] == "guided_gate_bwd_config"
+            return "AcceleratorError: CUDA error: misaligned address" if broken else ""
+
+        monkeypatch.setattr(tune.Search, "refusal", breaks)
+        content = self.run(tmp_path, status=75)
+        assert [e["function"] for e in content["configs"]] == [
+            "guided_gate_fwd_config",
+            "guided_gate_bwd_config",
+        ]
+        assert "misaligned" in content["configs"][1]["broken"]
+        monkeypatch.setattr(tune.Search, "refusal", refusal)
+        monkeypatch.setattr(tune.Search, "decide", None)  # nothing is left to decide
+        assert self.run(tmp_path)["configs"] == content["configs"]
+        assert _tuned.read(tmp_path / "tuned.json") == {}
 
     def test_out_of_time(self, tmp_path: Path) -> None:
         assert self.run(tmp_path, minutes=0.0)["configs"] == []
