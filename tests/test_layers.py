@@ -481,6 +481,8 @@ WRONG: list[tuple[Any, Callable[[], Any], str]] = [
     (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), attn__conv0=nn.Conv2d(
         4, 4, 7, padding=3, dilation=3, groups=4)),
      r"attn\.conv0 must have dilation \(1, 1\); got \(3, 3\)"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), attn__conv0=nn.Conv2d(
+        2, 4, 7, padding=3, groups=2)), r"attn\.conv0 must have groups 4; got 2"),
     (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), mlp__act=nn.ReLU()),
      r"cannot become a ParallelPoolingMixer: its activation ReLU\(\) is not the exact GELU"),
     (ParallelPoolingMixer,

@@ -276,13 +276,13 @@ class TestBackends:
     def test_labels_whose_dtype_holds_fewer_classes(
         self, label_dtype: torch.dtype, classes: int, label: int, ignore_index: int
     ) -> None:
-        logits = random_normal((1, classes, 3, 4), torch.float32, seed=1)
-        labels = torch.full((1, 3, 4), label, dtype=label_dtype)
+        logits = random_normal((1, classes, 3, 4), torch.float32, seed=1, device=DEVICE)
+        labels = torch.full((1, 3, 4), label, dtype=label_dtype, device=DEVICE)
         labels[0, 0, 0] = 100
         expected = F.cross_entropy(
             logits, labels.long(), ignore_index=ignore_index, reduction="none"
         )
-        for backend in ("torch", "reference"):
+        for backend in ("triton", "torch", "reference"):
             loss = upsample_cross_entropy(
                 logits, labels, ignore_index=ignore_index, backend=backend
             )
