@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -190,6 +191,7 @@ def head() -> nn.Module:
 
 
 STAGES = [torch.randn(2, 4 * (s + 1), 8 >> s, 8 >> s) for s in range(4)]
+MORE_ROWS = torch.randn(3, 8, 4, 4)
 STAGE_TOKENS = [x.flatten(2).mT for x in STAGES]
 SIZES = [(8 >> s, 8 >> s) for s in range(4)]
 Call = tuple[Callable[[], nn.Module], tuple, dict, type[Exception], str]
@@ -250,7 +252,14 @@ MORE: list[Call] = [
     (head, (STAGES, SIZES), {}, TypeError, r"left out for a map features\[0\]"),
     (head, (STAGE_TOKENS, SIZES[:2]), {}, ValueError, "sizes must have four stages; got 2"),
     (head, (STAGE_TOKENS, [(8, 7), *SIZES[1:]]), {}, ValueError, r"features\[0\] must have height"),
+    (head, (STAGE_TOKENS, [None, *SIZES[1:]]), {}, TypeError,
+     r"sizes\[0\] must be \(height, width\); got None"),
+    (head, (STAGE_TOKENS, [*SIZES[:3], (1,)]), {}, TypeError, r"sizes\[3\] must .*; got \(1,\)"),
     (head, ([*STAGES[1:], STAGES[0]],), {}, ValueError, r"features\[0\] must have 4 chan"),
+    (head, ([*STAGES[:3], STAGES[3][:1]],), {}, ValueError,
+     r"features\[3\] must have the batch size of features\[0\], 2; got 1"),
+    (head, ([STAGES[0], MORE_ROWS, *STAGES[2:]],), {}, ValueError,
+     r"features\[1\] must have the batch size of features\[0\], 2; got 3"),
     (lambda: layers.PatchEmbed(3, 8, 3, 2), (MAP,), {}, ValueError, "3 channels; got 16"),
     (lambda: layers.PatchEmbed(3, 8, 3, 2), (TOKENS,), {}, ValueError, "x must have shape"),
     (lambda: layers.DepthwiseConv(16), (TOKENS,), {}, TypeError, "height and width must be given"),
@@ -280,6 +289,8 @@ def test_layers(
         (lambda: layers.SelfQueryHub(16, 0), ValueError, "modalities must be at least 1"),
         (lambda: layers.SelfGuidedGate(2), ValueError, "reduction must be at most dim = 2; got 4"),
         (lambda: layers.SelfGuidedGate(16, tau=0.0), ValueError, "tau must be positive; got 0"),
+        (lambda: layers.SelfGuidedGate(16, tau="x"), TypeError, "tau must be a number; got 'x'"),
+        (lambda: layers.MixFFN("16", 8), TypeError, "dim must be an integer; got '16'"),
         (lambda: layers.PrototypeLoss(0), ValueError, "num_classes must be at least 1"),
         (lambda: layers.PrototypeLoss(5, tau=-1.0), ValueError, "tau must be positive; got -1"),
         (lambda: layers.SegmentationHead([4, 8], 8, 3), ValueError, "in_channels must have four"),
@@ -292,6 +303,14 @@ def test_layers(
 def test_building_layers(build: Callable, expected: type[Exception], message: str) -> None:
     with pytest.raises(expected, match=message):
         build()
+
+
+def test_layers_take_sizes_of_numpy() -> None:
+    sixteen, two = np.int64(16), np.int32(2)
+    assert layers.EfficientSelfAttention(sixteen, two, two)(TOKENS, 6, 4).shape == TOKENS.shape
+    assert layers.MixFFN(sixteen, two)(TOKENS, 6, 4).shape == TOKENS.shape
+    with pytest.raises(ValueError, match="dim must be at least 1; got 0"):
+        layers.DepthwiseConv(np.int64(0))
 
 
 # ---- models, integrations, testing --------------------------------------------------------------

@@ -27,6 +27,7 @@ from equiseg_fast.nn import (
     SelfQueryHub,
 )
 from equiseg_fast.nn._forms import as_tokens, like
+from equiseg_fast.nn.norm import BatchNorm2d, batch_norm_tokens
 from equiseg_fast.ops import _backend
 from tests.foreign import (
     Attention4,
@@ -362,6 +363,46 @@ class TestFromTorch:
         native = SegmentationHead([p.in_features for p in head._projections()], 8, 3)
         assert list(head.state_dict()) == list(native.state_dict())
 
+    def test_folding_leaves_the_original_as_it_is(self) -> None:
+        theirs, x = randomise(MSPABlock(C, 2)), images(B)
+        state, expected = copy.deepcopy(theirs.state_dict()), theirs(x)
+        layer = ParallelPoolingMixer.from_torch(theirs).fold_()
+        torch.testing.assert_close(layer(x), expected)
+        assert torch.equal(theirs(x), expected)
+        for name, value in theirs.state_dict().items():
+            assert torch.equal(value, state[name]), name
+
+    @pytest.mark.parametrize(
+        ("ours", "build"),
+        [
+            (ParallelPoolingMixer, lambda: MSPABlock(C, 2)),
+            (SegmentationHead, lambda: DecodeHead([4, 8, 12, 16], 8, 3, own=True)),
+        ],
+        ids=["mixer", "head"],
+    )
+    def test_synchronised_norms_stay_synchronised(self, ours: Any, build: Callable) -> None:
+        group = object()
+        theirs = nn.SyncBatchNorm.convert_sync_batchnorm(randomise(build()), group)
+        layer = ours.from_torch(theirs)
+        norms = [m for m in layer.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+        originals = [m for m in theirs.modules() if isinstance(m, nn.SyncBatchNorm)]
+        assert len(norms) == len(originals) > 0
+        for norm, original in zip(norms, originals, strict=True):
+            assert type(norm) is nn.SyncBatchNorm
+            assert norm.process_group is group
+            assert (norm.eps, norm.momentum) == (original.eps, original.momentum)
+            for name, tensor in original.state_dict(keep_vars=True).items():
+                assert getattr(norm, name) is tensor, name
+        x = images(B) if ours is ParallelPoolingMixer else head_maps()
+        torch.testing.assert_close(layer(x), theirs(x))
+
+    def test_score_nets_may_end_with_a_sigmoid(self) -> None:
+        theirs, x = randomise(PredictorConv(C, M)), images(M, B)
+        expected = SelfQueryHub.from_torch(theirs)(x)
+        for net in theirs.score_nets:
+            net.append(nn.Sigmoid())
+        torch.testing.assert_close(SelfQueryHub.from_torch(theirs)(x), expected)
+
     def test_mode_is_that_of_the_original(self) -> None:
         for training in (True, False):
             layer = MixFFN.from_torch(MLPMiT().train(training))
@@ -416,6 +457,12 @@ WRONG: list[tuple[Any, Callable[[], Any], str]] = [
     (SelfQueryHub, lambda: nn.ModuleList([nn.Sequential(
         nn.Conv2d(4, 4, 3, padding=1, groups=4), nn.Conv2d(4, 2, 1))]),
      r"score_nets\.0\.1 must be a 1x1 convolution of 4 channels to 1"),
+    (SelfQueryHub, lambda: nn.ModuleList([nn.Sequential(
+        *PredictorConv(4, 1).score_nets[0], nn.BatchNorm2d(1))]),
+     r"no place for score_nets\.0\.2\.weight, .*score_nets\.0\.2\.running_mean"),
+    (SelfQueryHub, lambda: nn.ModuleList([nn.Sequential(
+        *PredictorConv(4, 1).score_nets[0], nn.BatchNorm2d(1, affine=False))]),
+     r"no place for score_nets\.0\.2\.running_mean"),
     (ParallelPoolingMixer, lambda: nn.Linear(4, 4), "lacks norm1"),
     (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), layer_scale_1=None),
      "lacks layer_scale_1 or layer_scale_2"),
@@ -425,6 +472,25 @@ WRONG: list[tuple[Any, Callable[[], Any], str]] = [
      r"attn\.conv0\.weight must have shape \[4, 1, 7, 7\]"),
     (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), mlp__fc1=nn.Linear(4, 8)),
      r"mlp\.fc1"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), mlp__dwconv__dwconv=nn.Conv2d(
+        8, 8, 3, padding=1, groups=8, padding_mode="reflect")),
+     r"mlp\.dwconv\.dwconv must have padding_mode 'zeros'; got 'reflect'"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), attn__conv0=nn.Conv2d(
+        4, 4, 7, padding=9, dilation=3, groups=4)),
+     r"attn\.conv0 must have padding \(3, 3\); got \(9, 9\)"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), attn__conv0=nn.Conv2d(
+        4, 4, 7, padding=3, dilation=3, groups=4)),
+     r"attn\.conv0 must have dilation \(1, 1\); got \(3, 3\)"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), attn__conv0=nn.Conv2d(
+        2, 4, 7, padding=3, groups=2)), r"attn\.conv0 must have groups 4; got 2"),
+    (ParallelPoolingMixer, lambda: changed(MSPABlock(4, 2), mlp__act=nn.ReLU()),
+     r"cannot become a ParallelPoolingMixer: its activation ReLU\(\) is not the exact GELU"),
+    (ParallelPoolingMixer,
+     lambda: changed(MSPABlock(4, 2), norm1=nn.BatchNorm2d(4, momentum=None)),
+     "norm1 must have a number as momentum; got None"),
+    (SegmentationHead,
+     lambda: changed(DecodeHead([4] * 4, 8, 3, True), linear_pred=nn.Conv2d(8, 3, 1, stride=2)),
+     r"linear_pred must have stride \(1, 1\); got \(2, 2\)"),
     (SegmentationHead, lambda: nn.Linear(4, 4), "Linear lacks linear_c1.proj"),
     (SegmentationHead, lambda: changed(DecodeHead([4] * 4, 8, 3, True), linear_c3=None),
      r"lacks linear_c3\.proj"),
@@ -440,6 +506,23 @@ WRONG: list[tuple[Any, Callable[[], Any], str]] = [
 def test_from_torch_says_what_is_wrong(layer: Any, build: Callable, message: str) -> None:
     with pytest.raises((TypeError, ValueError), match=message):
         layer.from_torch(build())
+
+
+class TestRowsLeftOut:
+    """Of the statistics of a batch norm."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_may_hold_anything(self, value: float) -> None:
+        rows = torch.tensor([True, False, True])
+        x = torch.randn(3, H * W, C, dtype=torch.float64)
+        norm = randomise(BatchNorm2d(C)).train()
+        expected_norm = copy.deepcopy(norm)
+        expected = expected_norm(x[rows].mT.unflatten(-1, (H, W))).flatten(2).mT
+        x[1, 3, 5] = value
+        actual = batch_norm_tokens(norm, x, H, W, rows)
+        torch.testing.assert_close(actual[rows], expected)
+        for name, buffer in norm.named_buffers():
+            torch.testing.assert_close(buffer, expected_norm.get_buffer(name))
 
 
 class TestRepr:

@@ -265,6 +265,35 @@ class TestBackends:
         parity({**inputs, "labels": labels, "ignore_index": ignore_index}, backend="torch")
         parity({**inputs, "labels": labels, "ignore_index": ignore_index})
 
+    @pytest.mark.parametrize(
+        ("label_dtype", "classes", "label", "ignore_index"),
+        [
+            (torch.int8, 150, 5, 100),
+            (torch.uint8, 256, 40, -1),
+            (torch.uint8, 256, 40, 255),
+        ],
+    )
+    def test_labels_whose_dtype_holds_fewer_classes(
+        self, label_dtype: torch.dtype, classes: int, label: int, ignore_index: int
+    ) -> None:
+        logits = random_normal((1, classes, 3, 4), torch.float32, seed=1, device=DEVICE)
+        labels = torch.full((1, 3, 4), label, dtype=label_dtype, device=DEVICE)
+        labels[0, 0, 0] = 100
+        expected = F.cross_entropy(
+            logits, labels.long(), ignore_index=ignore_index, reduction="none"
+        )
+        for backend in ("triton", "torch", "reference"):
+            loss = upsample_cross_entropy(
+                logits, labels, ignore_index=ignore_index, backend=backend
+            )
+            torch.testing.assert_close(loss, expected)
+
+    def test_labels_below_zero_are_not_ignored_as_what_they_wrap_to(self) -> None:
+        """255 in int8 is -1."""
+        logits, labels = torch.zeros(1, 5, 3, 4), torch.full((1, 3, 4), -1, dtype=torch.int8)
+        with pytest.raises(ValueError, match=r"labels must be 0\.\.4 or 255 \(ignored\); got -1"):
+            upsample_cross_entropy(logits, labels, ignore_index=255)
+
     def test_torch_backend_in_float64(self) -> None:
         inputs = make(dtype=torch.float64)
         labels = inputs["labels"]

@@ -9,6 +9,8 @@ A map in channels-last memory (that of NHWC) is the same memory as its tokens, a
 Any other map is copied once on the way in; what comes back is in channels-last memory.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from equiseg_fast.ops import _checks
@@ -87,16 +89,15 @@ def check_channels(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must have dim = {dim} channels; got {x.shape[-1]}")
 
 
-def check_sizes(**sizes: object) -> None:
-    """Sizes that a layer is built with are integers of at least 1."""
+def check_sizes(**sizes: Any) -> None:
+    """Sizes that a layer is built with are integers, of Python or NumPy, of at least 1."""
     for name, size in sizes.items():
-        if not isinstance(size, int):
-            raise TypeError(f"{name} must be an integer; got {size!r}")
+        _checks.check_integer(name, size)
         if size < 1:
             raise ValueError(f"{name} must be at least 1; got {size}")
 
 
-def check_positive(name: str, value: float) -> None:
+def check_positive(name: str, value: Any) -> None:
     """A temperature and its like."""
-    if not value > 0:
+    if not _checks.number(name, value) > 0:
         raise ValueError(f"{name} must be positive; got {value}")

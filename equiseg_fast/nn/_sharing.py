@@ -15,6 +15,7 @@ from equiseg_fast.ops._layout import linear
 from ._foreign import UNUSED, Spelling, child
 
 _KINDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.LayerNorm, nn.BatchNorm2d)
+_CONV_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode")
 
 
 def adopt(
@@ -64,8 +65,9 @@ def share(
 ) -> None:
     """Give the module of `layer` at `path` the parameters and buffers of theirs, and its eps.
 
-    label: what theirs is called where it comes from; without_bias: it may lack one. Raises
-    TypeError if it is no module of the same kind and sizes.
+    label: what theirs is called where it comes from; without_bias: it may lack one. Where theirs is
+    an `nn.SyncBatchNorm`, ours becomes one of the same processes. Raises TypeError if it is no
+    module of the same kind, sizes and settings.
     """
     ours = layer.get_submodule(path)
     kind = next(c for c in _KINDS if isinstance(ours, c))
@@ -85,16 +87,34 @@ def share(
                     f"got {list(tensor.shape)}"
                 )
             getattr(ours, tensors)[name] = tensor
+    _check_settings(ours, theirs, label)
     for constant in ("eps", "momentum"):
         if hasattr(ours, constant):
             setattr(ours, constant, getattr(theirs, constant))
+    if isinstance(theirs, nn.SyncBatchNorm):
+        group = theirs.process_group
+        layer.set_submodule(path, nn.SyncBatchNorm.convert_sync_batchnorm(ours, group))
+
+
+def _check_settings(ours: nn.Module, theirs: Any, label: str) -> None:
+    """What else than tensors decides the function: how a convolution slides, a norm's momentum."""
+    for setting in _CONV_SETTINGS:
+        if hasattr(ours, setting):
+            needed, found = getattr(ours, setting), getattr(theirs, setting)
+            if found != needed:
+                raise TypeError(f"{label} must have {setting} {needed!r}; got {found!r}")
+    if hasattr(ours, "momentum") and theirs.momentum is None:
+        raise TypeError(
+            f"{label} must have a number as momentum; got None, a mean over all batches so far"
+        )
 
 
 class JoinedParameter(nn.Module):
     """Several parameters that a layer of ours has as one, of the given shape; a call returns it.
 
     They are concatenated along their first dimension. The state dict has the one, under the name of
-    this module; `replace_by_joined` puts it in the place of a parameter.
+    this module, and it is a copy: writing into it does not reach the parts, `load_state_dict` does.
+    `replace_by_joined` puts this module in the place of a parameter.
     """
 
     def __init__(self, parts: Sequence[nn.Parameter], shape: Sequence[int]) -> None:

@@ -90,7 +90,8 @@ class EfficientSelfAttention(CrossModalAttention):
         module: the attention of SegFormer's authors, CMNeXt and their kin (`q`, `kv`, `proj`, `sr`,
         `norm`), or of transformers: `SegformerAttention` (4 and 5), or 4's
         `SegformerEfficientSelfAttention`, which ends without a projection. Where keys and values
-        are two layers, `kv` joins them whenever it is called; the state dict has one `kv` anyway.
+        are two layers, `kv` joins them whenever it is called; the state dict has one `kv` anyway,
+        a copy: writing into that does not reach the parameters, `load_state_dict` does.
 
         Its structure is checked, not its `forward` (`integrations.accelerate_module` does that);
         it is left as it is. Raises TypeError that says what is missing or different: dropout above

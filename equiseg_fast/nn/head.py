@@ -70,8 +70,8 @@ class SegmentationHead(nn.Module):
         module: `SegFormerHead` of SegFormer's authors or CMNeXt, or `SegformerDecodeHead` of
         transformers (4 and 5), with four stages; its dropout is kept as it is, per channel or per
         value. fold: as for the class. The structure of the module is checked, not its `forward`; it
-        is left as it is. Move it to another device before, because a move replaces statistics.
-        Raises TypeError that says what is missing or different.
+        is left as it is. Move it to another device or dtype before, because a move replaces
+        statistics. Raises TypeError that says what is missing or different.
         """
         spelling = _foreign.spelling_of(module, cls.__name__, _foreign.HEAD)
         parts = {o: _foreign.child(module, str(t)) for o, t in spelling.children.items()}
@@ -115,8 +115,13 @@ class SegmentationHead(nn.Module):
             name = f"features[{s}]"
             if sizes is None and not check_form(name, x):
                 raise TypeError(f"sizes must be given for tokens {name} [B, L, C]; got None")
-            height, width = (None, None) if sizes is None else sizes[s]
+            height, width = (None, None) if sizes is None else _size(s, sizes[s])
             x, height, width = as_tokens(name, x, height, width)
+            if len(x) != len(features[0]):
+                raise ValueError(
+                    f"{name} must have the batch size of features[0], {len(features[0])}; "
+                    f"got {len(x)}"
+                )
             if x.shape[-1] != projection.in_features:
                 raise ValueError(
                     f"{name} must have {projection.in_features} channels; got {x.shape[-1]}"
@@ -186,6 +191,13 @@ class SegmentationHead(nn.Module):
         channels = [p.in_features for p in self._projections()]
         sizes = f"dim={self.linear_pred.in_channels}, num_classes={self.linear_pred.out_channels}"
         return f"in_channels={channels}, {sizes}, fold={self.fold}"
+
+
+def _size(s: int, size: Any) -> tuple[int, int]:
+    """Height and width of stage s."""
+    if not isinstance(size, Sequence) or len(size) != 2:
+        raise TypeError(f"sizes[{s}] must be (height, width); got {size!r}")
+    return size[0], size[1]
 
 
 def _upsample(x: Tensor, size: tuple[int, int]) -> Tensor:

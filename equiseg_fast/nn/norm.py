@@ -45,10 +45,11 @@ def batch_norm_tokens(
 
     stats = x.float() if x.element_size() < 4 else x
     rows = x.new_ones(x.shape[0], dtype=torch.bool) if rows is None else rows
-    weight = rows.to(stats.dtype)[:, None, None]
-    count = total(weight.sum() * x.shape[1])
-    mean = total((stats * weight).sum((0, 1))) / count.clamp(min=1)
-    var = total(((stats - mean).square() * weight).sum((0, 1))) / count.clamp(min=1)
+    kept = rows[:, None, None]
+    count = total(rows.sum().to(stats.dtype) * x.shape[1])
+    # Selected, not multiplied by 0: what is left out may be NaN.
+    mean = total(torch.where(kept, stats, 0).sum((0, 1))) / count.clamp(min=1)
+    var = total(torch.where(kept, stats - mean, 0).square().sum((0, 1))) / count.clamp(min=1)
     _update_running(norm, mean.detach(), var.detach(), count)
     some = count > 0
     mean = torch.where(some, mean, norm.running_mean.to(mean.dtype))

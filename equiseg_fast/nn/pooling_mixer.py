@@ -75,8 +75,8 @@ class ParallelPoolingMixer(nn.Module):
         """This layer on the parameters and statistics of CMNeXt's `MSPABlock`, the same objects.
 
         The structure of the module is checked, not its `forward`; it is left as it is. Move it to
-        another device before, because a move replaces statistics. Raises TypeError that says what
-        is missing or different.
+        another device or dtype before, because a move replaces statistics. Raises TypeError that
+        says what is missing or different.
         """
         (spelling,) = _foreign.MIXER
         _foreign.spelling_of(module, cls.__name__, _foreign.MIXER)
@@ -86,6 +86,7 @@ class ParallelPoolingMixer(nn.Module):
         ratio = getattr(module.mlp.fc1, "out_channels", 0) // len(scales[0])
         if ratio < 1:
             raise TypeError(f"mlp.fc1 must be a wider nn.Conv2d; got {module.mlp.fc1}")
+        _foreign.demand(cls.__name__, _foreign.has_gelu(module.mlp))
         _foreign.demand_no_dropout(module.mlp, "drop", "dropout")
         rate = _foreign.find(_foreign.child(module, "drop_path"), "drop_prob", "p", "rate") or 0.0
         with torch.device("meta"):
@@ -144,10 +145,11 @@ class ParallelPoolingMixer(nn.Module):
             return self
         scale, shift = scale_and_shift(self.norm2)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
-        fc1.bias += fc1.weight.flatten(1) @ shift
-        fc1.weight *= scale[:, None, None]
-        fc2.bias *= self.layer_scale_2
-        fc2.weight *= self.layer_scale_2[:, None, None, None]
+        # New parameters: those of a mixer from `from_torch` are somebody else's, too.
+        fc1.bias = nn.Parameter(fc1.bias + fc1.weight.flatten(1) @ shift)
+        fc1.weight = nn.Parameter(fc1.weight * scale[:, None, None])
+        fc2.bias = nn.Parameter(fc2.bias * self.layer_scale_2)
+        fc2.weight = nn.Parameter(fc2.weight * self.layer_scale_2[:, None, None, None])
         self.norm2 = None
         self.layer_scale_2 = None
         return self.eval()

@@ -41,7 +41,8 @@ class SelfQueryHub(nn.Module):
         module: CMNeXt's `PredictorConv`, with a net per modality in `score_nets`, or those nets as
         an `nn.ModuleList`: each a depthwise 3x3 convolution, then a 1x1 convolution to one channel,
         both with bias. They are joined whenever the layer is called; its state dict has the joined
-        ones. Raises TypeError that says what is missing or different.
+        ones, which are copies: writing into them does not reach the parameters, `load_state_dict`
+        does. Raises TypeError that says what is missing, different or too much.
         """
         nets = getattr(module, "score_nets", module)
         if not isinstance(nets, nn.ModuleList) or not len(nets):
@@ -54,6 +55,10 @@ class SelfQueryHub(nn.Module):
         for i, (depthwise, pointwise) in enumerate(pairs):
             _check_conv(f"score_nets.{i}.0", depthwise, dim, dim, 3, dim)
             _check_conv(f"score_nets.{i}.1", pointwise, dim, 1, 1, 1)
+        used = {id(p) for pair in pairs for conv in pair for p in conv.parameters()}
+        tensors = *nets.named_parameters(), *nets.named_buffers()
+        if extra := [f"score_nets.{name}" for name, x in tensors if id(x) not in used]:
+            raise TypeError(f"{cls.__name__} has no place for {', '.join(extra)}")
         with torch.device("meta"):
             layer = cls(dim, len(nets))
         for k, kind in enumerate(("dw", "pw")):

@@ -122,10 +122,12 @@ def _check_values(labels: Tensor, classes: int, ignore_index: int) -> None:
     """Where it waits for nothing, every label is a class or ignored."""
     if not _has_values(labels):
         return
-    wrong = ((labels < 0) | (labels >= classes)) & (labels != ignore_index)
+    # Narrow dtypes wrap what they cannot hold: 255 would be -1 in int8.
+    values = labels.long()
+    wrong = ((values < 0) | (values >= classes)) & (values != ignore_index)
     if wrong.any():
         raise ValueError(
-            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {labels[wrong][0]}"
+            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {values[wrong][0]}"
         )
 
 
