@@ -72,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
     selection_arguments(run)
     run.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     run.add_argument(
-        "--method", choices=("graph", "events"), default="graph", help="how a GPU is timed"
+        "--method", choices=("graph", "eager"), default="graph", help="how a GPU is timed"
     )
     run.add_argument("--out", type=Path, help="default: benchmark-results/<device>-<date>")
     run.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")

@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--blocks", type=int, default=9, help="measurements of each version, at least 3"
     )
-    parser.add_argument("--method", choices=("graph", "events"), default="graph")
+    parser.add_argument("--method", choices=("graph", "eager"), default="graph")
     parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own")
     parser.add_argument("--out", type=Path, help="default: benchmark-results/against-<base>-<date>")
     verdict_arguments(parser)

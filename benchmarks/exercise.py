@@ -30,12 +30,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", type=names, default=("fp32", "bf16"), metavar="A,B", help="default: fp32,bf16"
     )
     parser.add_argument("--device", help="cuda, or cpu with TRITON_INTERPRET=1")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be called")
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 if a result is not finite."""
-    device = choose_device(args.device)
-    if device.type != "cuda" and not _backend.INTERPRET:
+    device = choose_device(args.device, needed=not args.dry_run)
+    if device.type != "cuda" and not _backend.INTERPRET and not args.dry_run:
         raise ValueError("kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1")
     kernels = {name: op for name, op in operations().items() if op.function}
     for what, wanted, known in (("op", args.op, kernels), ("dtype", args.dtype, DTYPES)):
@@ -48,8 +49,11 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 label = f"{name} {shape.label} {dtype}"
                 # Printed before it runs: the last line names what the checker stopped.
                 console.print(label, markup=False)
-                if not _finite(kernels[name], shape, dtype, device):
+                if not args.dry_run and not _finite(kernels[name], shape, dtype, device):
                     wrong.append(label)
+    if args.dry_run:
+        console.print("nothing was run")
+        return 0
     for label in wrong:
         console.print(f"not finite: {label}", markup=False)
     console.print(f"{len(args.op or kernels)} operations exercised, {len(wrong)} not finite")

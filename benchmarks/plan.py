@@ -33,8 +33,9 @@ class Options:
     """What to run: names of `registry`, empty for the suite's own choice.
 
     modes: of `MODES`, and parts of the model (`PARTS`, "model_compiled"), which are then all that
-    is run. method: "graph" or "events", how a GPU is timed. shape: (field of `Shape`, value), only
-    cases that have it; several values of one field are alternatives.
+    is run. method: how a GPU is timed, "graph" (replays of a CUDA graph) or "eager" (single calls).
+    shape: (field of `Shape`, value), only cases that have it; several values of one field are
+    alternatives.
     """
 
     suite: str = "quick"

@@ -257,6 +257,18 @@ def not_in_table(table: Path) -> list[str]:
     return [f"sm_{arch} {label}" for arch, label, _ in sorted(known ^ today)]
 
 
+def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
+    """(architecture, label) of every entry whose label matches the regular expression."""
+    with tempfile.TemporaryDirectory() as cache, _children(1, cache) as pool:
+        return [
+            (arch, label)
+            for arch in archs
+            for stem in kernel_stems()
+            for label in pool.submit(_fingerprints, stem, arch).result()
+            if re.search(kernel, label)
+        ]
+
+
 def run(
     archs: Iterable[int] = ARCHS,
     kernel: str = "",
@@ -350,20 +362,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", default="build/resources", help="folder for resources.json and resources.md"
     )
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be compiled")
 
 
 def main(args: argparse.Namespace) -> int:
     """Compile, write the tables, print what is wrong; 1 if anything is."""
-    unknown = [a for a in args.arch if a not in ARCHS]
-    if unknown:
-        print(
-            f"--arch must be among {', '.join(map(str, ARCHS))}, got {', '.join(map(str, unknown))}"
-        )
-        return 1
+    if unknown := [a for a in args.arch if a not in ARCHS]:
+        raise ValueError(f"--arch must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}")
+    if args.dry_run:
+        labels = entries(args.arch, args.kernel)
+        for arch, label in labels:
+            print(f"sm_{arch} {label}")
+        print(f"{len(labels)} entries; nothing was compiled")
+        return 0
     results = run(args.arch, args.kernel, args.out)
     if not results:
-        print(f"no entry matches --kernel {args.kernel!r}")
-        return 1
+        raise ValueError(f"--kernel must match an entry, see --dry-run; got {args.kernel!r}")
     bad = [r for r in results if r.problems()]
     for r in bad:
         print(f"sm_{r.arch} {r.label}: {'; '.join(r.problems())}")

@@ -54,7 +54,7 @@ def prepared(request: pytest.FixtureRequest) -> Iterator[Prepared]:
         prepared = runner.prepare(cases(suite)[request.param])
         if prepared.problem and prepared.problem.synchronising & set(prepared.case.providers):
             # One method for all providers of a case, as in a run.
-            runner.options = replace(runner.options, method="events")
+            runner.options = replace(runner.options, method="eager")
         yield prepared
 
 

@@ -239,6 +239,16 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert "not finite: guided_gate b0 s4 96x96 B2 M2 fp32" in capsys.readouterr().out
 
 
+def test_exercise_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
+    assert (
+        main(["exercise", "--device", "cuda", "--op", "norm", "--dtype", "bf16", "--dry-run"]) == 0
+    )
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        "norm b0 s1 96x68 B1 M3 bf16", "norm b0 s4 96x96 B2 M2 bf16", "nothing was run",
+    ]  # fmt: skip
+
+
 def test_exercise_needs_kernels_that_run(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

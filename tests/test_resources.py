@@ -199,8 +199,13 @@ class TestTool:
         resources.add_arguments(parser)
         args = parser.parse_args(["--arch", "80,75"])
         assert args.arch == (80, 75)
-        assert resources.main(args) == 1
-        assert "got 75" in capsys.readouterr().out
+        with pytest.raises(ValueError, match="--arch must be among 80, 90, 100, 120; got 75"):
+            resources.main(args)
+        args = parser.parse_args(["--arch", "90", "--kernel", "norm_fwd bf16 C64 ", "--dry-run"])
+        assert resources.main(args) == 0
+        listed, last = capsys.readouterr().out.splitlines()
+        assert listed.startswith("sm_90 add_layer_norm_fwd bf16 C64 ")
+        assert last == "1 entries; nothing was compiled"
 
 
 class TestConfigs:
