@@ -123,7 +123,7 @@ def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: 
     if batch == 0:
         return x.new_empty(x.shape)
     images = max(1, _CACHED_BYTES // (4 * x[0].numel()))
-    if images >= batch or torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or images >= batch:
         return _mix(x, weight, bias, height, width)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     for i in range(0, batch, images):
