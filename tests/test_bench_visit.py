@@ -456,3 +456,8 @@ def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
         (tmp_path / str(attempt)).mkdir()
         write_jsonl([row], tmp_path / str(attempt) / "results.jsonl")
     assert visit_summary._measured(tmp_path) == [good]
+
+
+def test_commands_need_no_pytest() -> None:
+    code = "import sys; sys.modules['pytest'] = None; import benchmarks.__main__"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
