@@ -97,6 +97,8 @@ def _parser() -> argparse.ArgumentParser:
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
         (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
+        (tune, "tune", "search faster launch configurations on a GPU"),
+        (roofline, "roofline", "predicted floors on a GPU, without having one"),
         (readme, "readme", "the numbers of README.md from the results that are committed"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)
@@ -107,19 +109,11 @@ def _parser() -> argparse.ArgumentParser:
     resources.add_arguments(compiled)
     compiled.set_defaults(run=lambda args, console: resources.main(args))
 
-    searched = commands.add_parser("tune", help="search faster launch configurations on a GPU")
-    tune.add_arguments(searched)
-    searched.set_defaults(run=tune.main)
-
     calibration = commands.add_parser("calibrate", help="what this device can do at most")
     calibrate.add_arguments(calibration)
     calibration.set_defaults(
         run=lambda args, console: calibrate.main(args, console, choose_device(args.device))
     )
-
-    floors = commands.add_parser("roofline", help="predicted floors on a GPU, without having one")
-    roofline.add_arguments(floors)
-    floors.set_defaults(run=roofline.main)
 
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)

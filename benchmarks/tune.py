@@ -29,6 +29,7 @@ import torch
 
 from benchmarks import parity, timing
 from benchmarks.budget import AGAIN, is_sticky
+from benchmarks.options import choose_device, names
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
 from equiseg_fast.kernels import _tuned
@@ -48,7 +49,6 @@ _LARGEST_WARPS = 16
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    names = lambda text: tuple(text.split(","))  # noqa: E731
     parser.add_argument("--op", type=names, default=HOTTEST, metavar="A,B", help="only these")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="default: bf16, on a CPU fp32")
     parser.add_argument("--device", help="cuda, or cpu for a rehearsal in the interpreter")
@@ -210,7 +210,7 @@ def cases(device: torch.device, ops: Sequence[str], dtype: str | None) -> Iterat
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    device = torch.device(args.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    device = choose_device(args.device, needed=not args.dry_run)
     todo = list(cases(device, args.op, args.dtype))
     if args.dry_run:
         for op, shape, dtype in todo:
@@ -218,13 +218,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(f"{len(todo)} cases; nothing was run")
         return 0
     interpreting = device.type == "cpu"
-    if interpreting:
-        if os.environ.get("TRITON_INTERPRET") != "1":
-            raise ValueError(
-                "on a CPU set TRITON_INTERPRET=1: a rehearsal, whose times mean nothing"
-            )
-    elif not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no GPU here")
+    if interpreting and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError("on a CPU set TRITON_INTERPRET=1: a rehearsal, whose times mean nothing")
     args.out.mkdir(parents=True, exist_ok=True)
     until = monotonic() + 60 * args.minutes
     longest = 0.0
