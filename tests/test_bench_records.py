@@ -212,8 +212,11 @@ def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str
     """The benchmarks under pytest in a process of their own, tiny, norm and model wrong."""
     (folder / "tiny.py").write_text(TINY)
     search = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
-    command = (sys.executable, "-m", "pytest", "benchmarks", "-p", "tiny", "-q", *arguments)
-    environment = os.environ | {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
+    # Without "-rs" the summary repeats what failed, where a variable `CI` is set in full.
+    command = (sys.executable, "-m", "pytest", "benchmarks", "-p", "tiny", "-q", "-rs", *arguments)
+    # A worker of pytest-xdist tells its children so, and benchmarks refuse to time in one.
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    environment |= {"PYTHONPATH": search, "CUDA_VISIBLE_DEVICES": ""}
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
 

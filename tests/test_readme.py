@@ -22,7 +22,7 @@ def test_there_is_something_to_run() -> None:
     "command",
     [
         'pip install -c constraints.txt -e ".[bench]" && python -m benchmarks run --suite quick',
-        'pip install -c constraints.txt -e ".[test]" && python -m pytest',
+        'pip install -c constraints.txt -e ".[test]" && python -m pytest -n auto --dist worksteal',
     ],
 )
 def test_command_stands_alone_on_its_line(command: str) -> None:
