@@ -17,9 +17,23 @@ def to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` over channels: x `[B, C, H, W]`, weight `[D, C]`, bias `[D]` -> `[B, D, H, W]`."""
-    return F.conv2d(x, weight[:, :, None, None], bias)
+def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:
+    """`F.linear` over channels: x `[B, C, H, W]`, weight `[D, C / groups]`, bias `[D]` ->
+    `[B, D, H, W]`."""
+    return F.conv2d(x, weight[:, :, None, None], bias, groups=groups)
+
+
+def conv_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+    """Gradient of the weight of a convolution that keeps the size of the map.
+
+    weight: `[D, C / groups, k, k]`, or `[D, C / groups]` of `pointwise_conv`; so is what returns.
+    """
+    taps = weight if weight.dim() == 4 else weight[:, :, None, None]
+    pad = [taps.shape[-1] // 2] * 2
+    grad = torch.ops.aten.convolution_backward(
+        grad_out, x, taps, None, [1, 1], pad, [1, 1], False, [0, 0], groups, [False, True, False]
+    )[1]
+    return grad.reshape(weight.shape)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

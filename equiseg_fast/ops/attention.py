@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equiseg_fast import reference
 
-from . import _backend, _checks
+from . import _attention_cpu, _backend, _checks
 from ._registry import (
     autocast,
     empty_gradients,
@@ -64,8 +64,10 @@ def attention(
 
     Returns `[B, Lq, H, D]` in the dtype of q. Products accumulate in fp32; fp32 inputs are
     multiplied in true fp32 unless `torch.backends.cuda.matmul.allow_tf32` is set. The backward is
-    deterministic. Under autocast the inputs are cast to its dtype. Raises TypeError or ValueError
-    naming the argument on bad input. Source: SegFormer (arXiv 2105.15203), section 3.1.
+    deterministic. The torch backend is `scaled_dot_product_attention`, but with many queries in
+    fp32 on the CPU convolutions over blocks of them, which save the inputs alone. Under autocast
+    the inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
+    input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
     for name, x, shape in (("q", q, "[B, Lq, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS)):
         _checks.check_tensor(name, x, _checks.FLOATING, shape)
@@ -113,6 +115,8 @@ def _stock(
     half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
     if return_lse or half_training:
         return _matmul_softmax(q, k, v, scale, return_lse)
+    if _attention_cpu.suits(q, k):
+        return _attention_cpu.attend(q, k, v, scale)
     parts = _query_parts(q) if needs_grad(q, k, v) else 1
     if parts > 1:
         batch, _, heads, dim = q.shape

@@ -11,7 +11,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._layout import linear, pointwise_conv, to_map, to_tokens
+from ._layout import conv_weight_gradient, linear, pointwise_conv, to_map, to_tokens
 from ._registry import autocast, needs_grad, reference_gradients, without_autocast
 from .depthwise import depthwise_conv_gelu
 
@@ -145,6 +145,16 @@ def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.conv2d(x, weight, bias, padding=1, groups=weight.shape[0])
 
 
+def _gelu(x: Tensor) -> Tensor:
+    # On what is contiguous it is up to twice as fast as on a channels-last map.
+    return F.gelu(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+def _gelu_backward(grad_out: Tensor, x: Tensor) -> Tensor:
+    grad_out, x = (t.permute(0, 2, 3, 1) for t in (grad_out, x))
+    return torch.ops.aten.gelu_backward(grad_out, x).permute(0, 3, 1, 2)
+
+
 def _put(out: Tensor, images: slice, rows: range, width: int, band: Tensor) -> None:
     out[images, rows.start * width : rows.stop * width] = to_tokens(band)
 
@@ -167,18 +177,9 @@ def _forward(
             near = _widened(rows, 1, height)
             hidden = pointwise_conv(_band(x, images, near, width), fc1_weight, fc1_bias)
             hidden = _rows(_depthwise(hidden, dw_weight, dw_bias), rows, near.start)
-            hidden = F.gelu(hidden)
+            hidden = _gelu(hidden)
             _put(out, images, rows, width, pointwise_conv(hidden, fc2_weight, fc2_bias))
     return out
-
-
-def _weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """Gradient of the weight `[out, in / groups, k, k]` of a convolution that keeps the size."""
-    groups = x.shape[1] // weight.shape[1]
-    pad = [weight.shape[-1] // 2] * 2
-    return torch.ops.aten.convolution_backward(
-        grad_out, x, weight, None, [1, 1], pad, [1, 1], False, [0, 0], groups, [False, True, False]
-    )[1]
 
 
 def _backward(
@@ -216,10 +217,9 @@ def _backward(
             grad = _band(grad_out, images, near, width)
             own_grad = _rows(grad, rows, near.start)
             if d_fc2 is not None:
-                activated = F.gelu(_rows(u, rows, near.start))
-                taps = fc2_weight[:, :, None, None]
-                d_fc2 += _weight_gradient(own_grad, activated, taps)[:, :, 0, 0]
-            du = torch.ops.aten.gelu_backward(pointwise_conv(grad, fc2_back, None), u)
+                activated = _gelu(_rows(u, rows, near.start))
+                d_fc2 += conv_weight_gradient(own_grad, activated, fc2_weight)
+            du = _gelu_backward(pointwise_conv(grad, fc2_back, None), u)
             if d_dw_bias is not None:
                 d_dw_bias += _rows(du, rows, near.start).sum((0, 2, 3), dtype=wide)
             if needs_dhidden:
@@ -228,15 +228,15 @@ def _backward(
                     d_fc1_bias += dhidden.sum((0, 2, 3), dtype=wide)
                 if d_fc1 is not None:
                     own = _band(x, images, rows, width)
-                    taps = fc1_weight[:, :, None, None]
-                    d_fc1 += _weight_gradient(dhidden, own, taps)[:, :, 0, 0]
+                    d_fc1 += conv_weight_gradient(dhidden, own, fc1_weight)
                 if dx is not None:
                     _put(dx, images, rows, width, pointwise_conv(dhidden, fc1_back, None))
             if d_dw is not None:
                 # What the rows beside contribute belongs to other bands.
                 du[:, :, : rows.start - near.start] = 0
                 du[:, :, rows.stop - near.start :] = 0
-                d_dw += _weight_gradient(du, _rows(hidden, near, far.start), dw_weight)
+                own = _rows(hidden, near, far.start)
+                d_dw += conv_weight_gradient(du, own, dw_weight, groups=own.shape[1])
     grads = (d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2, d_fc2_bias)
     return dx, *(None if g is None else g.to(x.dtype) for g in grads)
 

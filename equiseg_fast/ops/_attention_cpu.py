@@ -1,0 +1,179 @@
+"""Attention in fp32 on the CPU, over blocks of queries whose scores stay in the caches.
+
+Its matrix products are 1x1 convolutions with the keys or values as weights, the heads their groups:
+the library of the convolutions is up to twice as fast as the one of the products inside
+`scaled_dot_product_attention`, and heads need no transpose. Saves the inputs alone.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equiseg_fast import reference
+
+from ._layout import conv_weight_gradient, pointwise_conv, to_map, to_tokens
+from ._registry import needs_grad, only_needed, reference_gradients, without_autocast
+
+_SCORE_BYTES = 4 * 2**20
+"""Size of the scores of one block; the backward holds two such tensors."""
+
+_MIN_QUERIES = 1024
+"""With smaller blocks `scaled_dot_product_attention` is as fast, .."""
+
+_MIN_SCORES = 2**20
+""".. or with fewer scores in an image, over all heads."""
+
+_WIDTH = 8
+"""Of the map that a block of queries makes; the convolutions are slow on very narrow ones."""
+
+_LANES = 16
+"""Channels per group have to be a multiple, or the convolutions are slow."""
+
+
+def suits(q: Tensor, k: Tensor) -> bool:
+    """Whether this is the fastest way for q `[B, Lq, H, D]` and k `[B, Lk, H, D]`."""
+    if q.device.type != "cpu" or q.dtype != torch.float32:
+        return False
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return False  # which know what to do with stock operators
+    _, queries, heads, dim = q.shape
+    if queries % _WIDTH or dim % _LANES or queries * heads * k.shape[1] < _MIN_SCORES:
+        return False
+    return min(queries, _block(heads, k.shape[1])) >= _MIN_QUERIES
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """`softmax(scale * q k^T) v`, shapes as in `attention`, for what `suits`."""
+    return (_Attention.apply if needs_grad(q, k, v) else _forward)(q, k, v, scale)
+
+
+def _padded(keys: int) -> int:
+    return -(-keys // _LANES) * _LANES
+
+
+def _block(heads: int, keys: int) -> int:
+    """Queries of a block at most."""
+    return _SCORE_BYTES // (4 * heads * _padded(keys)) // _WIDTH * _WIDTH
+
+
+def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Queries to work on together, in nearly equal shares."""
+    queries, heads = q.shape[1:3]
+    count = -(-queries // _block(heads, k.shape[1]))
+    size = -(-queries // (count * _WIDTH)) * _WIDTH
+    for start in range(0, queries, size):
+        yield slice(start, min(start + size, queries))
+
+
+def _map(x: Tensor) -> Tensor:
+    """A block `[n, H, D]` -> map `[1, H * D, n / 8, 8]` in channels-last memory."""
+    tokens = x.flatten(1)[None].contiguous()
+    return to_map(tokens, tokens.shape[1] // _WIDTH, _WIDTH)
+
+
+def _rows(x: Tensor, heads: int) -> Tensor:
+    """Map `[1, H * D, h, w]` -> `[h * w, H, D]`."""
+    return to_tokens(x)[0].unflatten(1, (heads, -1))
+
+
+class _Weights:
+    """Keys or values of one image, `[Lk, H, D]`, as weights of convolutions."""
+
+    def __init__(self, x: Tensor) -> None:
+        self.keys, self.heads, _ = x.shape
+        padded = F.pad(x, (0, 0, 0, 0, 0, _padded(self.keys) - self.keys))
+        by_head = padded.transpose(0, 1)
+        self.to_keys = by_head.flatten(0, 1).contiguous()
+        """`[H * keys, D]`: products with every key."""
+        self.from_keys = by_head.transpose(1, 2).flatten(0, 1).contiguous()
+        """`[H * D, keys]`: sums over the keys."""
+
+    def mask(self) -> Tensor | None:
+        """A bias `[H * keys]` that leaves out what is padding."""
+        if self.keys == _padded(self.keys):
+            return None
+        bias = self.to_keys.new_zeros((self.heads, _padded(self.keys)))
+        bias[:, self.keys :] = -torch.inf
+        return bias.flatten()
+
+    def gradient(self, to_keys: Tensor) -> Tensor:
+        """The gradient `[Lk, H, D]` from that of `to_keys`."""
+        return to_keys.unflatten(0, (self.heads, -1)).transpose(0, 1)[: self.keys]
+
+
+def _probabilities(q: Tensor, keys: _Weights, mask: Tensor | None) -> Tensor:
+    """Map of a block of queries -> map `[1, H * keys, h, w]`."""
+    scores = pointwise_conv(q, keys.to_keys, mask, groups=keys.heads)
+    by_head = _rows(scores, keys.heads)
+    # In place: every row is read before it is written.
+    torch.softmax(by_head, -1, out=by_head)
+    return scores
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    heads = q.shape[2]
+    out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    with without_autocast("cpu"):
+        for image in range(q.shape[0]):
+            keys, values = _Weights(k[image] * scale), _Weights(v[image])
+            mask = keys.mask()
+            for block in _blocks(q, k):
+                p = _probabilities(_map(q[image, block]), keys, mask)
+                o = pointwise_conv(p, values.from_keys, None, groups=heads)
+                out[image, block] = _rows(o, heads)
+    return out
+
+
+def _backward(
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    heads = q.shape[2]
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    with without_autocast("cpu"):
+        for image in range(q.shape[0]):
+            keys, values = _Weights(k[image] * scale), _Weights(v[image])
+            mask = keys.mask()
+            d_keys, d_values = (torch.zeros_like(w.to_keys) for w in (keys, values))
+            for block in _blocks(q, k):
+                queries, grad = _map(q[image, block]), _map(grad_out[image, block])
+                p = _probabilities(queries, keys, mask)
+                d_values += conv_weight_gradient(p, grad, values.to_keys, heads)
+                ds = pointwise_conv(grad, values.to_keys, None, groups=heads)
+                by_head = _rows(ds, heads)
+                torch.ops.aten._softmax_backward_data.out(
+                    by_head, _rows(p, heads), -1, ds.dtype, grad_input=by_head
+                )
+                d_keys += conv_weight_gradient(ds, queries, keys.to_keys, heads)
+                dq[image, block] = _rows(
+                    pointwise_conv(ds, keys.from_keys, None, groups=heads), heads
+                )
+            dk[image] = keys.gradient(d_keys) * scale
+            dv[image] = values.gradient(d_values)
+    return dq, dk, dv
+
+
+class _Attention(torch.autograd.Function):
+    """Autograd over blocks; double backward through the reference."""
+
+    @staticmethod
+    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return _forward(q, k, v, scale)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        *tensors, ctx.scale = inputs
+        ctx.save_for_backward(*tensors)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            function = partial(reference.attention, scale=ctx.scale)
+            grads = reference_gradients(lambda *a: (function(*a),), tensors, (grad_out,))
+        else:
+            grads = _backward(grad_out, *tensors, ctx.scale)
+        return *only_needed(grads, ctx.needs_input_grad[:3]), None

@@ -1,0 +1,168 @@
+"""Attention over blocks of queries on the CPU, against the fp64 oracle.
+
+The limits are made small here, so that there are many blocks.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+import torch
+from torch import Tensor
+
+from equiseg_fast import attention, reference
+from equiseg_fast.ops import _attention_cpu
+from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
+
+torch_attention = partial(attention, backend="torch")
+
+
+@pytest.fixture(autouse=True)
+def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Blocks of 40 queries for 2 heads and 32 keys, or for 1 head and 64 keys."""
+    monkeypatch.setattr(_attention_cpu, "_SCORE_BYTES", 40 * 2 * 32 * 4)
+    monkeypatch.setattr(_attention_cpu, "_MIN_QUERIES", 8)
+    monkeypatch.setattr(_attention_cpu, "_MIN_SCORES", 1)
+
+
+def make(
+    batch: int = 2,
+    queries: int = 104,
+    keys: int = 21,
+    heads: int = 2,
+    dim: int = 16,
+    layout: str = "contiguous",
+) -> dict[str, Tensor]:
+    lengths = {"q": queries, "k": keys, "v": keys}
+    return {
+        name: random_normal((batch, length, heads, dim), torch.float32, seed=i, layout=layout)
+        for i, (name, length) in enumerate(lengths.items())
+    }
+
+
+def parity(inputs: dict[str, Tensor], cotangent: str = "contiguous", **options: float) -> None:
+    assert _attention_cpu.suits(inputs["q"], inputs["k"])
+    check_op_parity(
+        partial(torch_attention, **options),
+        partial(reference.attention, **options),
+        inputs,
+        differentiable=("q", "k", "v"),
+        cotangent=cotangent,
+        contraction=min(inputs["q"].shape[1], inputs["k"].shape[1]),
+    )
+
+
+@pytest.mark.parametrize(("heads", "keys"), [(1, 1), (1, 64), (2, 16), (2, 21), (5, 3), (8, 7)])
+def test_keys_and_heads(heads: int, keys: int) -> None:
+    """With the number of keys a multiple of 16, and padded to one."""
+    parity(make(heads=heads, keys=keys))
+
+
+@pytest.mark.parametrize("queries", [8, 40, 48, 104, 168])
+def test_blocks(queries: int) -> None:
+    """One block, full ones, nearly equal shares, a smaller last one."""
+    parity(make(batch=1, queries=queries, dim=32))
+
+
+def test_shares_are_nearly_equal() -> None:
+    q, k, _ = make(queries=168).values()
+    blocks = [(block.start, block.stop) for block in _attention_cpu._blocks(q, k)]
+    assert blocks == [(0, 40), (40, 80), (80, 120), (120, 160), (160, 168)]
+    q, k, _ = make(queries=104).values()
+    blocks = [(block.start, block.stop) for block in _attention_cpu._blocks(q, k)]
+    assert blocks == [(0, 40), (40, 80), (80, 104)]
+    q, k, _ = make(queries=88).values()
+    blocks = [(block.start, block.stop) for block in _attention_cpu._blocks(q, k)]
+    assert blocks == [(0, 32), (32, 64), (64, 88)]
+
+
+@pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last"])
+def test_strides(layout: str) -> None:
+    parity(make(layout=layout), cotangent=layout)
+
+
+def test_scale() -> None:
+    parity(make(), scale=-0.7)
+    parity(make(), scale=0.0)
+
+
+def test_empty_batch() -> None:
+    tensors = [x.requires_grad_() for x in make(batch=0).values()]
+    out = torch_attention(*tensors)
+    assert out.shape == (0, 104, 2, 16)
+    for x, g in zip(tensors, torch.autograd.grad(out.sum(), tensors), strict=True):
+        assert g.shape == x.shape
+
+
+def test_gradients_that_nobody_needs_are_left_out() -> None:
+    q, k, v = make().values()
+    k.requires_grad_()
+    (grad,) = torch.autograd.grad(torch_attention(q, k, v).square().sum(), k)
+    (expected,) = torch.autograd.grad(reference.attention(q, k, v).square().sum(), k)
+    torch.testing.assert_close(grad, expected)
+
+
+def test_double_backward() -> None:
+    def penalty(function: Callable[..., Tensor], dtype: torch.dtype) -> tuple[Tensor, ...]:
+        inputs = [x.to(dtype).requires_grad_() for x in make(queries=16, keys=5).values()]
+        out = function(*inputs)
+        grads = torch.autograd.grad(out.square().sum(), inputs, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), inputs)
+
+    actual = penalty(torch_attention, torch.float32)
+    expected = penalty(reference.attention, torch.float64)
+    for a, b in zip(actual, expected, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-4, atol=1e-5 * float(b.abs().max()))
+
+
+def test_saves_the_inputs_alone() -> None:
+    saved: list[Tensor] = []
+    tensors = [x.requires_grad_() for x in make().values()]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x) or x, lambda x: x):
+        torch_attention(*tensors)
+    assert {x.data_ptr() for x in saved} == {x.data_ptr() for x in tensors}
+
+
+def test_under_autocast_for_something_else() -> None:
+    """Convolutions are not cast behind the back of an operation that has decided for fp32."""
+    q, k, v = make().values()
+    expected = _attention_cpu.attend(q, k, v, 0.25)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(_attention_cpu.attend(q, k, v, 0.25), expected)
+
+
+def test_repeats_are_bit_identical() -> None:
+    tensors = [x.requires_grad_() for x in make().values()]
+
+    def step() -> tuple[Tensor, ...]:
+        out = torch_attention(*tensors)
+        return out, *torch.autograd.grad(out.square().sum(), tensors)
+
+    assert_deterministic(step)
+
+
+def test_what_it_does_not_suit() -> None:
+    q, k, _ = make().values()
+    assert _attention_cpu.suits(q, k)
+    assert not _attention_cpu.suits(q.double(), k.double())
+    assert not _attention_cpu.suits(q.bfloat16(), k.bfloat16())
+    assert not _attention_cpu.suits(q[:, 1:], k)  # 103 queries make no map of width 8
+    assert not _attention_cpu.suits(q[..., 1:], k[..., 1:])  # 15 channels per head
+
+
+@pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
+def test_transforms_see_stock_operators() -> None:
+    q, k, v = make().values()
+    batched = torch.vmap(lambda *x: torch_attention(*(t[None] for t in x))[0])(q, k, v)
+    torch.testing.assert_close(batched, reference.attention(q, k, v))
+
+
+def test_sizes_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real limits: stages 1 and 2 of EQUISeg-B0 at 512 x 512, not the small ones."""
+    monkeypatch.undo()
+    for queries, heads, keys, expected in (
+        (16384, 1, 256, True), (4096, 2, 256, True), (1024, 5, 256, False), (256, 8, 256, False),
+        (2048, 1, 16, False),
+    ):  # fmt: skip
+        q, k = (torch.empty((1, n, heads, 32)) for n in (queries, keys))
+        assert _attention_cpu.suits(q, k) is expected
