@@ -58,8 +58,9 @@ def model_parts(
 ) -> list[Part]:
     """EQUISeg with its default configuration, which pads its images to multiples of 32.
 
-    training: batch statistics and the two losses instead of running statistics and upsampled
-    logits. fold_head: see `nn.SegmentationHead`; False is the head as it was published.
+    training: batch statistics and the two losses; otherwise upsampled logits, and norms multiplied
+    into the weights beside them (`EQUISeg.fold_`). fold_head: see `nn.SegmentationHead`; False is
+    the head as it was published, its norm apart.
     """
     shape = replace(
         shape, **{side: -(-getattr(shape, side) // 32) * 32 for side in ("height", "width")}
@@ -69,7 +70,7 @@ def model_parts(
         here = replace(shape, stage=stage)
         parts += stage_parts(here, itemsize)
         if shape.modalities > 1:
-            parts += _fusion_stage(here, itemsize, training)
+            parts += _fusion_stage(here, itemsize, training, folded=not training)
             parts += _gate_stage(here, itemsize, training)
     parts += _head(shape, itemsize, training, fold_head)
     return parts + _end(replace(shape, stage=1), itemsize, training)
@@ -171,7 +172,7 @@ def stage_parts(shape: Shape, itemsize: int) -> list[Part]:
     ]
 
 
-def _fusion_stage(shape: Shape, itemsize: int, training: bool) -> list[Part]:
+def _fusion_stage(shape: Shape, itemsize: int, training: bool, folded: bool = False) -> list[Part]:
     n, c = _elements(shape), shape.channels
     rows = shape.rows
     ratio = EQUISegConfig().ppx_ratio[shape.stage - 1]
@@ -184,11 +185,14 @@ def _fusion_stage(shape: Shape, itemsize: int, training: bool) -> list[Part]:
     channel_gate = Cost.of_op(
         Work(n * itemsize, vector=n + 6 * rows * c, exps=rows * c), Work(vector=12 * rows * c)
     )
-    # scale * y + gate * x
-    end = Cost.of_op(Work(3 * n * itemsize, vector=3 * n), Work(5 * n * itemsize, vector=6 * n))
+    # scale * y + gate * x; folded, the scale is in the weights of y
+    end = Cost.of_op(
+        Work(3 * n * itemsize, vector=(2 if folded else 3) * n),
+        Work(5 * n * itemsize, vector=6 * n),
+    )
     parts = [
         ("query_hub", query_hub.cost(shape, itemsize), 1),
-        ("BatchNorm", batch_norm, 2),
+        ("BatchNorm", batch_norm, 1 if folded else 2),
         ("pooling_mixer", pooling_mixer.cost(shape, itemsize), 1),
         ("1x1 convolution", _linear(rows * shape.tokens, c, c, itemsize), 1),
         ("gate of the mixer", gate, 1),
@@ -228,21 +232,21 @@ def _head(shape: Shape, itemsize: int, training: bool, fold: bool) -> list[Part]
         Part("head", stage.stage, "projection", _linear(number, stage.channels, dim, itemsize))
         for stage, number in zip(stages, tokens, strict=True)
     ]
+    compose = [_linear(stage.channels, dim, dim, itemsize) for stage in stages]
+    weights = Part("head", 0, "folded weights", reduce(add, compose))
+    norm = Part("head", 0, "BatchNorm", _batch_norm(tokens[0] * dim, itemsize, training))
     if fold:
-        compose = [_linear(stage.channels, dim, dim, itemsize) for stage in stages]
-        fuse = [
-            Part("head", 0, "folded weights", reduce(add, compose)),
-            Part("head", 0, "upsample and add", _upsample(tokens, dim, 1, itemsize)),
-        ]
+        upsample = Part("head", 0, "upsample and add", _upsample(tokens, dim, 1, itemsize))
+        fuse = [weights, upsample, norm] if training else [upsample]
     else:
         fuse = [
             Part("head", 0, "upsample and concatenate", _upsample(tokens, dim, 4, itemsize)),
             Part("head", 0, "fusing convolution", _linear(tokens[0], 4 * dim, dim, itemsize)),
+            norm,
         ]
     return [
         *projections,
         *fuse,
-        Part("head", 0, "BatchNorm", _batch_norm(tokens[0] * dim, itemsize, training)),
         Part("head", 0, "classifier", _linear(tokens[0], dim, NUM_CLASSES, itemsize)),
     ]
 

@@ -1,5 +1,9 @@
-"""Whole EQUISeg: inference, and a training step (loss and all gradients, without an optimiser)."""
+"""Whole EQUISeg: inference, and a training step (loss and all gradients, without an optimiser).
 
+Inference is that of the folded model, as the README has it; the baseline is the public style.
+"""
+
+from copy import deepcopy
 from functools import partial
 
 import torch
@@ -37,15 +41,16 @@ def build(
     images = data.images(shape.modalities, *size, seed).to(device)
     ignored = (images, *model.parameters(), *model.buffers())
     if not training:
+        folded = deepcopy(model).fold_()
         return network_problem(
-            model,
+            folded,
             lambda network: (network(images),),
             lambda: (baseline.forward(images),),
             {},
             device,
             dtype,
             output_names=("logits",),
-            ignored=ignored,
+            ignored=(*ignored, *folded.parameters(), *folded.buffers()),
         )
     labels = data.labels(*size, seed).to(device)
 
