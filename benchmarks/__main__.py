@@ -7,6 +7,7 @@ import json
 import os
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
 from importlib.util import find_spec
@@ -163,10 +164,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     phases.seconds["imports"] = perf_counter() - STARTED
     with phases.phase("device limits"):
         dtypes = {case.dtype: DTYPES[case.dtype] for case in cases}
-        if args.calibration and _has_limits(args.calibration):
-            limits = calibrate.read(args.calibration)
-        else:
-            limits = calibrate.device_limits(device, dtypes)
+        limits = None
+        if args.calibration:
+            with suppress(FileNotFoundError):
+                limits = calibrate.read(args.calibration)
+        limits = limits or calibrate.device_limits(device, dtypes)
     env = records_of.environment(device, asdict(limits))
     out = args.out or _default_folder(device)
     out.mkdir(parents=True, exist_ok=True)
@@ -207,10 +209,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         f"{torch.get_num_threads()} threads); written to {_shown(out)}"
     )
     return 0
-
-
-def _has_limits(path: Path) -> bool:
-    return (path / "calibration.json").is_file() if path.is_dir() else path.is_file()
 
 
 def _breakdown(

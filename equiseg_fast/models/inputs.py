@@ -101,11 +101,4 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, ignore_index:
     shape = (images.shape[1], *images.shape[-2:])
     _checks.check_shape("labels", labels, shape, "[B, H, W] (that of the images)")
     _checks.check_same_device(images=images, labels=labels)
-    if labels.device.type == "cpu" and not torch.compiler.is_compiling():
-        values = labels.long()
-        wrong = values[((values < 0) | (values >= num_classes)) & (values != ignore_index)]
-        if len(wrong):
-            raise ValueError(
-                f"labels must be 0..{num_classes - 1} or {ignore_index} (ignored); "
-                f"got {wrong[0].item()}"
-            )
+    _checks.check_label_values(labels, num_classes, ignore_index)

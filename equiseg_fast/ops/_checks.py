@@ -1,6 +1,7 @@
 """Argument checks with one message style: the argument, what came, what is allowed.
 
-Only metadata is looked at, so nothing waits for the device and the compiler sees no branch on data.
+Only metadata is looked at, so nothing waits for the device and the compiler sees no branch on data;
+labels alone have their values checked, where that costs neither (`has_values`).
 """
 
 from collections.abc import Mapping
@@ -83,6 +84,25 @@ def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
         raise ValueError(
             f"{name} must have height * width = {height} * {width} = {height * width} tokens; "
             f"got {x.shape[-2]} in shape {list(x.shape)}"
+        )
+
+
+def has_values(x: Tensor) -> bool:
+    """Only real values in CPU memory can be branched on: no fake tensors, no transforms."""
+    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    return x.device.type == "cpu" and not traced and type(x) is Tensor
+
+
+def check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:
+    """Where it waits for nothing, every label is a class or ignored."""
+    if not has_values(labels):
+        return
+    # Narrow dtypes wrap what they cannot hold: 255 would be -1 in int8.
+    values = labels.long()
+    wrong = ((values < 0) | (values >= classes)) & (values != ignore_index)
+    if wrong.any():
+        raise ValueError(
+            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {values[wrong][0]}"
         )
 
 

@@ -49,7 +49,7 @@ def upsample_cross_entropy(
         if needs_grad(logits):
             return _UpsampleCrossEntropy.apply(logits, labels, ignore_index)[0]
         return _FORWARD(logits, labels, ignore_index)[0]
-    _check_values(labels, logits.shape[1], ignore_index)
+    _checks.check_label_values(labels, logits.shape[1], ignore_index)
     with without_autocast(logits.device.type):
         if chosen == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
             apply = _Chunked.apply if needs_grad(logits) else _chunked_forward
@@ -83,15 +83,9 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
         raise ValueError(f"thresh must be in (0, 1]; got {thresh}")
     if min_kept_ratio < 1:
         raise ValueError(f"min_kept_ratio must be at least 1; got {min_kept_ratio}")
-    if not _has_values(valid):
+    if not _checks.has_values(valid):
         return reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=min_kept_ratio)
     return _ohem_cpu(loss.flatten(), valid.flatten(), -log(thresh), min_kept_ratio)
-
-
-def _has_values(x: Tensor) -> bool:
-    """Only real values in CPU memory can be branched on: no fake tensors, no transforms."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return x.device.type == "cpu" and not traced and type(x) is Tensor
 
 
 def _ohem_cpu(loss: Tensor, valid: Tensor, bound: float, min_kept_ratio: int) -> Tensor:
@@ -116,19 +110,6 @@ def _check(logits: Tensor, labels: Tensor) -> None:
         )
     if min(labels.shape[1:]) < 1:
         raise ValueError(f"labels must have at least one pixel; got shape {list(labels.shape)}")
-
-
-def _check_values(labels: Tensor, classes: int, ignore_index: int) -> None:
-    """Where it waits for nothing, every label is a class or ignored."""
-    if not _has_values(labels):
-        return
-    # Narrow dtypes wrap what they cannot hold: 255 would be -1 in int8.
-    values = labels.long()
-    wrong = ((values < 0) | (values >= classes)) & (values != ignore_index)
-    if wrong.any():
-        raise ValueError(
-            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {values[wrong][0]}"
-        )
 
 
 def _reasons(logits: Tensor, labels: Tensor, **_: object) -> _backend.Reasons:
