@@ -26,26 +26,15 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import (  # noqa: E402
-    against,
-    calibrate,
-    compare,
-    exercise,
-    profiling,
-    readme,
-    report,
-    resources,
-    roofline,
-    terminal,
-    tune,
-    visit,
-)
+from benchmarks import against, calibrate, compare, profiling, resources, roofline, tune  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Options, dry_run, plan  # noqa: E402
 from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
+from benchmarks.reporting import readme, report, terminal  # noqa: E402
 from benchmarks.runner import Phases, Runner  # noqa: E402
+from benchmarks.visiting import exercise, visit  # noqa: E402
 from equiseg_fast.kernels import _tuned  # noqa: E402
 
 
@@ -229,7 +218,7 @@ def _breakdown(
 
 def _sensors(out: Path, seed: int, phases: Phases) -> None:
     from benchmarks import sensors
-    from benchmarks.plots import sensors as plot
+    from benchmarks.reporting.plots import sensors as plot
 
     with phases.phase("sensors"):
         found = sensors.contributions(seed)

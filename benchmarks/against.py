@@ -26,7 +26,6 @@ from rich.progress import track
 
 from benchmarks import compare
 from benchmarks.alternate import Side, Task, measure
-from benchmarks.analysis import contention
 from benchmarks.options import (
     ROOT,
     cases_at,
@@ -38,6 +37,7 @@ from benchmarks.options import (
 from benchmarks.plan import Options, dry_run
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import SUITES
+from benchmarks.reporting.analysis import contention
 
 OURS = ("torch", "triton")
 BLOCK_SECONDS = 0.1

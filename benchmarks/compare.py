@@ -13,9 +13,10 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import analysis, record
+from benchmarks import record
 from benchmarks.options import verdict_arguments
 from benchmarks.record import Record
+from benchmarks.reporting import analysis
 
 MATTERS = (
     "torch", "triton", "cuda", "cudnn", "python", "cores", "threads", "tf32", "variables",

@@ -20,10 +20,10 @@ from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.analysis import significant
 from benchmarks.options import cases_at, choose_device, pairs, shape_argument
 from benchmarks.plan import Case, Options, dry_run
 from benchmarks.registry import SUITES
+from benchmarks.reporting.analysis import significant
 from benchmarks.runner import Runner
 
 WARM_UP = 3

@@ -28,10 +28,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import parity, timing
-from benchmarks.budget import AGAIN, is_sticky
 from benchmarks.options import choose_device, names
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
+from benchmarks.visiting.budget import AGAIN, is_sticky
 from equiseg_fast.kernels import _tuned
 
 if TYPE_CHECKING:

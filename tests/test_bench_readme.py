@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpus, model_cost, readme
+from benchmarks import gpus, model_cost
 from benchmarks.__main__ import _parser, main
-from benchmarks.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
 from benchmarks.record import Record
+from benchmarks.reporting import readme
+from benchmarks.reporting.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = {"variant": "b0", "stage": 1, "height": 512, "width": 512, "batch": 1, "modalities": 4}

@@ -15,12 +15,13 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import analysis, breakdown, document, html, plots, report
-from benchmarks.document import Card, Cards, Cell, Document, Picture, Section, Table, Text
+from benchmarks import breakdown
 from benchmarks.launches import Row
-from benchmarks.plots import curves, style
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import PROVIDERS, Shape
+from benchmarks.reporting import analysis, document, html, plots, report
+from benchmarks.reporting.document import Card, Cards, Cell, Document, Picture, Section, Table, Text
+from benchmarks.reporting.plots import curves, style
 
 CPU = torch.device("cpu")
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
@@ -314,7 +315,7 @@ def test_pictures_of_a_sweep(tmp_path: Path) -> None:
 
 
 def test_many_panels_get_pages(tmp_path: Path) -> None:
-    from benchmarks.plots import bars
+    from benchmarks.reporting.plots import bars
 
     rows = [record(i + 1, op=f"op{i % 2}", case={"height": 32 * (i // 2 + 1)}) for i in range(220)]
     pages = bars.pages("latency", rows, "p50_us")

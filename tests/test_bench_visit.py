@@ -14,13 +14,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import registry, visit, visit_summary
+from benchmarks import registry
 from benchmarks.__main__ import main
-from benchmarks.budget import AGAIN, USABLE, State, Step, Task, run, shares
-from benchmarks.outcomes import Outcomes
 from benchmarks.plan import Options, plan
 from benchmarks.record import Record, read_jsonl, write_jsonl
 from benchmarks.registry import Problem, Shape, operations
+from benchmarks.visiting import summary, visit
+from benchmarks.visiting.budget import AGAIN, USABLE, State, Step, Task, run, shares
+from benchmarks.visiting.outcomes import Outcomes
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -169,8 +170,9 @@ def test_after(): pass
 def pytest_with_outcomes(folder: Path, source: str) -> int:
     (folder / "test_some.py").write_text(source)
     command = (
-        sys.executable, "-m", "pytest", "-p", "benchmarks.outcomes", "--outcomes", "out.jsonl",
-        "-p", "no:cacheprovider", "--rootdir", str(folder), "test_some.py",
+        sys.executable, "-m", "pytest", "-p", "benchmarks.visiting.outcomes",
+        "--outcomes", "out.jsonl", "-p", "no:cacheprovider",
+        "--rootdir", str(folder), "test_some.py",
     )  # fmt: skip
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
@@ -361,10 +363,10 @@ def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     folder = tmp_path / "visit"
     assert {row.op for row in read_jsonl(folder / "core")} == {"guided_gate", "query_hub"}
     assert (folder / "core" / "report.md").is_file()
-    summary = (folder / "summary.md").read_text()
-    assert "10 passed, 0 failed, 0 skipped on the CPU, interpreted" in summary
-    assert "1 operations exercised, 0 not finite" in summary
-    assert str(tmp_path) not in summary
+    text = (folder / "summary.md").read_text()
+    assert "10 passed, 0 failed, 0 skipped on the CPU, interpreted" in text
+    assert "1 operations exercised, 0 not finite" in text
+    assert str(tmp_path) not in text
 
     started = time.monotonic()
     done, again = rehearse("9")
@@ -384,9 +386,9 @@ def test_a_failed_command_is_an_exit_status(
 
 def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
     script = (
-        "import sys; from pathlib import Path; from benchmarks import visit\n"
+        "import sys; from pathlib import Path; from benchmarks.visiting import visit\n"
         "from benchmarks.__main__ import main\n"
-        "from benchmarks.budget import Step, Task\n"
+        "from benchmarks.visiting.budget import Step, Task\n"
         "task = Task('t', ('bash', '-c', 'echo $$ > pid; sleep 300'), 't.log')\n"
         "visit.ROOT = Path(sys.argv[1])\n"
         "visit.steps = lambda *_: (Step('t', '', 1.0, (task,)),)\n"
@@ -455,7 +457,7 @@ def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
     for attempt, row in enumerate((bad, replace(good, p50_us=1.0), good, bad), start=1):
         (tmp_path / str(attempt)).mkdir()
         write_jsonl([row], tmp_path / str(attempt) / "results.jsonl")
-    assert visit_summary._measured(tmp_path) == [good]
+    assert summary._measured(tmp_path) == [good]
 
 
 def test_commands_need_no_pytest() -> None:

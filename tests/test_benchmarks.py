@@ -10,13 +10,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import analysis, data, memory, report, sensors, timing
+from benchmarks import data, memory, sensors, timing
 from benchmarks.__main__ import main
 from benchmarks.baseline_model import EagerBaseline
 from benchmarks.cost import Limits
 from benchmarks.launches import Row
 from benchmarks.plan import Case, Options, plan
-from benchmarks.plots import sensors as sensor_plot
 from benchmarks.record import Record, environment, read_jsonl, write_jsonl
 from benchmarks.registry import (
     MODES,
@@ -29,6 +28,8 @@ from benchmarks.registry import (
     operations,
     unavailable,
 )
+from benchmarks.reporting import analysis, report
+from benchmarks.reporting.plots import sensors as sensor_plot
 from benchmarks.runner import Runner
 from equiseg_fast.models import EQUISeg
 

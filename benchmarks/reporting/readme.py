@@ -18,10 +18,10 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import gpus, model_cost, record, roofline
-from benchmarks.analysis import Contest, contests, milliseconds, significant, times
 from benchmarks.options import ROOT
 from benchmarks.record import Record
 from benchmarks.registry import DTYPES, Shape
+from benchmarks.reporting.analysis import Contest, contests, milliseconds, significant, times
 
 README = ROOT / "README.md"
 RESULTS = Path("benchmarks") / "results"

@@ -6,9 +6,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.analysis import significant
 from benchmarks.breakdown import REST
-from benchmarks.plots.style import in_order, pyplot, save
+from benchmarks.reporting.analysis import significant
+from benchmarks.reporting.plots.style import in_order, pyplot, save
 
 PART_COLOURS = (
     "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#ccb974",

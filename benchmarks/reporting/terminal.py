@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.analysis import (
+from benchmarks.record import Record
+from benchmarks.reporting.analysis import (
     contention,
     fastest,
     grouped,
@@ -18,7 +19,6 @@ from benchmarks.analysis import (
     spread,
     times,
 )
-from benchmarks.record import Record
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cost import Limits
-from benchmarks.plots.style import colour, in_order, legend, panels, pyplot, save
 from benchmarks.record import Record
+from benchmarks.reporting.plots.style import colour, in_order, legend, panels, pyplot, save
 
 VARIABLES = ("tokens", "channels", "modalities")
 POINTS = 3

@@ -8,7 +8,7 @@ from html import escape
 from io import BytesIO
 from pathlib import Path
 
-from benchmarks.document import (
+from benchmarks.reporting.document import (
     Block,
     Bullets,
     Cards,

@@ -13,9 +13,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from benchmarks import record
-from benchmarks.budget import State, Step, Task
-from benchmarks.outcomes import merged
 from benchmarks.record import Key, Record
+from benchmarks.visiting.budget import State, Step, Task
+from benchmarks.visiting.outcomes import merged
 
 
 def failed(state: State, task: Task) -> bool:

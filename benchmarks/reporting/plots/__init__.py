@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.plots import bars, curves
-from benchmarks.plots import breakdown as breakdown_plot
 from benchmarks.record import Record
+from benchmarks.reporting.plots import bars, curves
+from benchmarks.reporting.plots import breakdown as breakdown_plot
 
 QUANTITIES = (
     ("latency", "p50_us", "ms", "Time per call"),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import data
-from benchmarks.plots.style import pyplot
+from benchmarks.reporting.plots.style import pyplot
 
 if TYPE_CHECKING:
     from benchmarks.sensors import Contributions

@@ -1,6 +1,6 @@
 """A pytest plugin that keeps the outcome of every test at once, and goes on where a run stopped.
 
-    python -m pytest -p benchmarks.outcomes --outcomes FILE tests/test_attention.py
+    python -m pytest -p benchmarks.visiting.outcomes --outcomes FILE tests/test_attention.py
 
 FILE gets one JSON line when a test starts and one when it has ended. What has ended is not run
 again with the same FILE; what was under way when the run was killed comes last, so that a test that
@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.budget import AGAIN, is_sticky
+from benchmarks.visiting.budget import AGAIN, is_sticky
 
 if TYPE_CHECKING:
     import pytest

@@ -1,4 +1,4 @@
-"""What a report is made of, and how it looks as Markdown; `benchmarks.html` is the other rendering.
+"""What a report is made of, and how it looks as Markdown; `html` is the other rendering.
 
 Text may hold **strong** words and `code`, nothing else.
 """

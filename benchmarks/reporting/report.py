@@ -9,8 +9,11 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import data, document
-from benchmarks.analysis import (
+from benchmarks import data
+from benchmarks.record import Record
+from benchmarks.registry import PROVIDERS, operations
+from benchmarks.reporting import document
+from benchmarks.reporting.analysis import (
     OURS,
     Contest,
     contention,
@@ -24,7 +27,7 @@ from benchmarks.analysis import (
     skipped,
     times,
 )
-from benchmarks.document import (
+from benchmarks.reporting.document import (
     Bullets,
     Card,
     Cards,
@@ -35,8 +38,6 @@ from benchmarks.document import (
     Table,
     Text,
 )
-from benchmarks.record import Record
-from benchmarks.registry import PROVIDERS, operations
 
 if TYPE_CHECKING:
     from benchmarks.launches import Row
@@ -70,7 +71,7 @@ SENSORS = "plots/sensors.png"
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
     """`report.md`, `report.html` and the plots of the results in a folder, which may also hold
     `breakdown.json` and the picture of the sensors."""
-    from benchmarks import html, plots
+    from benchmarks.reporting import html, plots
 
     launches = []
     if find_spec("triton") and any(row.op in ("model", "training") for row in records):

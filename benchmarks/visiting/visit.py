@@ -24,11 +24,11 @@ from typing import Any
 import torch
 from rich.console import Console
 
-from benchmarks.budget import State, Step, Task, run, shares
 from benchmarks.options import ROOT, choose_device
 from benchmarks.plan import Options, plan
 from benchmarks.registry import SUITES, operations
-from benchmarks.visit_summary import failed, table, unfinished, write_summary
+from benchmarks.visiting.budget import State, Step, Task, run, shares
+from benchmarks.visiting.summary import failed, table, unfinished, write_summary
 
 PYTHON = sys.executable
 OPTIONAL = {
@@ -111,7 +111,7 @@ def _parity_step(folder: Path, cuda: bool) -> Step:
     def tests(stem: str, *options: str) -> Task:
         outcomes = folder / "parity" / f"{stem}.jsonl"
         command = (
-            PYTHON, "-m", "pytest", f"tests/test_{stem}.py", "-p", "benchmarks.outcomes",
+            PYTHON, "-m", "pytest", f"tests/test_{stem}.py", "-p", "benchmarks.visiting.outcomes",
             "--outcomes", str(outcomes), "-q", "--tb=short", *options,
         )  # fmt: skip
         # On a GPU kernels are compiled: the interpreter would prove nothing about them.

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.analysis import grouped, milliseconds, significant
-from benchmarks.plots.style import colour, legend, pyplot, save
 from benchmarks.record import Record
+from benchmarks.reporting.analysis import grouped, milliseconds, significant
+from benchmarks.reporting.plots.style import colour, legend, pyplot, save
 
 GROUPS_PER_PANEL = 8
 PANELS_PER_PAGE = 12
