@@ -71,19 +71,6 @@ def triton_reasons(*tensors: Tensor) -> Reasons:
     return reasons
 
 
-def resolve(op: str, requested: str | None, device: torch.device, reasons: Reasons) -> str:
-    """The backend that runs `op`: reasons are those against the Triton kernel.
-
-    Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
-    """
-    choice = _default if requested is None else _check_choice(requested, "backend")
-    if choice == "auto":
-        return "triton" if device.type == "cuda" and not reasons else "torch"
-    if choice == "triton" and reasons:
-        raise ValueError(f"backend 'triton' cannot run {op}: " + "; ".join(reasons))
-    return choice
-
-
 # op name -> function of the op's own arguments that returns the reasons against Triton
 _REASONS: dict[str, Callable[..., Reasons]] = {}
 
@@ -92,11 +79,28 @@ def register_reasons(op: str, function: Callable[..., Reasons]) -> None:
     _REASONS[op] = function
 
 
+def resolve(
+    op: str, requested: str | None, device: torch.device, *args: object, **kwargs: object
+) -> str:
+    """The backend that runs `op` on a device; args, kwargs: those that its reasons look at.
+
+    Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
+    """
+    choice = _default if requested is None else _check_choice(requested, "backend")
+    if choice == "auto":
+        if device.type != "cuda" or _REASONS[op](*args, **kwargs):
+            return "torch"
+        return "triton"
+    if choice == "triton" and (reasons := _REASONS[op](*args, **kwargs)):
+        raise ValueError(f"backend 'triton' cannot run {op}: " + "; ".join(reasons))
+    return choice
+
+
 def choice_for(op: str, *args: object) -> tuple[str, str]:
     """The current choice, and the backend it comes to for these arguments of `op` (or "none")."""
     device = next(a for a in args if isinstance(a, Tensor)).device
     try:
-        return _default, resolve(op, None, device, _REASONS[op](*args))
+        return _default, resolve(op, None, device, *args)
     except ValueError:
         return _default, "none"
 
@@ -114,7 +118,7 @@ def explain(op: str, *args: object, **kwargs: object) -> str:
     reasons = _REASONS[op](*args, **kwargs)
     device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
     try:
-        chosen = f"{op} runs on backend {resolve(op, choice, device, reasons)!r}"
+        chosen = f"{op} runs on backend {resolve(op, choice, device, *args, **kwargs)!r}"
     except ValueError as error:
         chosen = f"{op} raises ValueError: {error}"
     against = ["usable"] if not reasons else reasons

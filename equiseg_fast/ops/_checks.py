@@ -4,7 +4,6 @@ Only metadata is looked at, so nothing waits for the device and the compiler see
 labels alone have their values checked, where that costs neither (`has_values`).
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -38,23 +37,25 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], shape: str) -> 
 
 def check_same(**tensors: Tensor) -> None:
     """All tensors share the dtype and device of the first."""
-    (first_name, first), *rest = tensors.items()
-    for name, x in rest:
-        if x.dtype != first.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of {first_name}, {first.dtype}; got {x.dtype}"
-            )
+    first_name, first = next(iter(tensors.items()))
+    dtype = first.dtype
+    for name, x in tensors.items():
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}; got {x.dtype}")
     check_same_device(**tensors)
 
 
 def check_same_device(**tensors: Tensor | None) -> None:
     """All tensors (None is passed over) are on the device of the first."""
-    given: Mapping[str, Tensor] = {n: x for n, x in tensors.items() if x is not None}
-    (first_name, first), *rest = given.items()
-    for name, x in rest:
-        if x.device != first.device:
+    first_name, device = "", None
+    for name, x in tensors.items():
+        if x is None:
+            continue
+        if device is None:
+            first_name, device = name, x.device
+        elif x.device != device:
             raise ValueError(
-                f"{name} must be on the device of {first_name}, {first.device}; got {x.device}"
+                f"{name} must be on the device of {first_name}, {device}; got {x.device}"
             )
 
 

@@ -74,7 +74,7 @@ def attention(
     q, k, v = autocast(q, k, v)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
-    chosen = _backend.resolve("attention", backend, q.device, _reasons(q, k, v))
+    chosen = _backend.resolve("attention", backend, q.device, q, k, v)
     if chosen == "reference":
         return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
     if chosen == "torch":

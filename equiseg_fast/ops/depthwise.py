@@ -53,7 +53,7 @@ def depthwise_conv_gelu(
     _checks.check_shape("weight", weight, (x.shape[-1], 1, 3, 3), "[C, 1, 3, 3]")
     _checks.check_shape("bias", bias, (x.shape[-1],), "[C]")
     _checks.check_same(x=x, weight=weight, bias=bias)
-    chosen = _backend.resolve("depthwise_conv_gelu", backend, x.device, _reasons(x))
+    chosen = _backend.resolve("depthwise_conv_gelu", backend, x.device, x)
     if chosen == "reference":
         return reference.depthwise_conv_gelu(x, weight, bias, height, width)
     if chosen == "torch":

@@ -42,9 +42,7 @@ def upsample_cross_entropy(
     _checks.check_same_device(logits=logits, labels=labels)
     _check(logits, labels)
     _checks.check_integer("ignore_index", ignore_index)
-    chosen = _backend.resolve(
-        "upsample_cross_entropy", backend, logits.device, _reasons(logits, labels)
-    )
+    chosen = _backend.resolve("upsample_cross_entropy", backend, logits.device, logits, labels)
     if chosen == "triton":
         if needs_grad(logits):
             return _UpsampleCrossEntropy.apply(logits, labels, ignore_index)[0]

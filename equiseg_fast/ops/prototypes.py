@@ -56,8 +56,7 @@ def class_prototypes(
     _checks.check_integer("ignore_index", ignore_index)
     if num_classes < 1:
         raise ValueError(f"num_classes must be at least 1; got {num_classes}")
-    reasons = _reasons(x, labels, num_classes)
-    chosen = _backend.resolve("class_prototypes", backend, x.device, reasons)
+    chosen = _backend.resolve("class_prototypes", backend, x.device, x, labels, num_classes)
     if chosen == "reference":
         with without_autocast(x.device.type):
             return reference.class_prototypes(

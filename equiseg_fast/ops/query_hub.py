@@ -71,7 +71,7 @@ def query_hub(
         x=x, dw_weight=dw_weight, dw_bias=dw_bias, pw_weight=pw_weight, pw_bias=pw_bias
     )
     _checks.check_present(present, x)
-    chosen = _backend.resolve("query_hub", backend, x.device, _reasons(x))
+    chosen = _backend.resolve("query_hub", backend, x.device, x)
     if chosen == "reference":
         return reference.query_hub(*nets, height, width, present=present)
     weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
