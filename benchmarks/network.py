@@ -32,6 +32,7 @@ def network_problem(
     device: torch.device,
     dtype: torch.dtype,
     *,
+    plain: Callable[..., Any] | None = None,
     others: Mapping[str, Call] | None = None,
     ignored: Sequence[Tensor] = (),
     **fields: Any,
@@ -39,13 +40,15 @@ def network_problem(
     """A problem that every backend can do.
 
     network: ours, an nn.Module or a function over modules, which can be compiled. run: calls it, or
-    what was made of it, on the inputs. baseline: the same in the style of `baselines`. others:
-    further providers. ignored, fields: of `Problem`; leaves are ignored anyway.
+    what was made of it, on the inputs. baseline: the same in the style of `baselines`. plain: the
+    network that the reference and the oracle run, if it is another. others: further providers.
+    ignored, fields: of `Problem`; leaves are ignored anyway.
     """
-    plain = {
+    reference = _on_backend("reference", lambda: run(plain or network))
+    calls = {
         "baseline": baseline,
         "baseline_cl": baselines.channels_last(baseline),
-        "reference": _on_backend("reference", lambda: run(network)),
+        "reference": reference,
         "torch": _on_backend("torch", lambda: run(network)),
         "triton": _on_backend("auto", lambda: run(network)),
         "tuned": _on_backend("auto", lambda: run(network)),
@@ -53,11 +56,11 @@ def network_problem(
     }
     for name, mode in COMPILED.items():
         compiled = lazily_compiled(network, mode)
-        plain[name] = _on_backend("torch", lambda compiled=compiled: run(compiled))
+        calls[name] = _on_backend("torch", lambda compiled=compiled: run(compiled))
     return Problem(
-        calls={name: _cast_to(device, dtype, call) for name, call in plain.items()},
+        calls={name: _cast_to(device, dtype, call) for name, call in calls.items()},
         leaves=dict(leaves),
-        cast=lambda wanted: (_cast_to(device, wanted, plain["reference"]), list(leaves.values())),
+        cast=lambda wanted: (_cast_to(device, wanted, reference), list(leaves.values())),
         agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
         ignored=(*ignored, *leaves.values()),
         **fields,

@@ -3,18 +3,29 @@
 The limits are made small here, so that there are many blocks.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from equiseg_fast import attention, reference
 from equiseg_fast.ops import _attention_cpu
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
 
 torch_attention = partial(attention, backend="torch")
+
+
+@pytest.fixture(autouse=True)
+def _two_threads() -> Iterator[None]:
+    """With one, convolutions are another library's, and there are no blocks."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -64,7 +75,7 @@ def test_blocks(queries: int) -> None:
     parity(make(batch=1, queries=queries, dim=32))
 
 
-def test_shares_are_nearly_equal() -> None:
+def test_shares() -> None:
     q, k, _ = make(queries=168).values()
     blocks = [(block.start, block.stop) for block in _attention_cpu._blocks(q, k)]
     assert blocks == [(0, 40), (40, 80), (80, 120), (120, 160), (160, 168)]
@@ -94,12 +105,14 @@ def test_empty_batch() -> None:
         assert g.shape == x.shape
 
 
-def test_gradients_that_nobody_needs_are_left_out() -> None:
+def test_one_input_needs_a_gradient() -> None:
     q, k, v = make().values()
     k.requires_grad_()
     (grad,) = torch.autograd.grad(torch_attention(q, k, v).square().sum(), k)
     (expected,) = torch.autograd.grad(reference.attention(q, k, v).square().sum(), k)
     torch.testing.assert_close(grad, expected)
+    assert q.grad is None
+    assert v.grad is None
 
 
 def test_double_backward() -> None:
@@ -148,6 +161,44 @@ def test_what_it_does_not_suit() -> None:
     assert not _attention_cpu.suits(q.bfloat16(), k.bfloat16())
     assert not _attention_cpu.suits(q[:, 1:], k)  # 103 queries make no map of width 8
     assert not _attention_cpu.suits(q[..., 1:], k[..., 1:])  # 15 channels per head
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not _attention_cpu.suits(q, k)
+    with FakeTensorMode() as mode:
+        assert not _attention_cpu.suits(mode.from_tensor(q), mode.from_tensor(k))
+    torch.set_num_threads(1)
+    assert not _attention_cpu.suits(q, k)
+
+
+def test_double_backward_under_autocast() -> None:
+    """What was cast when the operation was called is not cast again."""
+    q, k, v = (x.requires_grad_() for x in make(queries=16, keys=5).values())
+    out = _attention_cpu.attend(q, k, v, 0.25)
+    g = torch.randn_like(out)
+    plain = torch.autograd.grad(out, (q, k, v), g, create_graph=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        under = torch.autograd.grad(out, (q, k, v), g, create_graph=True)
+    assert all(torch.equal(a, b) for a, b in zip(plain, under, strict=True))
+
+
+def test_batched_cotangents() -> None:
+    tensors = [x.requires_grad_() for x in make(queries=16, keys=5).values()]
+    g = torch.randn(3, 2, 16, 2, 16)
+    batched = torch.autograd.grad(torch_attention(*tensors), tensors, g, is_grads_batched=True)
+    for i in range(3):
+        alone = torch.autograd.grad(torch_attention(*tensors), tensors, g[i])
+        for a, b in zip(batched, alone, strict=True):
+            torch.testing.assert_close(a[i], b)
+
+
+def test_traces_serve_other_batches() -> None:
+    """A loop over images would be recorded with as many rounds as the example has."""
+    q, k, v = make(batch=3).values()
+    pair = q[:2], k[:2], v[:2]
+    expected = reference.attention(q, k, v)
+    graph = make_fx(torch_attention, tracing_mode="symbolic")(*pair)
+    torch.testing.assert_close(graph(q, k, v), expected)
+    traced = torch.jit.trace(lambda *x: torch_attention(*x), pair, check_trace=False)
+    torch.testing.assert_close(traced(q, k, v), expected)
 
 
 @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
@@ -155,6 +206,22 @@ def test_transforms_see_stock_operators() -> None:
     q, k, v = make().values()
     batched = torch.vmap(lambda *x: torch_attention(*(t[None] for t in x))[0])(q, k, v)
     torch.testing.assert_close(batched, reference.attention(q, k, v))
+
+
+@pytest.mark.parametrize(("queries", "heads", "keys"), [(4096, 1, 256), (4096, 2, 256)])
+def test_parity_as_in_the_model(
+    queries: int, heads: int, keys: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the real limits, where convolutions are certainly oneDNN's."""
+    monkeypatch.undo()
+    inputs = make(batch=1, queries=queries, heads=heads, keys=keys, dim=32)
+    block = inputs["q"][0, : _attention_cpu._block(heads, keys)]
+    weight = torch.empty((heads * keys, 32, 1, 1))
+    backend = torch._C._select_conv_backend(
+        _attention_cpu._map(block), weight, None, [1, 1], [0, 0], [1, 1], False, [0, 0], heads
+    )
+    assert backend == torch._C._ConvBackend.Mkldnn
+    parity(inputs)
 
 
 def test_sizes_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -242,6 +242,23 @@ def test_a_wrong_model_is_not_timed(name: str) -> None:
     assert {r.status for (p, _), r in rows.items() if p == "torch"} == {"incorrect"}
 
 
+def test_a_wrong_fold_is_blamed_on_the_folded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The oracle and the reference are the model as it was."""
+    right = EQUISeg.fold_
+
+    def wrong(model: EQUISeg) -> EQUISeg:
+        folded = right(model)
+        with torch.no_grad():
+            folded.head.linear_pred.weight.mul_(1.01)
+        return folded
+
+    monkeypatch.setattr(EQUISeg, "fold_", wrong)
+    rows = run_case(case_of(operations()["model"]))
+    status = {p: r.status for (p, _), r in rows.items() if p != "triton"}
+    assert status.pop("torch") == "incorrect"
+    assert set(status.values()) == {"ok"}
+
+
 def test_out_of_memory_and_unsupported_are_rows() -> None:
     def exhausted(*arguments: object) -> Problem:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80.00 GiB")

@@ -244,17 +244,31 @@ class TestBehaviour:
         assert torch.autograd.gradcheck(fn, leaves(inputs))
         assert torch.autograd.gradgradcheck(fn, leaves(inputs))
 
+    @pytest.mark.filterwarnings("ignore:There is a performance drop:UserWarning")
     def test_functional_transforms(self, narrow_bands: None) -> None:
+        """They see stock operators instead of bands."""
         inputs = make(1, 3, 4)
         x = inputs.pop("x")
         loss = lambda f: lambda x: f(x, **inputs).square().sum()  # noqa: E731
         expected = torch.func.grad(loss(reference.mix_ffn))(x)
         actual = torch.func.grad(loss(torch_op))(x)
         torch.testing.assert_close(actual, expected, rtol=1e-4, atol=1e-4)
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.jvp(lambda x: torch_op(x, **inputs), (x,), (x,))
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(lambda x: torch_op(x, **inputs))(torch.stack((x, x)))
+        several = torch.stack((x, 2 * x))
+        expected = torch.stack([reference.mix_ffn(one, **inputs) for one in several])
+        torch.testing.assert_close(
+            torch.func.vmap(lambda x: torch_op(x, **inputs))(several), expected
+        )
+
+    def test_batched_cotangents(self, narrow_bands: None) -> None:
+        inputs = make(1, 4, 3)
+        tensors = leaves(inputs)
+        out = torch_op(**inputs)
+        g = torch.randn(3, *out.shape)
+        batched = torch.autograd.grad(out, tensors, g, is_grads_batched=True, retain_graph=True)
+        for i in range(3):
+            alone = torch.autograd.grad(out, tensors, g[i], retain_graph=True)
+            for a, b in zip(batched, alone, strict=True):
+                torch.testing.assert_close(a[i], b, rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])

@@ -1,6 +1,7 @@
 """Whole EQUISeg: inference, and a training step (loss and all gradients, without an optimiser).
 
-Inference is that of the folded model, as the README has it; the baseline is the public style.
+Inference is that of the folded model, as the README has it; the baseline and the reference are not
+folded.
 """
 
 from copy import deepcopy
@@ -49,6 +50,7 @@ def build(
             {},
             device,
             dtype,
+            plain=model,
             output_names=("logits",),
             ignored=(*ignored, *folded.parameters(), *folded.buffers()),
         )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from equiseg_fast import reference
 
+from ._checks import has_values
 from ._layout import conv_weight_gradient, pointwise_conv, to_map, to_tokens
 from ._registry import needs_grad, only_needed, reference_gradients, without_autocast
 
@@ -36,10 +37,11 @@ _LANES = 16
 
 def suits(q: Tensor, k: Tensor) -> bool:
     """Whether this is the fastest way for q `[B, Lq, H, D]` and k `[B, Lk, H, D]`."""
-    if q.device.type != "cpu" or q.dtype != torch.float32:
+    if q.dtype != torch.float32 or not (has_values(q) and has_values(k)):
         return False
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
-        return False  # which know what to do with stock operators
+    # With a single thread PyTorch leaves 1x1 convolutions to the other library anyway.
+    if torch.get_num_threads() == 1 or not torch._C._get_mkldnn_enabled():
+        return False
     _, queries, heads, dim = q.shape
     if queries % _WIDTH or dim % _LANES or queries * heads * k.shape[1] < _MIN_SCORES:
         return False
@@ -61,7 +63,7 @@ def _block(heads: int, keys: int) -> int:
 
 
 def _blocks(q: Tensor, k: Tensor) -> Iterator[slice]:
-    """Queries to work on together, in nearly equal shares."""
+    """Queries to work on together: shares of one size, and the rest."""
     queries, heads = q.shape[1:3]
     count = -(-queries // _block(heads, k.shape[1]))
     size = -(-queries // (count * _WIDTH)) * _WIDTH
@@ -85,74 +87,77 @@ class _Weights:
 
     def __init__(self, x: Tensor) -> None:
         self.keys, self.heads, _ = x.shape
-        padded = F.pad(x, (0, 0, 0, 0, 0, _padded(self.keys) - self.keys))
-        by_head = padded.transpose(0, 1)
+        padding = _padded(self.keys) - self.keys
+        by_head = F.pad(x, (0, 0, 0, 0, 0, padding)).transpose(0, 1)
         self.to_keys = by_head.flatten(0, 1).contiguous()
         """`[H * keys, D]`: products with every key."""
         self.from_keys = by_head.transpose(1, 2).flatten(0, 1).contiguous()
         """`[H * D, keys]`: sums over the keys."""
-
-    def mask(self) -> Tensor | None:
+        self.mask = None
         """A bias `[H * keys]` that leaves out what is padding."""
-        if self.keys == _padded(self.keys):
-            return None
-        bias = self.to_keys.new_zeros((self.heads, _padded(self.keys)))
-        bias[:, self.keys :] = -torch.inf
-        return bias.flatten()
+        if padding:
+            bias = x.new_zeros((self.heads, self.keys + padding))
+            bias[:, self.keys :] = -torch.inf
+            self.mask = bias.flatten()
 
     def gradient(self, to_keys: Tensor) -> Tensor:
         """The gradient `[Lk, H, D]` from that of `to_keys`."""
         return to_keys.unflatten(0, (self.heads, -1)).transpose(0, 1)[: self.keys]
 
 
-def _probabilities(q: Tensor, keys: _Weights, mask: Tensor | None) -> Tensor:
+def _probabilities(q: Tensor, keys: _Weights) -> Tensor:
     """Map of a block of queries -> map `[1, H * keys, h, w]`."""
-    scores = pointwise_conv(q, keys.to_keys, mask, groups=keys.heads)
-    by_head = _rows(scores, keys.heads)
+    scores = _rows(pointwise_conv(q, keys.to_keys, keys.mask, groups=keys.heads), keys.heads)
     # In place: every row is read before it is written.
-    torch.softmax(by_head, -1, out=by_head)
-    return scores
+    return _map(torch.softmax(scores, -1, out=scores))
+
+
+def _forward_block(q: Tensor, keys: _Weights, values: _Weights) -> Tensor:
+    """A block of queries `[n, H, D]` -> what they attend to."""
+    p = _probabilities(_map(q), keys)
+    return _rows(pointwise_conv(p, values.from_keys, None, groups=keys.heads), keys.heads)
+
+
+def _backward_block(
+    grad_out: Tensor, q: Tensor, keys: _Weights, values: _Weights, sums: tuple[Tensor, Tensor]
+) -> Tensor:
+    """dq of a block `[n, H, D]`; sums: the gradients of both `to_keys`, which it adds to."""
+    heads = keys.heads
+    queries, grad = _map(q), _map(grad_out)
+    p = _probabilities(queries, keys)
+    dp = _rows(pointwise_conv(grad, values.to_keys, None, groups=heads), heads)
+    backward = torch.ops.aten._softmax_backward_data.out
+    ds = _map(backward(dp, _rows(p, heads), -1, dp.dtype, grad_input=dp))
+    d_keys, d_values = sums
+    d_keys += conv_weight_gradient(ds, queries, keys.to_keys, heads)
+    d_values += conv_weight_gradient(p, grad, values.to_keys, heads)
+    return _rows(pointwise_conv(ds, keys.from_keys, None, groups=heads), heads)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-    heads = q.shape[2]
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     with without_autocast("cpu"):
         for image in range(q.shape[0]):
             keys, values = _Weights(k[image] * scale), _Weights(v[image])
-            mask = keys.mask()
             for block in _blocks(q, k):
-                p = _probabilities(_map(q[image, block]), keys, mask)
-                o = pointwise_conv(p, values.from_keys, None, groups=heads)
-                out[image, block] = _rows(o, heads)
+                out[image, block] = _forward_block(q[image, block], keys, values)
     return out
 
 
 def _backward(
     grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    heads = q.shape[2]
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     with without_autocast("cpu"):
         for image in range(q.shape[0]):
             keys, values = _Weights(k[image] * scale), _Weights(v[image])
-            mask = keys.mask()
-            d_keys, d_values = (torch.zeros_like(w.to_keys) for w in (keys, values))
+            sums = torch.zeros_like(keys.to_keys), torch.zeros_like(values.to_keys)
             for block in _blocks(q, k):
-                queries, grad = _map(q[image, block]), _map(grad_out[image, block])
-                p = _probabilities(queries, keys, mask)
-                d_values += conv_weight_gradient(p, grad, values.to_keys, heads)
-                ds = pointwise_conv(grad, values.to_keys, None, groups=heads)
-                by_head = _rows(ds, heads)
-                torch.ops.aten._softmax_backward_data.out(
-                    by_head, _rows(p, heads), -1, ds.dtype, grad_input=by_head
+                dq[image, block] = _backward_block(
+                    grad_out[image, block], q[image, block], keys, values, sums
                 )
-                d_keys += conv_weight_gradient(ds, queries, keys.to_keys, heads)
-                dq[image, block] = _rows(
-                    pointwise_conv(ds, keys.from_keys, None, groups=heads), heads
-                )
-            dk[image] = keys.gradient(d_keys) * scale
-            dv[image] = values.gradient(d_values)
+            dk[image] = keys.gradient(sums[0]) * scale
+            dv[image] = values.gradient(sums[1])
     return dq, dk, dv
 
 
@@ -171,7 +176,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not has_values(grad_out):
             function = partial(reference.attention, scale=ctx.scale)
             grads = reference_gradients(lambda *a: (function(*a),), tensors, (grad_out,))
         else:

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
@@ -89,9 +90,15 @@ def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
 
 
 def has_values(x: Tensor) -> bool:
-    """Only real values in CPU memory can be branched on: no fake tensors, no transforms."""
-    traced = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
-    return x.device.type == "cpu" and not traced and type(x) is Tensor
+    """Whether x is plain CPU memory in an eager call: nothing that traces or transforms would take
+    what depends on its values, or on its sizes, for what always holds."""
+    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+        return False
+    if torch._C._are_functorch_transforms_active() or get_proxy_mode() is not None:
+        return False
+    if torch._C._functorch.is_legacy_batchedtensor(x):  # as cotangents with is_grads_batched are
+        return False
+    return not torch._C._dispatch_keys(x).has(torch._C.DispatchKey.Python)
 
 
 def check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:

@@ -106,19 +106,22 @@ def only_needed(
 def reference_gradients(
     function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `function` at the inputs, as a graph that can be differentiated again.
+    """Gradients of `function` at the inputs, where gradients are enabled as a graph that can be
+    differentiated again.
 
     function takes the inputs and returns one tensor per cotangent; a cotangent may be None. Inputs
     that need no gradient get None. This is the double backward of every operation: its first
     backward, done over in the reference.
     """
-    # Views stand for the inputs: if one input was computed from another, only the direct
-    # dependence of the operation itself may be differentiated here.
-    views = [x.view_as(x) for x in inputs]
-    outputs = function(*views)
-    pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None]
-    wanted = [x for x in views if x.requires_grad]
-    gradients = iter(
-        torch.autograd.grad([y for y, _ in pairs], wanted, [g for _, g in pairs], create_graph=True)
-    )
+    again = torch.is_grad_enabled()
+    # The inputs were cast when the operation was called.
+    with without_autocast(inputs[0].device.type), torch.enable_grad():
+        # Views stand for the inputs: if one input was computed from another, only the direct
+        # dependence of the operation itself may be differentiated here.
+        views = [x.view_as(x) for x in inputs]
+        outputs = function(*views)
+        pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None]
+        wanted = [x for x in views if x.requires_grad]
+        ys, gs = zip(*pairs, strict=True)
+        gradients = iter(torch.autograd.grad(ys, wanted, gs, create_graph=again))
     return tuple(next(gradients) if x.requires_grad else None for x in views)

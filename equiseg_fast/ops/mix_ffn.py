@@ -110,7 +110,7 @@ _backend.register_reasons("mix_ffn", _reasons)
 
 def _in_bands(x: Tensor, hidden: int) -> bool:
     # Bands would only hide from a compiler what belongs together.
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if not _checks.has_values(x):
         return False
     return x.shape[0] * x.shape[1] * hidden * x.element_size() > _WHOLE_BYTES
 
@@ -253,7 +253,7 @@ class _MixFFN(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() or not _checks.has_values(grad_out):
             function = partial(reference.mix_ffn, height=ctx.height, width=ctx.width)
             grads = reference_gradients(lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,))
         else:
