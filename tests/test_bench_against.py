@@ -94,7 +94,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_path: Path) -> None:
     arguments = ("--base", "main", "--op", "guided_gate,norm", *TINY, "--threads", "1")
     out = tmp_path / "first"
-    done = against(repository, *arguments, "--blocks", "5", "--fail", "--out", str(out))
+    done = against(repository, *arguments, "--blocks", "9", "--fail", "--out", str(out))
     assert done.returncode == 1, done.stdout + done.stderr
     comparison = (out / "comparison.md").read_text()
     assert "| slower | guided_gate | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
@@ -110,13 +110,14 @@ def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_pa
         assert env["git_sha"] == git(repository, "rev-parse", "main")
         assert env["git_dirty"] == (name == "new")
         assert env["threads"] == 1
-        assert {row.n for row in found if row.status == "ok"} == {5}
+        assert {row.n for row in found if row.status == "ok"} == {9}
     assert rows["base"][0].env_id != rows["new"][0].env_id
 
 
 def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_path: Path) -> None:
-    arguments = ("--base", "at-older", "--op", "encoder,norm", *TINY, "--blocks", "3")
-    done = against(repository, *arguments, "--fail", "--out", str(tmp_path))
+    # Threads that wait for one another on a busy machine are slower or faster by chance.
+    arguments = ("--base", "at-older", "--op", "encoder,norm", *TINY, "--threads", "1")
+    done = against(repository, *arguments, "--blocks", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not compared: encoder fwd torch: base: error, ImportError" in done.stdout
     assert "HUGGING_FACE_V5" in done.stdout

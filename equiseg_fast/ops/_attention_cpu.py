@@ -40,7 +40,8 @@ def suits(q: Tensor, k: Tensor) -> bool:
     if q.dtype != torch.float32 or not (has_values(q) and has_values(k)):
         return False
     # With a single thread PyTorch leaves 1x1 convolutions to the other library anyway.
-    if torch.get_num_threads() == 1 or not torch._C._get_mkldnn_enabled():
+    onednn = torch.backends.mkldnn.is_available() and torch._C._get_mkldnn_enabled()
+    if torch.get_num_threads() == 1 or not onednn:
         return False
     _, queries, heads, dim = q.shape
     if queries % _WIDTH or dim % _LANES or queries * heads * k.shape[1] < _MIN_SCORES:
