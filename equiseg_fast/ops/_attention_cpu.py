@@ -6,7 +6,7 @@ the library of the convolutions is up to twice as fast as the one of the product
 """
 
 from collections.abc import Iterator
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -88,18 +88,27 @@ class _Weights:
 
     def __init__(self, x: Tensor) -> None:
         self.keys, self.heads, _ = x.shape
-        padding = _padded(self.keys) - self.keys
-        by_head = F.pad(x, (0, 0, 0, 0, 0, padding)).transpose(0, 1)
-        self.to_keys = by_head.flatten(0, 1).contiguous()
+        self.padding = _padded(self.keys) - self.keys
+        self.by_head = F.pad(x, (0, 0, 0, 0, 0, self.padding)).transpose(0, 1)
+
+    @cached_property
+    def to_keys(self) -> Tensor:
         """`[H * keys, D]`: products with every key."""
-        self.from_keys = by_head.transpose(1, 2).flatten(0, 1).contiguous()
+        return self.by_head.flatten(0, 1).contiguous()
+
+    @cached_property
+    def from_keys(self) -> Tensor:
         """`[H * D, keys]`: sums over the keys."""
-        self.mask = None
+        return self.by_head.transpose(1, 2).flatten(0, 1).contiguous()
+
+    @cached_property
+    def mask(self) -> Tensor | None:
         """A bias `[H * keys]` that leaves out what is padding."""
-        if padding:
-            bias = x.new_zeros((self.heads, self.keys + padding))
-            bias[:, self.keys :] = -torch.inf
-            self.mask = bias.flatten()
+        if not self.padding:
+            return None
+        bias = self.by_head.new_zeros((self.heads, self.keys + self.padding))
+        bias[:, self.keys :] = -torch.inf
+        return bias.flatten()
 
     def gradient(self, to_keys: Tensor) -> Tensor:
         """The gradient `[Lk, H, D]` from that of `to_keys`."""
@@ -130,8 +139,8 @@ def _backward_block(
     backward = torch.ops.aten._softmax_backward_data.out
     ds = _map(backward(dp, _rows(p, heads), -1, dp.dtype, grad_input=dp))
     d_keys, d_values = sums
-    d_keys += conv_weight_gradient(ds, queries, keys.to_keys, heads)
-    d_values += conv_weight_gradient(p, grad, values.to_keys, heads)
+    d_keys += conv_weight_gradient(ds, queries, keys.to_keys)
+    d_values += conv_weight_gradient(p, grad, values.to_keys)
     return _rows(pointwise_conv(ds, keys.from_keys, None, groups=heads), heads)
 
 

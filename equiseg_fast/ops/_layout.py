@@ -23,12 +23,13 @@ def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int =
     return F.conv2d(x, weight[:, :, None, None], bias, groups=groups)
 
 
-def conv_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor, groups: int = 1) -> Tensor:
+def conv_weight_gradient(grad_out: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """Gradient of the weight of a convolution that keeps the size of the map.
 
     weight: `[D, C / groups, k, k]`, or `[D, C / groups]` of `pointwise_conv`; so is what returns.
     """
     taps = weight if weight.dim() == 4 else weight[:, :, None, None]
+    groups = x.shape[1] // weight.shape[1]
     pad = [taps.shape[-1] // 2] * 2
     grad = torch.ops.aten.convolution_backward(
         grad_out, x, taps, None, [1, 1], pad, [1, 1], False, [0, 0], groups, [False, True, False]

@@ -235,8 +235,7 @@ def _backward(
                 # What the rows beside contribute belongs to other bands.
                 du[:, :, : rows.start - near.start] = 0
                 du[:, :, rows.stop - near.start :] = 0
-                own = _rows(hidden, near, far.start)
-                d_dw += conv_weight_gradient(du, own, dw_weight, groups=own.shape[1])
+                d_dw += conv_weight_gradient(du, _rows(hidden, near, far.start), dw_weight)
     grads = (d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2, d_fc2_bias)
     return dx, *(None if g is None else g.to(x.dtype) for g in grads)
 
