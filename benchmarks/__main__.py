@@ -29,10 +29,11 @@ from rich.progress import (  # noqa: E402
 from benchmarks import against, calibrate, compare, profiling, resources, roofline, tune  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
-from benchmarks.plan import Options, dry_run, plan  # noqa: E402
+from benchmarks.plan import Case, Options, dry_run, plan, remaining  # noqa: E402
 from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.reporting import readme, report, terminal  # noqa: E402
+from benchmarks.resume import AGAIN, Again, Journal  # noqa: E402
 from benchmarks.runner import Phases, Runner  # noqa: E402
 from benchmarks.visiting import exercise, visit  # noqa: E402
 from equiseg_fast.kernels import _tuned  # noqa: E402
@@ -72,6 +73,13 @@ def _parser() -> argparse.ArgumentParser:
         help="limits of the device, of `calibrate`; without such a file they are measured",
     )  # fmt: skip
     run.add_argument("--tuned", metavar="FILE", help="configurations of the provider tuned")
+    run.add_argument("--largest-first", action="store_true", help="cases with the most bytes first")
+    run.add_argument(
+        "--resume", action="store_true", help="go on in --out where another process ended"
+    )
+    run.add_argument(
+        "--no-report", action="store_true", help="records only: no report, plots, sensors"
+    )
     run.add_argument(
         "--dry-run", action="store_true", help="only list cases, providers and why some are skipped"
     )
@@ -140,9 +148,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         _tuned.read(Path(args.tuned))  # what is wrong with it is said before anything runs
         os.environ[TUNED] = args.tuned
     cases = plan(options)
+    if args.largest_first:
+        cases.sort(key=_bytes, reverse=True)
     if args.dry_run:
         console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
         return 0
+    if args.resume and not args.out:
+        raise ValueError("--resume needs --out, the folder of the run that ended")
     if args.threads is not None:
         if args.threads < 1:
             raise ValueError(f"--threads must be at least 1; got {args.threads}")
@@ -163,41 +175,62 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     out.mkdir(parents=True, exist_ok=True)
     (out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
 
-    runner = Runner(options, limits, phases)
-    rows: list[records_of.Record] = []
     # Written as it goes: an interrupted run keeps what it has.
-    results = records_of.Writer(out)
+    results = records_of.Writer(out, args.resume)
+    journal = Journal(out, args.resume)
+    runner = Runner(options, limits, phases, journal=journal)
+    waiting = remaining(cases, records_of.read(out)) if args.resume else cases
+
+    def keep(rows: list[records_of.Record]) -> None:
+        for row in rows:
+            row.env_id = env["env_id"]
+        results.add(rows)
+
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    sensors = args.suite == "quick" and not args.no_report
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(cases) + (args.suite == "quick"))
-        for case in cases:
-            found = runner.run(case, lambda text: progress.update(task, description=text))
-            for row in found:
-                row.env_id = env["env_id"]
-            rows += found
-            results.add(found)
+        task = progress.add_task("", total=len(waiting) + sensors)
+        for case in waiting:
+            try:
+                runner.run(case, lambda text: progress.update(task, description=text), keep)
+            except Again as again:
+                console.print(f"{again}: to be run again with --resume", markup=False)
+                return AGAIN
             progress.advance(task)
+        journal.close()
+        rows = records_of.read(out)
+        if args.no_report:
+            console.print(_closing(phases, out))
+            return 0
         progress.update(task, description="parts of the model")
         try:
             _breakdown(rows, device, out, args.seed, phases)
         except RuntimeError as error:  # out of memory, for one; the rows are worth their report
             console.print(f"no breakdown of the model: {error}", markup=False)
-        if args.suite == "quick" and not find_spec("skimage"):
+        if sensors and not find_spec("skimage"):
             console.print("no picture of the sensors: scikit-image is not installed")
-        elif args.suite == "quick":
+        elif sensors:
             progress.update(task, description="sensors: training and blanking")
             _sensors(out, args.seed, phases)
             progress.advance(task)
     with phases.phase("report and plots"):
         report.write(rows, env, out)
     terminal.show(rows, console)
-    shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
-    console.print(f"seconds: {shown}")
-    console.print(
-        f"total {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU time on "
-        f"{torch.get_num_threads()} threads); written to {_shown(out)}"
-    )
+    console.print(_closing(phases, out))
     return 0
+
+
+def _bytes(case: Case) -> float:
+    itemsize = DTYPES[case.dtype].itemsize
+    return case.op.cost(case.shape, itemsize).fwd_bytes if case.op.cost else 0.0
+
+
+def _closing(phases: Phases, out: Path) -> str:
+    shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
+    return (
+        f"seconds: {shown}\ntotal {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU "
+        f"time on {torch.get_num_threads()} threads); written to {_shown(out)}"
+    )
 
 
 def _breakdown(

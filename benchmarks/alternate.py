@@ -11,7 +11,7 @@ import re
 import statistics
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
@@ -22,8 +22,8 @@ import torch
 
 from benchmarks.options import ROOT
 from benchmarks.record import Record, environment
-from benchmarks.registry import Problem, Suite
-from benchmarks.runner import Case, Options, Runner
+from benchmarks.registry import Suite
+from benchmarks.runner import Case, Options, Runner, Timings
 from benchmarks.timing import Call, Timing
 
 # The package under test is bound before the harness is found, so each comes from its own root.
@@ -139,15 +139,23 @@ class BlockRunner(Runner):
 
     connection: Connection
 
-    def _measure(self, calls: dict[str, list[Call]], problem: Problem) -> dict[str, Timing]:
+    def _measure(
+        self,
+        calls: Mapping[str, list[Call]],
+        graphs: Mapping[str, tuple[Call, int]],
+        both: bool,
+    ) -> Timings:
         if not calls:
             return {}
         self.connection.send(READY)
-        blocks: list[dict[str, Timing]] = []
+        blocks: list[Timings] = []
         while self.connection.recv() == BLOCK:
-            blocks.append(super()._measure(calls, problem))
+            blocks.append(super()._measure(calls, graphs, both))
             self.connection.send(len(blocks))
-        return {name: pooled([block[name] for block in blocks]) for name in calls}
+        return {
+            method: {name: pooled([block[method][name] for block in blocks]) for name in found}
+            for method, found in blocks[0].items()
+        }
 
 
 def pooled(blocks: Sequence[Timing]) -> Timing:

@@ -176,17 +176,15 @@ class EagerBaseline:
         logits = F.interpolate(self._head(fused), size=size, mode="bilinear", align_corners=False)
         return logits[..., :height, :width]
 
-    def loss(
-        self, images: Tensor, labels: Tensor, *, generator: torch.Generator | None = None
-    ) -> Tensor:
-        """Segmentation plus self-guided loss, a scalar; arguments as `EQUISeg.loss`."""
+    def loss(self, images: Tensor, labels: Tensor, *, order: Sequence[int] | None = None) -> Tensor:
+        """Segmentation plus self-guided loss, a scalar; arguments as `EQUISeg.loss`, but that
+        Python code takes the order of the teachers as numbers."""
         config = self.model.config
         images, labels = _padded(images, 0.0), _padded(labels, config.ignore_index)
         features, fused = self._stages(images)
         per_pixel = upsample_cross_entropy(self._head(fused), labels, config.ignore_index)
         total = ohem(per_pixel, labels, config.ohem_thresh, config.ignore_index)
-        source = images.device if generator is None else generator.device
-        order = torch.randperm(len(images), generator=generator, device=source).tolist()
+        order = torch.randperm(len(images)).tolist() if order is None else order
         for s in config.sgm_stages if len(images) > 1 else ():
             size = tuple(fused[s - 1].shape[-2:])
             tokens = features[s - 1]

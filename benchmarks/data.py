@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.random_data import generator, random_normal
 from benchmarks.registry import NUM_CLASSES
 
 NAMES = ("left", "right", "disparity")
@@ -84,22 +85,23 @@ def _is_sensor_size(batch: int, height: int, width: int) -> bool:
     return batch == 1 and (height, width) == SIZE
 
 
-def images(modalities: int, batch: int, height: int, width: int, seed: int) -> Tensor:
+def images(
+    modalities: int, batch: int, height: int, width: int, seed: int, device: torch.device
+) -> Tensor:
     """`[M, B, 3, H, W]` fp32: the sensors if they have just this size, else random normal."""
     if modalities == len(NAMES) and _is_sensor_size(batch, height, width):
-        return motorcycle().images
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn((modalities, batch, 3, height, width), generator=generator)
+        return motorcycle().images.to(device)
+    return random_normal((modalities, batch, 3, height, width), seed=seed, device=device)
 
 
-def labels(batch: int, height: int, width: int, seed: int) -> Tensor:
+def labels(batch: int, height: int, width: int, seed: int, device: torch.device) -> Tensor:
     """`[B, H, W]` int64: the pseudo-labels if they have just this size, else patches of random
     classes with 5 % ignored, because labels come in regions and never as noise."""
     if _is_sensor_size(batch, height, width):
-        return motorcycle().labels
-    generator = torch.Generator().manual_seed(seed)
+        return motorcycle().labels.to(device)
+    drawn = {"generator": generator(device, seed), "device": device}
     size = (batch, 1, max(height // 64, 1), max(width // 64, 1))
-    coarse = torch.randint(0, NUM_CLASSES, size, generator=generator)
+    coarse = torch.randint(0, NUM_CLASSES, size, **drawn)
     full = F.interpolate(coarse.float(), size=(height, width), mode="nearest").long()[:, 0]
-    ignored = torch.rand((batch, height, width), generator=generator) < 0.05
+    ignored = torch.rand((batch, height, width), **drawn) < 0.05
     return full.masked_fill(ignored, IGNORE)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 
+from benchmarks.record import Record
 from benchmarks.registry import (
     COMPILED,
     DTYPES,
@@ -135,6 +136,25 @@ def _why_nothing(options: Options, suite: Suite) -> str:
                 f"got {value}"
             )
     return "no operation has all that was asked for"
+
+
+def remaining(cases: Sequence[Case], records: Iterable[Record]) -> list[Case]:
+    """What these records leave to be measured: cases with the modes and providers that lack a final
+    record."""
+    done = {record.key for record in records if record.final}
+    left = []
+    for case in cases:
+        waiting = {
+            (mode, provider)
+            for mode in case.modes
+            for provider in case.providers
+            if (case.op.name, case.shape.label, case.dtype, mode, provider) not in done
+        }
+        modes = tuple(m for m in case.modes if any(m == mode for mode, _ in waiting))
+        providers = tuple(p for p in case.providers if any(p == name for _, name in waiting))
+        if waiting:
+            left.append(replace(case, modes=modes, providers=providers))
+    return left
 
 
 def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:

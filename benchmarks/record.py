@@ -23,6 +23,7 @@ from benchmarks.providers import TUNED
 from benchmarks.registry import Shape
 
 SCHEMA = 1
+UNTIMED = "not timed: the run ended before"
 STATUSES = ("ok", "unsupported", "incorrect", "oom", "error")
 ENVIRONMENT_VARIABLES = (
     "EQUISEG_FAST_BACKEND",
@@ -37,14 +38,16 @@ Key = tuple[str, str, str, str, str]
 
 @dataclass
 class Record:
-    """One provider on one case in one mode. Without status "ok" there are no numbers.
+    """One provider on one case in one mode. Without status "ok" there are no numbers; with it there
+    are no times as long as the reason is `UNTIMED`.
 
     Times are per call, in microseconds; method is how they were taken. tflops and gbps come from
     the declared minimal FLOPs and bytes, roofline_pct from those and what the device was seen to
     do. cpu_us: CPU time of all threads, for calls timed by wall clock; host_us: what the host needs
     to enqueue a call on a GPU. peak_mib: allocated above the state before the call; saved_mib: kept
     for the backward by the forward. first_call_s: the first call for this case, compilation
-    included.
+    included. graph_us, events_us: medians by replays of a CUDA graph and by events around single
+    calls, of which method is one; uncaptured: why there is no graph.
     rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: the launches of our kernels, for
     single operations, as `launches.recorded` saw them.
     """
@@ -71,6 +74,9 @@ class Record:
     saved_mib: float | None = None
     first_call_s: float | None = None
     host_us: float | None = None
+    graph_us: float | None = None
+    events_us: float | None = None
+    uncaptured: str = ""
     cpu_us: float | None = None
     rms_ratio: float | None = None
     max_ratio: float | None = None
@@ -82,6 +88,11 @@ class Record:
     @property
     def shape(self) -> Shape:
         return Shape(**self.case)
+
+    @property
+    def final(self) -> bool:
+        """Whether nothing more will come: timed, or out."""
+        return self.p50_us is not None or self.status != "ok"
 
     @property
     def contended(self) -> bool:
@@ -108,24 +119,27 @@ COLUMNS = tuple(x for name in _FIELDS for x in (_SHAPE if name == "case" else (n
 
 
 class Writer:
-    """`results.jsonl` and `results.csv` in a folder, growing as rows come; what they held is gone.
+    """`results.jsonl` in a folder, growing as rows come; of one measurement the last line counts.
 
-    The table is the same records with the fields of the case as columns, None as nothing.
+    resume: keep what is there; else it is gone.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.jsonl, self.csv = folder / "results.jsonl", folder / "results.csv"
-        self.jsonl.write_text("")
-        with self.csv.open("w", newline="") as file:
-            csv.writer(file).writerow(COLUMNS)
+    def __init__(self, folder: Path, resume: bool = False) -> None:
+        self.path = folder / "results.jsonl"
+        if not resume or not self.path.is_file():
+            self.path.write_text("")
 
     def add(self, records: Iterable[Record]) -> None:
-        rows = list(records)
-        with self.jsonl.open("a") as file:
-            file.writelines(map(_line, rows))
-        with self.csv.open("a", newline="") as file:
-            table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-            table.writerows({**asdict(row), **row.case} for row in rows)
+        with self.path.open("a") as file:
+            file.writelines(map(_line, records))
+
+
+def write_table(records: Iterable[Record], path: Path) -> None:
+    """A CSV file of records, the fields of the case as columns, None as nothing."""
+    with path.open("w", newline="") as file:
+        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
+        table.writeheader()
+        table.writerows({**asdict(row), **row.case} for row in records)
 
 
 def _line(record: Record) -> str:
@@ -158,17 +172,19 @@ def read(path: Path) -> list[Record]:
 
 
 def read_jsonl(path: Path) -> list[Record]:
-    """Records of a `results.jsonl`, or of a folder that holds one; raises as `read`."""
+    """Records of a `results.jsonl`, or of a folder that holds one, of one measurement the last;
+    raises as `read`."""
     path = _results(path)
-    records = []
+    records: dict[Key, Record] = {}
     for number, line in enumerate(path.read_text().splitlines(), start=1):
         where = f"{_shown(path)} line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
             raise ValueError(f"{where}: not JSON: {error}") from error
-        records.append(_record(values, where))
-    return records
+        record = _record(values, where)
+        records[record.key] = record
+    return list(records.values())
 
 
 def read_environment(path: Path) -> dict[str, Any]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from time import perf_counter
 
 import torch
@@ -17,7 +18,7 @@ from benchmarks import memory, parity, timing
 from benchmarks.cost import Limits, total
 from benchmarks.plan import Case, Options, plan
 from benchmarks.providers import configured
-from benchmarks.record import Record
+from benchmarks.record import UNTIMED, Record
 from benchmarks.registry import (
     COMPILED,
     DTYPES,
@@ -27,10 +28,13 @@ from benchmarks.registry import (
     Unsupported,
     unavailable,
 )
+from benchmarks.resume import Again, Journal, is_sticky
 
 __all__ = ["Case", "Options", "Phases", "Prepared", "Runner", "plan"]
 
 Progress = Callable[[str], None]
+Timings = dict[str, dict[str, timing.Timing]]
+"""Method -> provider -> its times."""
 Forward = Callable[[], tuple[Tensor, ...]]
 
 
@@ -72,6 +76,8 @@ class Prepared:
             try:
                 if reason := unavailable(case.op, provider, runner.device, case.dtype):
                     raise Unsupported(reason)
+                if runner.journal and (reason := runner.journal.refused(case.label, provider)):
+                    raise RuntimeError(reason)
             except Exception as error:
                 self.fail([provider], error)
         if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
@@ -113,35 +119,72 @@ class Prepared:
         self.checked.add(provider)
         self.progress(f"{self.case.label}: parity of {provider}")
         try:
-            with self.runner.phases.phase("parity and memory"):
+            with self.runner.phases.phase("parity and memory"), self._attempt(provider):
                 self._probe(provider)
         except Exception as error:
             self.fail([provider], error)
 
-    def calls(self, mode: str, providers: Iterable[str]) -> dict[str, list[timing.Call]]:
-        """What is timed: per provider one call per rotating set of inputs, warm on a GPU."""
-        case, seed, device = self.case, self.runner.options.seed, self.runner.device
+    @cached_property
+    def problems(self) -> list[Problem]:
+        """The rotating sets of inputs: the one that was checked, and on a GPU more."""
+        case, seed = self.case, self.runner.options.seed
         assert self.problem is not None
         cost = case.op.cost(case.shape, DTYPES[case.dtype].itemsize) if case.op.cost else None
-        sets = timing.input_sets(cost.fwd_bytes, device) if cost else 1
-        problems = [self.problem, *(self._build(seed + 1000 * i) for i in range(1, sets))]
+        sets = timing.input_sets(cost.fwd_bytes, self.runner.device) if cost else 1
+        return [self.problem, *(self._build(seed + 1000 * i) for i in range(1, sets))]
+
+    def calls(self, mode: str, providers: Iterable[str]) -> dict[str, list[timing.Call]]:
+        """What is timed: per provider one call per rotating set of inputs, warm on a GPU."""
+        seed = self.runner.options.seed
         calls = {}
         for provider in providers:
             try:
-                with configured(provider):
+                with self._attempt(provider), configured(provider):
                     made = [
                         timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
-                        for p in problems
+                        for p in self.problems
                     ]
-                calls[provider] = [_configured(provider, call) for call in made]
-                if device.type == "cuda":
-                    for call in calls[provider]:
-                        call()
-                    self.rows[provider, mode].host_us = timing.host_us(calls[provider][0])
+                    calls[provider] = [_configured(provider, call) for call in made]
+                    if self.runner.device.type == "cuda":
+                        for call in calls[provider]:
+                            call()
+                        host_us = timing.host_us(calls[provider][0])
+                        self.rows[provider, mode].host_us = host_us
             except Exception as error:
                 calls.pop(provider, None)
                 self.fail([provider], error)
         return calls
+
+    def graphs(
+        self, mode: str, calls: Mapping[str, list[timing.Call]]
+    ) -> dict[str, tuple[timing.Call, int]]:
+        """CUDA graphs of who can be captured; the records of the others say why they cannot.
+
+        After a capture that failed a run ends (`Again`), because in its process every other would
+        fail too; without a journal to go on from, it fails and is on record like the first.
+        """
+        runner = self.runner
+        if runner.device.type != "cuda" or runner.options.method != "graph":
+            return {}
+        assert self.problem is not None
+        found = {}
+        for provider, sets in calls.items():
+            row = self.rows[provider, mode]
+            who = self.case.label, provider, mode
+            if provider in self.problem.synchronising:
+                row.uncaptured = "it waits for the device"
+            elif runner.journal:
+                row.uncaptured = runner.journal.uncaptured.get(who, "")
+            if row.uncaptured:
+                continue
+            try:
+                found[provider] = timing.captured(sets)
+            except Exception as error:
+                row.uncaptured = _explained(error)[1]
+                if runner.journal:
+                    runner.journal.capture_failed(*who, row.uncaptured)
+                    raise Again(f"{' '.join(who)}: no graph: {row.uncaptured}") from error
+        return found
 
     def time(self, mode: str) -> None:
         """Times of all providers that are still in, in turn."""
@@ -153,20 +196,33 @@ class Prepared:
             try:
                 calls = self.calls(mode, correct)
                 correct = list(calls)
-                timings = self.measure(calls)
+                timings = self.measure(mode, calls)
+            except Again:
+                raise
             except Exception as error:
                 self.fail(correct, error)
                 return
-        for provider, measured in timings.items():
-            self.fill(provider, mode, measured)
+        self.fill(mode, timings)
 
-    def measure(self, calls: dict[str, list[timing.Call]]) -> dict[str, timing.Timing]:
+    def measure(self, mode: str, calls: dict[str, list[timing.Call]]) -> Timings:
         """Times of what `calls` returned."""
-        assert self.problem is not None
-        return self.runner._measure(calls, self.problem)
+        both = self.case.op.scope != "operation"
+        return self.runner._measure(calls, self.graphs(mode, calls), both)
 
-    def fill(self, provider: str, mode: str, measured: timing.Timing) -> None:
-        """The record gets its times, and what follows from them."""
+    def fill(self, mode: str, timings: Timings) -> None:
+        """The records get their times, and what follows from them."""
+        names = {name for measured in timings.values() for name in measured}
+        # One method for all of a case: a replay hides launches that events show.
+        common = next(method for method, found in timings.items() if found.keys() == names)
+        for name in names:
+            self._fill(name, mode, timings[common][name])
+            row = self.rows[name, mode]
+            row.graph_us, row.events_us = (
+                timings[method][name].p50_us if name in timings.get(method, {}) else None
+                for method in ("graph", "events")
+            )
+
+    def _fill(self, provider: str, mode: str, measured: timing.Timing) -> None:
         row, case, limits = self.rows[provider, mode], self.case, self.runner.limits
         row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
         row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
@@ -182,10 +238,26 @@ class Prepared:
     def record(self, provider: str, mode: str) -> Record:
         """The record; without status "ok" there are no numbers in it."""
         row = self.rows[provider, mode]
-        if row.status == "ok":
+        if row.final and row.status == "ok":
             return row
+        if row.status == "ok":
+            return replace(row, reason=UNTIMED)
         names = ("suite", "op", "case", "mode", "provider", "dtype", "status", "reason")
         return Record(**{name: getattr(row, name) for name in names})
+
+    def records(self, provider: str = "", mode: str = "") -> list[Record]:
+        """Those of a provider, or in a mode, or all."""
+        return [self.record(p, m) for p, m in self.rows if provider in ("", p) and mode in ("", m)]
+
+    @property
+    def broken(self) -> str:
+        """The error of the device that ended everything; empty if there was none."""
+        reasons = (row.reason for row in self.rows.values() if row.status == "error")
+        return next(filter(is_sticky, reasons), "")
+
+    def _attempt(self, provider: str) -> AbstractContextManager[None]:
+        journal = self.runner.journal
+        return journal.attempt(self.case.label, provider) if journal else nullcontext()
 
     def _build(self, seed: int) -> Problem:
         case = self.case
@@ -264,24 +336,43 @@ class Runner:
         limits: Limits | None = None,
         phases: Phases | None = None,
         suite: Suite | None = None,
+        journal: Journal | None = None,
     ) -> None:
         self.options = options
         self.suite = suite or SUITES[options.suite]
         self.device = torch.device(options.device)
         self.limits = limits
         self.phases = phases or Phases()
+        self.journal = journal
 
-    def run(self, case: Case, progress: Progress = lambda text: None) -> list[Record]:
-        """One record per provider and mode; failures become records with status and reason."""
+    def run(
+        self,
+        case: Case,
+        progress: Progress = lambda text: None,
+        emit: Callable[[list[Record]], None] = lambda records: None,
+    ) -> list[Record]:
+        """One record per provider and mode; failures become records with status and reason.
+
+        emit: gets records as they come, those of a provider once it was checked and those of a mode
+        once it was timed. Raises `Again` where this process can go no further.
+        """
+
+        def done(records: list[Record]) -> None:
+            emit(records)
+            if self.journal and prepared.broken:
+                raise Again(prepared.broken)
+
         with self.stream():
             prepared = self.prepare(case, progress)
             # The reference may serve as oracle of the others.
             for provider in sorted(case.providers, key=lambda name: name != "reference"):
                 prepared.check(provider)
+                done(prepared.records(provider=provider))
             prepared.gate = None
             for mode in case.modes:
                 prepared.time(mode)
-        return [prepared.record(provider, mode) for provider, mode in prepared.rows]
+                done(prepared.records(mode=mode))
+        return prepared.records()
 
     def prepare(self, case: Case, progress: Progress = lambda text: None) -> Prepared:
         """Inputs and oracle of a case; call it, and what follows, inside `stream`."""
@@ -294,20 +385,22 @@ class Runner:
         return nullcontext()
 
     def _measure(
-        self, calls: dict[str, list[timing.Call]], problem: Problem
-    ) -> dict[str, timing.Timing]:
-        seconds, rounds = self.suite.seconds, self.suite.rounds
+        self,
+        calls: Mapping[str, list[timing.Call]],
+        graphs: Mapping[str, tuple[timing.Call, int]],
+        both: bool,
+    ) -> Timings:
+        """By replays where there are graphs; by events where some have none, or both are wanted."""
+        how = {"seconds": self.suite.seconds, "rounds": self.suite.rounds}
         if self.device.type != "cuda":
             single = {provider: sets[0] for provider, sets in calls.items()}
-            return timing.measure_cpu(single, seconds=seconds, rounds=rounds)
-        # One method for all providers of a case: a replay hides launches that events show.
-        graph = self.options.method == "graph" and not problem.synchronising & set(calls)
-        if graph:
-            try:
-                return timing.measure_cuda(calls, seconds=seconds, rounds=rounds, graph=True)
-            except RuntimeError:
-                torch.cuda.synchronize()
-        return timing.measure_cuda(calls, seconds=seconds, rounds=rounds, graph=False)
+            return {"wall": timing.measure_cpu(single, **how)}
+        found = {}
+        if graphs:
+            found["graph"] = timing.measure_graphs(graphs, **how)
+        if both or graphs.keys() != calls.keys():
+            found["events"] = timing.measure_events(calls, **how)
+        return found
 
 
 def _configured(provider: str, call: timing.Call) -> timing.Call:

@@ -88,15 +88,16 @@ def _on_cpu(
     rounds = _rounds(call, prepared.runner.suite, len(prepared.case.providers))
     benchmark.pedantic(call, rounds=rounds)
     if benchmark.stats is not None:  # not with --benchmark-disable
-        prepared.fill(provider, mode, timing.Timing.of(benchmark.stats.stats.data, "wall"))
+        measured = timing.Timing.of(benchmark.stats.stats.data, "wall")
+        prepared.fill(mode, {"wall": {provider: measured}})
 
 
 def _on_gpu(
     benchmark: Any, prepared: Prepared, provider: str, mode: str, sets: list[timing.Call]
 ) -> None:
-    measured = prepared.measure({provider: sets})[provider]
-    prepared.fill(provider, mode, measured)
-    unit, number = timing.captured(sets) if measured.method == "graph" else (sets[0], 1)
+    prepared.fill(mode, prepared.measure(mode, {provider: sets}))
+    by_graph = prepared.record(provider, mode).method == "graph"
+    unit, number = timing.captured(sets) if by_graph else (sets[0], 1)
     if number > 1:
         benchmark.group += f", {number} calls a round"
 

@@ -10,16 +10,20 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from time import perf_counter, process_time
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from benchmarks.random_data import random_normal
+
 MODES = ("fwd", "fwd_train", "bwd", "step")
 NOISY = 0.10
 GRAPH_CALLS = 8
-SETTLE_MS = 200
+SETTLE_MS, RESUME_MS = 200, 20
+FILLER_CYCLES = 1_000_000
 SLOW_ROUND = 6.0
 Call = Callable[[], Any]
 
@@ -89,15 +93,13 @@ def call_in_mode(
 
 
 def cotangent(x: Tensor, seed: int, dtype: torch.dtype | None = None) -> Tensor:
-    """A gradient to send into output x: random normal, or 1 for a scalar.
+    """The gradient that is sent into output x: random normal, or 1 for a scalar.
 
     dtype: what the values are rounded to first, so that an oracle gets those of the tested dtype.
     """
     if x.dim() == 0:
         return torch.ones_like(x)
-    generator = torch.Generator().manual_seed(seed)
-    values = torch.randn(x.shape, generator=generator)
-    return values.to(dtype or x.dtype).to(x.device, x.dtype)
+    return random_normal(x.shape, dtype or x.dtype, seed=seed, device=x.device).to(x.dtype)
 
 
 def measure_cpu(
@@ -139,37 +141,47 @@ def input_sets(bytes_per_set: float, device: torch.device) -> int:
     return max(1, min(wanted, int(free // 4 // max(bytes_per_set, 1)), 64))
 
 
-def measure_cuda(
-    calls: Mapping[str, Sequence[Call]],
-    *,
+def measure_events(
+    calls: Mapping[str, Sequence[Call]], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Device time of single calls by CUDA events, already warm; one call per rotating input set.
+
+    A write over L2 and a queued filler come before each, so that the stream never waits for the
+    host unless launching takes longer than the work. Must run on the stream the calls were warmed
+    up on.
+    """
+    units = {name: [(call, 1) for call in sets] for name, sets in calls.items()}
+    flush = _flush_buffer(torch.cuda.current_device())
+    return _by_events(units, "events", flush.zero_, seconds, rounds)
+
+
+def measure_graphs(
+    graphs: Mapping[str, tuple[Call, int]], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Device time per call by CUDA events around replays of what `captured` returned."""
+    units = {name: [graph] for name, graph in graphs.items()}
+    return _by_events(units, "graph", lambda: None, seconds, rounds)
+
+
+def _by_events(
+    units: Mapping[str, Sequence[tuple[Call, int]]],
+    method: str,
+    before: Call,
     seconds: float,
     rounds: tuple[int, int],
-    graph: bool,
 ) -> dict[str, Timing]:
-    """Device time per call by events, already warm; one call per rotating input set.
-
-    With graph every provider's calls are captured once and replayed; else a write over L2 and a
-    queued filler come before each single call, so that the stream never waits for the host unless
-    launching takes longer than the work. Must run on the stream the calls were warmed up on.
-    """
-    device = torch.cuda.current_device()
-    units = {
-        name: [captured(sets)] if graph else [_single(call) for call in sets]
-        for name, sets in calls.items()
-    }
-    flush = torch.empty(2 * torch.cuda.get_device_properties(device).L2_cache_size // 4)
-    flush = flush.to("cuda")
-    _settle()
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
+    """units: name -> (call, how many calls of the provider that is), taken in turn."""
+    _settle(torch.cuda.current_device())
+    samples: dict[str, list[float]] = {name: [] for name in units}
+    names = list(units)
     started = perf_counter()
     for i in range(rounds[1]):
         for name in names[i % len(names) :] + names[: i % len(names)]:
             unit, number = units[name][i % len(units[name])]
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            if not graph:
-                flush.zero_()
-                torch.cuda._sleep(1_000_000)
+            before()
+            # The first event would fire on an idle stream, and the launch would count.
+            torch.cuda._sleep(FILLER_CYCLES)
             begin.record()
             unit()
             end.record()
@@ -177,16 +189,15 @@ def measure_cuda(
             samples[name].append(begin.elapsed_time(end) / 1e3 / number)
         if i + 1 >= rounds[0] and perf_counter() - started > seconds:
             break
-    method = "graph" if graph else "events"
     return {name: Timing.of(times, method) for name, times in samples.items()}
 
 
-def _single(call: Call) -> tuple[Call, int]:
-    return call, 1
-
-
 def captured(sets: Sequence[Call]) -> tuple[Call, int]:
-    """All sets, several times if they are few, as one CUDA graph; and how many calls that is."""
+    """All sets, several times if they are few, as one CUDA graph; and how many calls that is.
+
+    A capture that fails raises RuntimeError, after which no other may be tried in this process:
+    PyTorch's allocator can keep the broken one for under way.
+    """
     repeats = max(1, GRAPH_CALLS // len(sets))
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
@@ -197,11 +208,27 @@ def captured(sets: Sequence[Call]) -> tuple[Call, int]:
     return graph.replay, repeats * len(sets)
 
 
-def _settle() -> None:
-    """Matrix products for 200 ms, until the clocks are where load puts them."""
-    # Drawn on the host: after a capture that failed, the GPU's generator may refuse.
-    x = torch.randn(4096, 4096).to("cuda", torch.bfloat16)
-    until = perf_counter() + SETTLE_MS / 1e3
+@cache
+def _flush_buffer(device: int) -> Tensor:
+    """Twice the size of L2."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+@cache
+def _load(device: int) -> Tensor:
+    return torch.randn(4096, 4096, device=f"cuda:{device}", dtype=torch.bfloat16)
+
+
+_settled: set[int] = set()
+
+
+def _settle(device: int) -> None:
+    """Matrix products until the clocks are where load puts them: long the first time, later only
+    as long as bridges a pause."""
+    x = _load(device)
+    until = perf_counter() + (RESUME_MS if device in _settled else SETTLE_MS) / 1e3
+    _settled.add(device)
     while perf_counter() < until:
         x @ x
         torch.cuda.synchronize()

@@ -31,7 +31,7 @@ from benchmarks import parity, timing
 from benchmarks.options import choose_device, names
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
-from benchmarks.visiting.budget import AGAIN, is_sticky
+from benchmarks.resume import AGAIN, is_sticky
 from equiseg_fast.kernels import _tuned
 
 if TYPE_CHECKING:
@@ -124,7 +124,7 @@ class Search:
                 gradients = self.gate.gradients(outputs, list(problem.leaves.values()))
             self.gate.check(parity.Result(tuple(x.detach() for x in outputs), gradients))
         except Exception as error:  # whatever a compiler, a driver or the gate has against it
-            return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+            return f"{type(error).__name__}: {first_line(error)}"
         return ""
 
     def time(self, trials: dict[str, dict], mode: str) -> dict[str, timing.Timing]:
@@ -146,7 +146,8 @@ class Search:
             for call in sets:
                 call()
         if self.device.type == "cuda":
-            return timing.measure_cuda(timed, seconds=0.3, rounds=(10, 60), graph=True)
+            graphs = {name: timing.captured(sets) for name, sets in timed.items()}
+            return timing.measure_graphs(graphs, seconds=0.3, rounds=(10, 60))
         single = {name: sets[0] for name, sets in timed.items()}
         return timing.measure_cpu(single, seconds=0.0, rounds=(2, 2))
 
@@ -174,7 +175,10 @@ class Search:
                     return entry | {"broken": reason}
             else:
                 trials[what], configs[what] = trial, config
-        timings = self.time(trials, choice.mode)
+        try:
+            timings = self.time(trials, choice.mode)
+        except RuntimeError as error:  # an error of the device, or a capture that failed
+            return entry | {"broken": f"{type(error).__name__}: {first_line(error)}"}
         fastest = min(timings, key=lambda name: timings[name].p50_us)
         before, after = timings["default"], timings[fastest]
         wins = after.p50_us < (1 - GAIN) * before.p50_us and after.p80_us < before.p20_us
@@ -187,6 +191,10 @@ class Search:
             "tuned_us": timings[winner].p50_us,
             "tried_us": {n: t.p50_us for n, t in timings.items()},
         }
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [""])[0]
 
 
 def _differing(default: Any, config: Any) -> str:
@@ -248,7 +256,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 console.print(_line(entry), markup=False)
                 _write(args.out, entries, made_on)
                 if "broken" in entry:
-                    console.print("the device is out of order for this process; start it again")
+                    console.print("this process can go no further; the same command goes on")
                     return AGAIN
     _write(args.out, entries, made_on)
     won = sum(e["config"] != e["default"] for e in entries)

@@ -22,11 +22,13 @@ from benchmarks.plan import Case, Options
 from benchmarks.record import (
     COLUMNS,
     MACHINE_INFO,
+    UNTIMED,
     Record,
     Writer,
     read,
     read_environment,
     write_jsonl,
+    write_table,
 )
 from benchmarks.registry import Shape, operations
 from benchmarks.runner import Prepared, Runner
@@ -53,19 +55,28 @@ def benchmark_json(path: Path, *rows: dict[str, Any]) -> Path:
 # ---- writing ------------------------------------------------------------------------------------
 
 
-def test_lines_and_table_grow_together(tmp_path: Path) -> None:
-    (tmp_path / "results.csv").write_text("of an earlier run")
+def test_lines_grow_and_the_last_of_a_measurement_counts(tmp_path: Path) -> None:
     (tmp_path / "results.jsonl").write_text("of an earlier run\n")
     writer = Writer(tmp_path)
     assert read(tmp_path) == []
-    first = record()
+    early = record(p50_us=None, reason=UNTIMED)
     second = record("flex", status="unsupported", reason='no "backward", on a CPU', p50_us=None)
-    for i, row in enumerate((first, second), start=1):
-        writer.add([row])
-        assert read(tmp_path) == [first, second][:i]
-        with (tmp_path / "results.csv").open(newline="") as file:
-            table = list(csv.DictReader(file))
-        assert len(table) == i
+    writer.add([early])
+    assert read(tmp_path) == [early]
+    assert not early.final
+    writer.add([second, record()])
+    assert read(tmp_path) == [record(), second]
+    assert second.final
+    assert record().final
+    Writer(tmp_path, resume=True).add([record(p50_us=4.0)])
+    assert read(tmp_path) == [record(p50_us=4.0), second]
+
+
+def test_table(tmp_path: Path) -> None:
+    second = record("flex", status="unsupported", reason='no "backward", on a CPU', p50_us=None)
+    write_table([record(), second], tmp_path / "results.csv")
+    with (tmp_path / "results.csv").open(newline="") as file:
+        table = list(csv.DictReader(file))
     assert tuple(table[0]) == COLUMNS
     assert "case" not in COLUMNS
     assert {name: table[0][name] for name in asdict(SHAPE)} == {
@@ -267,7 +278,9 @@ def test_on_a_gpu_rounds_are_replays_and_records_are_events(
 
     happened: list[str] = []
     events = timing.Timing(4.0, 5.0, 6.0, 3.0, 20, method)
-    monkeypatch.setattr(Runner, "_measure", lambda self, calls, _: dict.fromkeys(calls, events))
+    monkeypatch.setattr(
+        Runner, "_measure", lambda self, calls, *_: {method: dict.fromkeys(calls, events)}
+    )
     monkeypatch.setattr(timing, "captured", lambda sets: (lambda: happened.append("replay"), 8))
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: happened.append("wait"))
 

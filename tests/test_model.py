@@ -350,6 +350,21 @@ class TestHead:
 
 
 class TestTraining:
+    def test_order_of_the_teachers(self) -> None:
+        """Given it is used, drawn it comes from the generator, and a wrong one is refused."""
+        x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))
+        model = small_model(drop_path=0.0, head_dropout=0.0).eval()
+        drawn = torch.randperm(4, generator=torch.Generator().manual_seed(5))
+        _, by_seed = model.loss(x, labels, generator=torch.Generator().manual_seed(5))
+        _, given = model.loss(x, labels, order=drawn)
+        _, other = model.loss(x, labels, order=drawn.flip(0))
+        assert given["sgm"] == by_seed["sgm"]
+        assert given["sgm"] != other["sgm"]
+        with pytest.raises(TypeError, match=r"order must have dtype int64; got float32"):
+            model.loss(x, labels, order=torch.rand(4))
+        with pytest.raises(ValueError, match=r"order must have shape \[M\] = \[4\]; got \[3\]"):
+            model.loss(x, labels, order=torch.arange(3))
+
     def test_mixer_statistics_leave_absent_rows_out(self) -> None:
         fields = {"drop_path": 0.0, "head_dropout": 0.0}
         x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))

@@ -10,9 +10,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import baselines
 from benchmarks.cost import Work
+from benchmarks.random_data import random_normal
 from benchmarks.registry import Cost, Op, Problem, Shape, Unsupported, backends, op_problem
 from equiseg_fast import ops, reference
-from equiseg_fast.testing import random_normal
 
 SDPA = {
     "sdpa_math": SDPBackend.MATH,

@@ -13,10 +13,10 @@ from benchmarks import baseline_model, model_cost
 from benchmarks.baselines import to_nchw
 from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
+from benchmarks.random_data import random_normal
 from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
 from equiseg_fast.models import EQUISegConfig
 from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate
-from equiseg_fast.testing import random_normal
 
 
 def modules(shape: Shape, device: torch.device, seed: int) -> nn.ModuleDict:

@@ -52,8 +52,8 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5)
         enliven(encoder)
     encoder.to(device)
-    images = data.images(shape.modalities, shape.batch, shape.height, shape.width, seed)
-    images = images.flatten(0, 1).to(device)
+    size = (shape.modalities, shape.batch, shape.height, shape.width)
+    images = data.images(*size, seed, device).flatten(0, 1)
     others = {}
     if find_spec("transformers"):
         others["transformers"] = _transformers(encoder, shape.variant, images)

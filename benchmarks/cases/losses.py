@@ -6,9 +6,9 @@ from torch import Tensor
 
 from benchmarks import baselines, data
 from benchmarks.cost import Work
+from benchmarks.random_data import random_normal
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
-from equiseg_fast.testing import random_normal
 
 
 def _liger(logits: Tensor, labels: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     size = (shape.batch, NUM_CLASSES, shape.h, shape.w)
     inputs = {
         "logits": random_normal(size, dtype, seed=seed, device=device),
-        "labels": data.labels(shape.batch, shape.height, shape.width, seed).to(device),
+        "labels": data.labels(shape.batch, shape.height, shape.width, seed, device),
     }
     return op_problem(
         inputs,

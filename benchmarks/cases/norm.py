@@ -5,9 +5,9 @@ from torch import Tensor
 
 from benchmarks import baselines
 from benchmarks.cost import Work
+from benchmarks.random_data import random_normal
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
-from equiseg_fast.testing import random_normal
 
 
 def _liger(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:

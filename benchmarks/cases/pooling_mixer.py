@@ -4,9 +4,9 @@ import torch
 
 from benchmarks import baselines
 from benchmarks.cost import Work
+from benchmarks.random_data import random_normal
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
-from equiseg_fast.testing import random_normal
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:

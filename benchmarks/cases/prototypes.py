@@ -4,9 +4,9 @@ import torch
 
 from benchmarks import baselines, data
 from benchmarks.cost import Work
+from benchmarks.random_data import random_normal
 from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
 from equiseg_fast import ops, reference
-from equiseg_fast.testing import random_normal
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
@@ -14,8 +14,8 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     inputs = {
         "x": random_normal(size, dtype, seed=seed, device=device),
         # As large as the padded images: whole pixels per token.
-        "labels": data.labels(shape.batch, shape.h * shape.stride, shape.w * shape.stride, seed).to(
-            device
+        "labels": data.labels(
+            shape.batch, shape.h * shape.stride, shape.w * shape.stride, seed, device
         ),
         "num_classes": NUM_CLASSES,
         "height": shape.h,

@@ -14,16 +14,15 @@ from benchmarks.baseline_model import encode_stage
 from benchmarks.baselines import in_memory_format, to_nchw, to_tokens
 from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
+from benchmarks.random_data import random_normal
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.ops._layout import to_map
-from equiseg_fast.testing import random_normal
 
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> Tensor:
     if shape.stage == 1:
-        images = data.images(shape.modalities, shape.batch, shape.height, shape.width, seed)
-        return images.to(device)
+        return data.images(shape.modalities, shape.batch, shape.height, shape.width, seed, device)
     before = replace(shape, stage=shape.stage - 1)
     size = (shape.modalities, shape.batch, before.tokens, before.channels)
     return random_normal(size, seed=seed, device=device).requires_grad_()

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from benchmarks import data
-from benchmarks.record import Record
+from benchmarks.record import Record, write_table
 from benchmarks.registry import PROVIDERS, operations
 from benchmarks.reporting import document
 from benchmarks.reporting.analysis import (
@@ -69,8 +69,8 @@ SENSORS = "plots/sensors.png"
 
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
-    """`report.md`, `report.html` and the plots of the results in a folder, which may also hold
-    `breakdown.json` and the picture of the sensors."""
+    """`report.md`, `report.html`, `results.csv` and the plots of the results in a folder, which may
+    also hold `breakdown.json` and the picture of the sensors."""
     from benchmarks.reporting import html, plots
 
     launches = []
@@ -80,6 +80,7 @@ def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> No
         launches = cross_modal_blocks()
     path = folder / "breakdown.json"
     breakdown = json.loads(path.read_text()) if path.is_file() else None
+    write_table(records, folder / "results.csv")
     drawn = plots.draw(records, folder / "plots", env.get("limits"), breakdown)
     images, notes = [f"plots/{name}" for name in drawn], []
     if (folder / SENSORS).is_file():

@@ -72,7 +72,7 @@ def show(records: Sequence[Record], console: Console) -> None:
 
 def _cells(record: Record, group: Sequence[Record]) -> list[str]:
     if record.p50_us is None:
-        return [record.provider, f"[red]{record.status}[/]"]
+        return [record.provider, f"[red]{record.status if record.final else 'not timed'}[/]"]
     baseline, other = ratios(record, group)
     band = spread(record)
     return [

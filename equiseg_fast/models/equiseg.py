@@ -19,7 +19,15 @@ from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
 
 from .config import EQUISegConfig, drop_path_rates
-from .inputs import Images, Present, check_labels, check_mask, present_names, stack_images
+from .inputs import (
+    Images,
+    Present,
+    check_labels,
+    check_mask,
+    present_names,
+    stack_images,
+    teacher_order,
+)
 from .mix_transformer import MixTransformer
 
 STRIDE = 32
@@ -112,6 +120,7 @@ class EQUISeg(nn.Module):
         *,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
+        order: Tensor | None = None,
     ) -> Any:
         """Logits `[B, num_classes, H, W]` at the size of the input; with labels what `loss` returns
         (distributed wrappers work on `forward` alone).
@@ -127,7 +136,7 @@ class EQUISeg(nn.Module):
         Raises TypeError or ValueError naming what is wrong.
         """
         if labels is not None:
-            return self.loss(images, labels, present, generator=generator)
+            return self.loss(images, labels, present, generator=generator, order=order)
         x, mask, subset = self._inputs(images, present)
         stages, padded = self._stages(x, mask, subset)
         height, width = x.shape[-2:]
@@ -150,11 +159,15 @@ class EQUISeg(nn.Module):
         present: Present = None,
         *,
         generator: torch.Generator | None = None,
+        order: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """Training loss: total and its named parts, all fp32 scalars.
 
         labels: `[B, H, W]` integer, 0..num_classes - 1 or `config.ignore_index`. generator: draws
-        the teachers of the self-guided loss (and of modality dropout); None is PyTorch's own.
+        the teachers of the self-guided loss (and of modality dropout); None is PyTorch's own of the
+        model's device, which waits for nothing; what a generator of another device draws is copied.
+        order: int64 `[M]`, a permutation of the modalities in `images`: which of them are taken as
+        teachers first; None draws one.
 
         parts: "seg", the OHEM cross-entropy at label resolution, and "sgm", the mean over stages
         of the prototype self-distillation; total = seg + sgm_weight * sgm.
@@ -174,7 +187,7 @@ class EQUISeg(nn.Module):
         seg = ohem(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
         sgm = torch.zeros_like(seg)
         if x.shape[0] > 1 and config.sgm_stages:
-            order = _permutation(x.shape[0], x.device, generator)
+            order = teacher_order(order, x, generator)
             losses = [
                 self.prototype_loss(
                     stages[s - 1].features, labels, order, *stages[s - 1].size, present=mask
@@ -297,8 +310,3 @@ class EQUISeg(nn.Module):
 def _equal_logits(f: Tensor) -> Tensor:
     """Logits `[M, B, C]` that weigh all modalities of f `[M, B, L, C]` alike."""
     return f.new_zeros((*f.shape[:2], f.shape[-1]), dtype=reference.statistics_dtype(f))
-
-
-def _permutation(n: int, device: torch.device, generator: torch.Generator | None) -> Tensor:
-    source = device if generator is None else generator.device
-    return torch.randperm(n, generator=generator, device=source).to(device, non_blocking=True)

@@ -102,3 +102,16 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, ignore_index:
     _checks.check_shape("labels", labels, shape, "[B, H, W] (that of the images)")
     _checks.check_same_device(images=images, labels=labels)
     _checks.check_label_values(labels, num_classes, ignore_index)
+
+
+def teacher_order(order: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Which modalities of the images x `[M, ...]` are teachers first: the given permutation `[M]`,
+    or a random one."""
+    if order is None:
+        source = x.device if generator is None else generator.device
+        order = torch.randperm(x.shape[0], generator=generator, device=source)
+        return order.to(x.device, non_blocking=True)
+    _checks.check_tensor("order", order, (torch.int64,), "[M]")
+    _checks.check_shape("order", order, (x.shape[0],), "[M]")
+    _checks.check_same_device(images=x, order=order)
+    return order
