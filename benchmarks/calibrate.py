@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import datetime
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter
@@ -75,27 +76,33 @@ class Measurement:
         return self.amount / self.p50
 
 
-def measure(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> list[Measurement]:
+def measure(
+    device: torch.device, dtypes: Mapping[str, torch.dtype], rounds: int | None = None
+) -> list[Measurement]:
     """Copy bandwidth, matrix products of these dtypes ("tf32" is fp32 that may be rounded to TF32)
-    and exponentials; a GPU without Triton has no measurement of those."""
+    and exponentials; a GPU without Triton has no measurement of those. rounds: None for `ROUNDS`.
+    """
     sizes = SIZES[device.type]
     found = [
-        _copy(sizes.copy, device),
-        *(_product(name, dtype, sizes.matrix, device) for name, dtype in dtypes.items()),
+        _copy(sizes.copy, device, rounds),
+        *(_product(name, dtype, sizes.matrix, device, rounds) for name, dtype in dtypes.items()),
     ]
     exponentials = _exponentials(sizes.exps, device)
     if exponentials is not None:
-        found.append(_timed("exps", "exp/s", *exponentials, device))
+        found.append(_timed("exps", "exp/s", *exponentials, device, rounds))
     return found
 
 
-def _copy(elements: int, device: torch.device) -> Measurement:
+def _copy(elements: int, device: torch.device, rounds: int | None) -> Measurement:
     source = torch.randn(elements, device=device)
     target = torch.empty_like(source)
-    return _timed("copy", "B/s", 2 * source.nbytes, lambda: target.copy_(source), device)
+    copy = partial(target.copy_, source)
+    return _timed("copy", "B/s", 2 * source.nbytes, copy, device, rounds)
 
 
-def _product(name: str, dtype: torch.dtype, n: int, device: torch.device) -> Measurement:
+def _product(
+    name: str, dtype: torch.dtype, n: int, device: torch.device, rounds: int | None
+) -> Measurement:
     """Of small matrices where large ones take too long: not every CPU has arithmetic for halves."""
     with _tf32(name == "tf32"):
         small = torch.randn(n // 4, n // 4, device=device).to(dtype)
@@ -103,7 +110,7 @@ def _product(name: str, dtype: torch.dtype, n: int, device: torch.device) -> Mea
         if 4**3 * _seconds(lambda: small @ small, device, host=False) > SLOW_PRODUCT:
             n //= 4
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-        return _timed(name, "FLOP/s", 2 * n**3, lambda: a @ b, device)
+        return _timed(name, "FLOP/s", 2 * n**3, lambda: a @ b, device, rounds)
 
 
 @contextmanager
@@ -218,6 +225,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=Path, help="folder; default: benchmark-results/calibration-<device>-<date>"
     )
+    parser.add_argument(
+        "--rounds", type=int, help=f"of each; default: {ROUNDS['cuda']}, on a CPU {ROUNDS['cpu']}"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
 
 
@@ -232,7 +242,9 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
         console.print(f"exponentials: of {sizes.exps} elements")
         console.print(f"launches: {LAUNCHES} of one small operator; nothing was run")
         return 0
-    found = [*measure(device, dtypes), *measure_launches(device)]
+    if args.rounds is not None and args.rounds < 2:
+        raise ValueError(f"--rounds must be at least 2; got {args.rounds}")
+    found = [*measure(device, dtypes, args.rounds), *measure_launches(device)]
     limits = asdict(limits_of(found))
     env = environment(device, limits)
     gpu = gpus.of_device(env["device"])

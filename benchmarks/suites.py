@@ -110,6 +110,27 @@ SUITES = {
         seconds=0.2,
         rounds=(10, 100),
     ),
+    # Whole networks on a GPU, in the sizes of training and of evaluation.
+    "headline": Suite(
+        (
+            Grid(("b0",), ((512, 512),), of=("encoder", "model")),
+            Grid(("b2",), ((1024, 1024),), of=("model",)),
+        ),
+        dtypes=("bf16",),
+        modes=("fwd", "step"),
+        providers=("baseline", "transformers", "torch", "triton"),
+        seconds=0.2,
+        rounds=(10, 100),
+    ),
+    # Whatever a machine can do, on next to nothing: whether commands work, not how fast.
+    "rehearsal": Suite(
+        (Grid(("b0",), ((64, 96),), modalities=(2,), stages=(4,)),),
+        dtypes=("fp32",),
+        modes=("fwd", "step"),
+        providers=("baseline", "torch", "triton"),
+        seconds=0.0,
+        rounds=(2, 2),
+    ),
     # Everything: days, if nothing narrows it down (--op, --shape, --dtype, --mode, --provider).
     "full": Suite(
         (

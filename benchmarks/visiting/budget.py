@@ -1,23 +1,28 @@
 """Commands under a time limit: each a process that is killed with its children when time is up.
 
-The state is written at every change, so that a second call goes on where the first was cut off.
+The state is written at every change, so that a second call goes on where the first was cut off. A
+`Machine` keeps the time and starts processes; a simulated one takes its place where nothing is run.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
+
+from benchmarks.resume import AGAIN
 
 POLL_SECONDS = 0.05
+TICK_SECONDS = 10.0
 GRACE_SECONDS = 3.0
 LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
@@ -25,16 +30,6 @@ USABLE = 0.8
 """Share of its limit that a command is told: the rest is for starting and for coming to an end."""
 LEAST_SHARE = 60.0
 """Seconds that a command may take even if others of its step then have none."""
-AGAIN = 75
-"""Exit status of a command that wants to be started again."""
-
-
-STICKY = ("CUDA error", "device-side assert", "cudaError")
-
-
-def is_sticky(message: str) -> bool:
-    """Whether an error spoils every later call of its process."""
-    return any(word in message for word in STICKY)
 
 
 @dataclass(frozen=True)
@@ -43,15 +38,20 @@ class Task:
 
     command: "{minutes}" in it becomes what it may plan with, "{attempt}" counts from 1. output: the
     file, relative to the folder of results, of what it prints. variables: of its environment, None
-    for one that must not be set. restarts: how often it is started again, within its time, if it
-    ends with `AGAIN` or by a signal: for commands that go on where they stopped.
+    for one that must not be set. weight: its part of the time of its step. restarts: how often it
+    is started again, within its time, if it ends with `AGAIN` or by a signal: for commands that go
+    on where they stopped. hopeless: a pattern in its output that means it can bring nothing here.
+    estimate: what it brings, one after the other, and the seconds each is thought to take on a GPU.
     """
 
     name: str
     command: tuple[str, ...]
     output: str
     variables: Mapping[str, str | None] = field(default_factory=dict)
+    weight: float = 1.0
     restarts: int = 0
+    hopeless: str = ""
+    estimate: tuple[tuple[str, float], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,48 @@ class Step:
     impossible: str = ""
 
 
+class Process(Protocol):
+    pid: int
+    returncode: int | None
+
+    def poll(self) -> int | None: ...
+
+
+class Machine:
+    """The clock, and processes in sessions of their own so that their children end with them."""
+
+    def now(self) -> float:
+        return time.monotonic()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def start(
+        self, task: Task, command: Sequence[str], env: Mapping[str, str], cwd: Path, out: Path,
+        how: str,
+    ) -> Process:  # fmt: skip
+        """how: "w" to write the output, "a" to append it."""
+        with out.open(how) as file:
+            return subprocess.Popen(
+                command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, stdout=file,
+                stderr=subprocess.STDOUT, start_new_session=True,
+            )  # fmt: skip
+
+    def stop(self, process: Process) -> None:
+        """Kill it and all that it started."""
+        for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, sent)
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(patience)  # type: ignore[attr-defined]
+
+
 class State:
     """What became of every task, in `visit.json`.
 
-    Per task: state ("running", "done", "cut off", "not started" or "not possible"), started (UTC),
-    seconds, rc (the exit status), attempts. One that is found "running" was killed from outside.
+    Per task: state ("running", "done", "cut off", "hopeless", "not started" or "not possible"),
+    started (UTC), seconds, rc (the exit status), attempts, reason, and while it runs pid and born,
+    which name its process. One that is found "running" lost its visit.
     """
 
     def __init__(self, path: Path, changed: Callable[[], None] = lambda: None) -> None:
@@ -84,77 +121,116 @@ class State:
     def of(self, task: Task) -> dict[str, Any]:
         return self.tasks.get(task.name, {})
 
-    def done(self, task: Task) -> bool:
-        return self.of(task).get("state") == "done"
+    def over(self, task: Task) -> bool:
+        """Whether nothing more can come of it."""
+        return self.of(task).get("state") in ("done", "hopeless")
 
     def set(self, task: Task, **values: Any) -> None:
-        self.tasks[task.name] = {**self.of(task), **values}
+        kept = {**self.of(task), **values}
+        self.tasks[task.name] = {name: value for name, value in kept.items() if value is not None}
+        self._write()
+
+    def end_orphans(self) -> list[str]:
+        """Kill what a visit that was killed has left running; the names of the tasks."""
+        ended = []
+        for name, values in self.tasks.items():
+            if values.get("state") != "running":
+                continue
+            pid = values.pop("pid", None)
+            if pid is not None and born(pid) == values.pop("born", None):
+                with suppress(ProcessLookupError):
+                    os.killpg(pid, signal.SIGKILL)
+                ended.append(name)
+            values["state"] = "cut off"
+        self._write()
+        return ended
+
+    def _write(self) -> None:
         whole = self.path.with_suffix(".new")
         whole.write_text(json.dumps({"tasks": self.tasks}, indent=1) + "\n")
         whole.replace(self.path)
         self.changed()
 
 
-class Running:
-    """A task under way, in a session of its own so that its children can be killed with it."""
+def born(pid: int) -> int | None:
+    """When a process was started, in ticks since boot, which tells it from a later one of the same
+    number; None if there is none, or it has ended."""
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return None
+    return None if fields[0] == "Z" else int(fields[19])
 
-    def __init__(self, task: Task, folder: Path, cwd: Path, limit: float, state: State) -> None:
-        self.task, self.state = task, state
-        self.started = time.monotonic()
+
+class Running:
+    """A task under way."""
+
+    def __init__(self, task: Task, visit: Visit, limit: float) -> None:
+        state, machine = visit.state, visit.machine
+        self.task, self.state, self.machine = task, state, machine
+        self.started = machine.now()
         self.deadline = self.started + limit
         attempt = state.of(task).get("attempts", 0) + 1
         values = {"{minutes}": f"{USABLE * limit / 60:.2f}", "{attempt}": str(attempt)}
         self.command = [_filled(word, values) for word in task.command]
-        chosen = {**os.environ, **task.variables}
+        chosen = {**os.environ, **visit.environment, **task.variables}
         self.environment = {name: value for name, value in chosen.items() if value is not None}
         self.restarts = task.restarts
-        self.cwd = cwd
-        self.output = folder / task.output
+        self.cwd = visit.cwd
+        self.output = visit.folder / task.output
         self.output.parent.mkdir(parents=True, exist_ok=True)
+        self.read = 0
         state.set(
-            task, state="running", started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            attempts=attempt, rc=None,
+            task, started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            attempts=attempt, rc=None, seconds=None, reason=None,
         )  # fmt: skip
         self._start("w")
 
     def _start(self, how: str) -> None:
-        with self.output.open(how) as out:
-            self.process = subprocess.Popen(
-                self.command, cwd=self.cwd, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=out, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
+        self.process = self.machine.start(
+            self.task, self.command, self.environment, self.cwd, self.output, how
+        )
+        pid = self.process.pid
+        self.state.set(self.task, state="running", pid=pid, born=born(pid))
 
     def finished(self) -> bool:
-        """Whether it has ended, also because its time is up."""
-        rc = self.process.poll()
-        if rc is None and time.monotonic() < self.deadline:
+        """Whether it has ended, also because its time is up or it is hopeless."""
+        rc, late = self.process.poll(), self.machine.now() >= self.deadline
+        if reason := self._hopeless():
+            self._end("hopeless", reason)
+        elif rc is None and late:
+            self._end("cut off")
+        elif rc is None:
             return False
-        if rc is None:
-            self.stop()
-        elif (rc == AGAIN or rc < 0) and self.restarts and time.monotonic() < self.deadline:
+        elif (rc == AGAIN or rc < 0) and self.restarts and not late:
             self.restarts -= 1
             self._start("a")
             return False
         else:
-            self._record("done", rc)
+            self._end("done")
         return True
 
-    def stop(self) -> None:
-        """Kill it and all that it started."""
-        for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
-            try:
-                os.killpg(self.process.pid, sent)
-            except ProcessLookupError:
-                pass
-            try:
-                self.process.wait(patience)
-            except subprocess.TimeoutExpired:
-                continue
-        self._record("cut off", self.process.returncode)
+    def _hopeless(self) -> str:
+        """The line of its output that says so."""
+        if not self.task.hopeless or self.output.stat().st_size == self.read:
+            return ""
+        text = self.output.read_text(errors="replace")
+        self.read = len(text.encode())
+        found = re.search(f".*({self.task.hopeless}).*", text)
+        return found.group().strip() if found else ""
 
-    def _record(self, state: str, rc: int | None) -> None:
-        seconds = round(time.monotonic() - self.started, 1)
-        self.state.set(self.task, state=state, rc=rc, seconds=seconds)
+    def stop(self) -> None:
+        """End it before its time."""
+        self._end("cut off")
+
+    def _end(self, state: str, reason: str | None = None) -> None:
+        if self.process.poll() is None:
+            self.machine.stop(self.process)
+        seconds = round(self.machine.now() - self.started, 1)
+        self.state.set(
+            self.task, state=state, rc=self.process.returncode, seconds=seconds, reason=reason,
+            pid=None, born=None,
+        )  # fmt: skip
 
 
 def _filled(word: str, values: Mapping[str, str]) -> str:
@@ -169,46 +245,68 @@ def shares(steps: Sequence[Step], remaining: float) -> dict[str, float]:
     return {step.name: remaining * step.weight / total for step in steps}
 
 
-def run(
-    steps: Sequence[Step], state: State, folder: Path, cwd: Path, deadline: float,
-    progress: Callable[[str], None] = lambda text: None,
-) -> None:  # fmt: skip
-    """Every step in turn, until `deadline` (of `time.monotonic`). What one leaves of its share is
-    shared among those behind it; what is done already is not run again."""
-    for i, step in enumerate(steps):
-        waiting = [task for task in step.tasks if not state.done(task)]
-        if step.impossible:
-            for task in waiting:
-                state.set(task, state="not possible", reason=step.impossible)
-            continue
-        open_steps = [s for s in steps[i:] if any(not state.done(t) for t in s.tasks)]
-        if waiting:
-            share = shares([s for s in open_steps if not s.impossible], deadline - time.monotonic())
-            _run_step(step, waiting, state, folder, cwd, share[step.name], progress)
+@dataclass
+class Visit:
+    """Every step in turn, until `deadline` (of the machine's clock). What one leaves of its share
+    is shared among those behind it; what is over is not run again. environment: variables of all
+    commands. tick: called now and then while something runs."""
 
+    steps: Sequence[Step]
+    state: State
+    folder: Path
+    cwd: Path
+    deadline: float
+    environment: Mapping[str, str] = field(default_factory=dict)
+    machine: Machine = field(default_factory=Machine)
+    progress: Callable[[str], None] = lambda text: None
+    tick: Callable[[], None] = lambda: None
 
-def _run_step(
-    step: Step, waiting: list[Task], state: State, folder: Path, cwd: Path, seconds: float,
-    progress: Callable[[str], None],
-) -> None:  # fmt: skip
-    until = time.monotonic() + seconds
-    under_way: list[Running] = []
-    with _stopping(under_way):
-        while waiting or under_way:
-            under_way[:] = [running for running in under_way if not running.finished()]
-            while waiting and len(under_way) < step.at_once:
-                task = waiting.pop(0)
-                # Those that still wait get their part of what is left.
-                rounds = -(-(len(waiting) + 1) // step.at_once)
-                left = until - time.monotonic()
-                # What comes first should rather finish than leave everybody too little.
-                limit = max(left / rounds, min(left, LEAST_SHARE))
-                if until - time.monotonic() < LEAST_SECONDS:
-                    state.set(task, state=state.of(task).get("state", "not started"))
-                    continue
-                progress(f"{task.name}, at most {limit:.0f} s")
-                under_way.append(Running(task, folder, cwd, limit, state))
-            time.sleep(POLL_SECONDS)
+    def run(self) -> None:
+        for i, step in enumerate(self.steps):
+            waiting = [task for task in step.tasks if not self.state.over(task)]
+            if step.impossible:
+                self.progress(f"{step.name}: {step.impossible}")
+                for task in waiting:
+                    self.state.set(task, state="not possible", reason=step.impossible)
+                continue
+            left = [s for s in self.steps[i:] if any(not self.state.over(t) for t in s.tasks)]
+            if waiting:
+                possible = [s for s in left if not s.impossible]
+                share = shares(possible, self.deadline - self.machine.now())
+                self._run_step(step, waiting, share[step.name])
+
+    def _run_step(self, step: Step, waiting: list[Task], seconds: float) -> None:
+        until = ticked = self.machine.now()
+        until += seconds
+        under_way: list[Running] = []
+        with _stopping(under_way):
+            while waiting or under_way:
+                for running in [r for r in under_way if r.finished()]:
+                    under_way.remove(running)
+                    if reason := self.state.of(running.task).get("reason"):
+                        self.progress(f"{running.task.name}: {reason}")
+                while waiting and len(under_way) < step.at_once:
+                    self._next(step, waiting, until, under_way)
+                if self.machine.now() >= ticked + TICK_SECONDS:
+                    ticked = self.machine.now()
+                    self.tick()
+                if waiting or under_way:
+                    self.machine.sleep(POLL_SECONDS)
+
+    def _next(
+        self, step: Step, waiting: list[Task], until: float, under_way: list[Running]
+    ) -> None:
+        task, left = waiting.pop(0), until - self.machine.now()
+        if left < LEAST_SECONDS:
+            self.state.set(task, state=self.state.of(task).get("state", "not started"))
+            return
+        # Those that still wait get their part of what is left, but what comes first should rather
+        # finish than leave everybody too little.
+        rest = sum(t.weight for t in waiting)
+        own = step.at_once * left * task.weight / (task.weight + rest)
+        limit = min(left, max(own, LEAST_SHARE))
+        self.progress(f"{task.name}, at most {limit:.0f} s")
+        under_way.append(Running(task, self, limit))
 
 
 @contextmanager

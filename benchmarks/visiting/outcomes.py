@@ -4,8 +4,10 @@
 
 FILE gets one JSON line when a test starts and one when it has ended. What has ended is not run
 again with the same FILE; what was under way when the run was killed comes last, so that a test that
-hangs or crashes does not keep the others from being run. After an error of the device, which spoils
-every later call of the process, pytest exits with `budget.AGAIN`.
+hangs or crashes does not keep the others from being run. Parity comes first; compilers and exports
+say little about kernels and come late. After an error of the device, which spoils every later call
+of the process, pytest exits with `resume.AGAIN`. With nothing left to run the exit status is that
+of what was run before. With pytest-xdist the process that starts the others reads and writes FILE.
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.visiting.budget import AGAIN, is_sticky
+from benchmarks.resume import AGAIN, is_sticky
 
 if TYPE_CHECKING:
     import pytest
@@ -70,21 +72,59 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if path := config.getoption("outcomes"):
-        config.pluginmanager.register(_Writer(path), "outcomes-writer")
+    if hasattr(config, "workerinput"):
+        before = Outcomes({test: {} for test in config.workerinput["ended"]})
+        before.started = config.workerinput["started"]
+        config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
+    elif path := config.getoption("outcomes"):
+        before = Outcomes.read(path)
+        config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
+        config.pluginmanager.register(_Writer(path, before), "outcomes-writer")
+        if config.pluginmanager.hasplugin("xdist"):
+            config.pluginmanager.register(_Sharer(before), "outcomes-sharer")
 
 
-class _Writer:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.before = Outcomes.read(path)
+LATE = ("opcheck", "export", "compile", "reduce_overhead")
+
+
+def _urgency(test: str) -> int:
+    return 2 if any(word in test for word in LATE) else "::TestParity::" not in test
+
+
+class _Chooser:
+    """Which tests are left to be run, in which order."""
+
+    def __init__(self, before: Outcomes) -> None:
+        self.before = before
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
         ended = [item for item in items if item.nodeid in self.before.ended]
         config.hook.pytest_deselected(items=ended)
         left = [item for item in items if item.nodeid not in self.before.ended]
-        items[:] = sorted(left, key=lambda item: item.nodeid in self.before.started)
+        started = set(self.before.started)
+        items[:] = sorted(left, key=lambda x: (x.nodeid in started, _urgency(x.nodeid)))
+
+
+class _Sharer:
+    """Tells the processes of pytest-xdist what has ended: all must choose the same."""
+
+    def __init__(self, before: Outcomes) -> None:
+        self.before = before
+
+    def pytest_configure_node(self, node: Any) -> None:
+        node.workerinput |= {"ended": list(self.before.ended), "started": self.before.started}
+
+
+class _Writer:
+    def __init__(self, path: Path, before: Outcomes) -> None:
+        self.path = path
+        self.before = before
         self._write(device=_device())
+
+    def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
+        if exitstatus == 5 and self.before.ended:  # no test was left
+            failed = any(line["outcome"] == "failed" for line in self.before.ended.values())
+            session.exitstatus = int(failed)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(test=nodeid)

@@ -1,29 +1,41 @@
-"""What came out of a visit: a table for the terminal, and `summary.md`."""
+"""What came out of a visit: a table for the terminal, and `summary.md`, which needs nothing beside
+it to be understood."""
 
 from __future__ import annotations
 
 import json
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import record
+from benchmarks import host, judgement, record
 from benchmarks.record import Key, Record
+from benchmarks.registry import operations
+from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
 from benchmarks.visiting.budget import State, Step, Task
 from benchmarks.visiting.outcomes import merged
 
+RUNS = ("headline", "operations", "compilers")
+"""Folders of records; of one measurement the first that has numbers counts."""
+
 
 def failed(state: State, task: Task) -> bool:
-    return state.done(task) and state.of(task)["rc"] != 0
+    return state.of(task).get("state") == "done" and state.of(task).get("rc") != 0
 
 
 def unfinished(state: State, task: Task) -> bool:
     return state.of(task).get("state") in ("cut off", "not started", "running")
+
+
+def brought(step: Step, folder: Path) -> str:
+    """What a step has brought, in words; empty if nothing."""
+    return OUTCOMES.get(step.name, _last_lines)(step, folder)
 
 
 def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str, str, str, str]]:
@@ -37,7 +49,8 @@ def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str
         )
         shown = ", ".join(f"{n} {s}" if len(step.tasks) > 1 else s for s, n in states.items())
         seconds = sum(values.get("seconds", 0.0) for values in found)
-        out = step.impossible or OUTCOMES.get(step.name, _last_lines)(step, folder)
+        reasons = [values["reason"] for values in found if "reason" in values]
+        out = step.impossible or "; ".join(filter(None, [*reasons, brought(step, folder)]))
         rows.append((step.name, shown, f"{seconds:.0f}", out))
     return rows
 
@@ -53,46 +66,138 @@ def table(planned: Sequence[Step], state: State, folder: Path) -> Table:
 
 
 def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
-    """`summary.md`, and the results of the core suite in one file."""
-    for name in ("core", "compiled"):
-        _merge(folder / name)
-    lines = ["# Visit", "", "| step | state | seconds | what came out |", "|---|---|--:|---|"]
+    """`summary.md`, and all records in the folder `results`, as `report` and `compare` read them."""
+    records = merge(folder)
+    lines = ["# Visit", "", _environment(folder) or "no environment yet", ""]
+    lines += ["| step | state | seconds | what came out |", "|---|---|--:|---|"]
     lines += [f"| {' | '.join(row)} |" for row in _rows(planned, state, folder)]
-    lines += ["", "| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]
+    lines += _networks(records)
+    lines += _operations(records)
+    if records:
+        comparison = judgement.compare(records, _device(folder))
+        lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
+    if (folder / "host.json").is_file():
+        lines += ["", "## Host time of a call", "", *host.markdown(folder / "host.json")]
+    lines += _trouble(records, folder)
+    lines += ["", "## Commands", ""]
+    lines += ["| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]
     for step in planned:
         for task in step.tasks:
             values = state.of(task)
-            cells = [values.get(name, "") for name in ("state", "rc", "seconds")]
-            shown = ["" if cell is None else str(cell) for cell in cells]
-            lines.append(f"| {task.name} | {' | '.join(shown)} | {task.output} |")
-    outcomes = merged(sorted((folder / "parity").glob("*.jsonl")))
-    bad = [line for line in outcomes.ended.values() if line["outcome"] == "failed"]
-    if bad:
-        lines += ["", "## Failed tests", "", *(f"- `{x['test']}`: {x['reason']}" for x in bad)]
-    skipped = Counter(x["reason"] for x in outcomes.ended.values() if x["outcome"] == "skipped")
-    if skipped:
-        lines += ["", "## Skipped tests", "", *(f"- {n}: {why}" for why, n in skipped.items())]
+            cells = [str(values.get(name, "")) for name in ("state", "rc", "seconds")]
+            lines.append(f"| {task.name} | {' | '.join(cells)} | {task.output} |")
     (folder / "summary.md").write_text("\n".join(lines) + "\n")
 
 
-def _merge(core: Path) -> None:
-    """One folder that `report` and `compare` can read, from those of operations and attempts."""
-    rows = _measured(core)
-    if rows:
-        record.write_jsonl(rows, core / "results.jsonl")
-        env = next(core.rglob("*/env.json"))
-        (core / "env.json").write_text(env.read_text())
+def merge(folder: Path) -> list[Record]:
+    """The records of all runs, also written to the folder `results`."""
+    best: dict[Key, Record] = {}
+    env = None
+    for name in RUNS:
+        for row in _measured(folder / name):
+            known = best.get(row.key)
+            if known is None or (known.p50_us is None and row.p50_us is not None):
+                best[row.key] = row
+        path = folder / name / "env.json"
+        env = env or (path.read_text() if path.is_file() else None)
+    if best and env:
+        (folder / "results").mkdir(exist_ok=True)
+        record.write_jsonl(best.values(), folder / "results" / "results.jsonl")
+        (folder / "results" / "env.json").write_text(env)
+    return list(best.values())
 
 
 def _measured(folder: Path) -> list[Record]:
-    """The records of all attempts in `folder`; of one measurement the latest that has numbers."""
-    paths = [path for path in folder.rglob("results.jsonl") if path.parent.name.isdecimal()]
-    paths.sort(key=lambda path: int(path.parent.name))
-    best: dict[Key, Record] = {}
-    for row in (row for path in paths for row in record.read_jsonl(path)):
-        if row.status == "ok" or row.key not in best or best[row.key].status != "ok":
-            best[row.key] = row
-    return list(best.values())
+    return record.read_jsonl(folder) if (folder / "results.jsonl").is_file() else []
+
+
+def _device(folder: Path) -> str:
+    env = _json(folder / "environment.json")
+    return env.get("device", "")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    """The object in a file, behind whatever warnings were printed before it; empty if none."""
+    try:
+        text = path.read_text()
+        return json.loads(text[text.index("{") :])
+    except (OSError, ValueError):
+        return {}
+
+
+def _environment(folder: Path) -> str:
+    env = _json(folder / "environment.json")
+    if not env:
+        return ""
+    triton = env["triton"] or "not installed"
+    return f"{env['device']}, torch {env['torch']}, triton {triton}, python {env['python']}"
+
+
+def _networks(records: Sequence[Record]) -> Iterator[str]:
+    """Whole networks, provider by provider: both ways of timing, and memory."""
+    groups = [g for g in grouped(records) if operations()[g[0].op].scope != "operation"]
+    if not groups:
+        return
+    yield from ("", "## Networks", "", "Milliseconds: by CUDA graph, and by events with launches.")
+    yield "Ratios are to the same method; above 1 ours is faster."
+    yield ""
+    yield "| case | provider | graph | events | eager / this | peak MiB | saved MiB | note |"
+    yield "|---|---|--:|--:|--:|--:|--:|---|"
+    for group in groups:
+        base = next((r for r in group if r.provider == "baseline"), None)
+        for row in group:
+            if row.status == "unsupported":
+                continue
+            note = "; ".join(filter(None, [row.reason, _no_graph(row)]))
+            yield (
+                f"| {row.op} {row.mode} {row.shape.label} {row.dtype} | {row.provider} "
+                f"| {milliseconds(row.graph_us)} | {milliseconds(row.events_us or row.p50_us)} "
+                f"| {_ratio(base, row)} | {significant(row.peak_mib)} "
+                f"| {significant(row.saved_mib)} | {note} |"
+            )
+
+
+def _no_graph(row: Record) -> str:
+    return f"no graph: {row.uncaptured}" if row.uncaptured else ""
+
+
+def _ratio(base: Record | None, row: Record) -> str:
+    """Of graphs where both have one, else of events."""
+    if base is None:
+        return ""
+    for name in ("graph_us", "events_us", "p50_us"):
+        one, other = getattr(base, name), getattr(row, name)
+        if one and other:
+            return times(one / other)
+    return ""
+
+
+def _operations(records: Sequence[Record]) -> Iterator[str]:
+    found = [c for c in contests(records) if operations()[c.ours.op].scope == "operation"]
+    if not found:
+        return
+    yield from ("", "## Operations", "", "| case | strongest other | ms | ours | ms | ratio |")
+    yield "|---|---|--:|---|--:|--:|"
+    for c in found:
+        ratio = times(c.ratio) if c.clear else f"({times(c.ratio)})"
+        other, ours = milliseconds(c.other.p50_us), milliseconds(c.ours.p50_us)
+        yield f"| {c.label} | {c.other.provider} | {other} | {c.ours.provider} | {ours} | {ratio} |"
+
+
+def _trouble(records: Sequence[Record], folder: Path) -> Iterator[str]:
+    """Records without numbers, failed and skipped tests."""
+    wrong = [r for r in records if r.status in ("incorrect", "error", "oom")]
+    if wrong:
+        yield from ("", "## Records without numbers", "")
+        reasons = Counter((r.op, r.provider, r.status, r.reason) for r in wrong)
+        yield from (f"- {' '.join(what)} ({n})" for what, n in reasons.items())
+    outcomes = merged(sorted((folder / "parity").glob("*.jsonl")))
+    bad = [line for line in outcomes.ended.values() if line["outcome"] == "failed"]
+    if bad:
+        yield from ("", "## Failed tests", "", *(f"- `{x['test']}`: {x['reason']}" for x in bad))
+    skipped = Counter(x["reason"] for x in outcomes.ended.values() if x["outcome"] == "skipped")
+    if skipped:
+        yield from ("", "## Skipped tests", "", *(f"- {n}: {why}" for why, n in skipped.items()))
 
 
 def _last_lines(step: Step, folder: Path) -> str:
@@ -105,38 +210,35 @@ def _last_lines(step: Step, folder: Path) -> str:
     return "; ".join(found)
 
 
-def _environment_outcome(step: Step, folder: Path) -> str:
-    try:
-        text = (folder / "environment.json").read_text()
-        env = json.loads(text[text.index("{") :])  # warnings may come first
-    except (OSError, ValueError):
-        return ""
-    triton = env["triton"] or "not installed"
-    return f"{env['device']}, torch {env['torch']}, triton {triton}, python {env['python']}"
+def _prepared(step: Step, folder: Path) -> str:
+    wanted = [t for t in step.tasks if t.name in ("prepare/calibrate", "prepare/cache")]
+    lines = [_last_lines(Step("", "", 0.0, (task,)), folder) for task in wanted]
+    return "; ".join(filter(None, [_environment(folder), *lines]))
 
 
-def _parity_outcome(step: Step, folder: Path) -> str:
+def _tested(step: Step, folder: Path) -> str:
     found = merged(sorted((folder / "parity").glob("*.jsonl")))
     counts = found.counts()
     shown = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
     late = f", {len(found.started)} under way" if found.started else ""
-    return f"{shown}{late} on {found.device}" if found.device else ""
+    return f"{shown}{late} on {found.device}" if counts else ""
 
 
-def _measured_outcome(step: Step, folder: Path) -> str:
+def _timed(step: Step, folder: Path) -> str:
     rows = _measured(folder / step.name)
-    counts = Counter(row.status for row in rows)
+    counts = Counter(row.status if row.final else "not timed" for row in rows)
     wrong = {f"{r.op} {r.provider}: {r.status}" for r in rows if r.status in ("incorrect", "error")}
     shown = ", ".join(f"{n} {status}" for status, n in counts.items())
-    return "; ".join([shown, *sorted(wrong)])
+    return "; ".join(filter(None, [shown, *sorted(wrong)]))
 
 
-def _report_outcome(step: Step, folder: Path) -> str:
-    made = [*(folder / "core").glob("report.*"), *(folder / "core" / "plots").glob("*.png")]
-    return ", ".join(sorted(str(path.relative_to(folder)) for path in made))
+def _reported(step: Step, folder: Path) -> str:
+    results = folder / "results"
+    made = [*results.glob("report.*"), *(results / "plots").glob("*.png")]
+    return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
 
 
-def _sanitizer_outcome(step: Step, folder: Path) -> str:
+def _checked(step: Step, folder: Path) -> str:
     found = []
     for task in step.tasks:
         path = folder / task.output
@@ -146,11 +248,11 @@ def _sanitizer_outcome(step: Step, folder: Path) -> str:
 
 
 OUTCOMES = {
-    "environment": _environment_outcome,
-    "parity": _parity_outcome,
-    "core": _measured_outcome,
-    "compiled": _measured_outcome,
-    "memory": _measured_outcome,
-    "sanitizer": _sanitizer_outcome,
-    "report": _report_outcome,
+    "prepare": _prepared,
+    "headline": _timed,
+    "parity": _tested,
+    "operations": _timed,
+    "memcheck": _checked,
+    "compilers": _timed,
+    "report": _reported,
 }
