@@ -164,7 +164,7 @@ def limit(kernel: Kernel, rates: Rates) -> tuple[str, float]:
 
 
 def predict(kernels: Iterable[Kernel], rates: Rates) -> dict[str, float]:
-    """Predicted microseconds of kernels one after the other, by assumption; their sum is the time."""
+    """Microseconds of kernels one after the other, by assumption; the sum is the time."""
     spent: dict[str, float] = {}
     for kernel in kernels:
         name, seconds = limit(kernel, rates)

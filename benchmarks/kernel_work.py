@@ -66,7 +66,7 @@ _SLOTS: dict[str, float | tuple[str, float, float]] = {
 }
 # The same per pixel and class.
 _LOSS_SLOTS = {"losses_fwd": 20.0, "losses_bwd": 26.0}
-# Products that the two kernels of a backward compute, of the scores' shape times the head dimension.
+# Products of two matrices, each of as many multiply-adds as there are scores times D.
 _ATTENTION = {"attention_fwd": 2, "attention_bwd_dkdv": 4, "attention_bwd_dq": 3}
 
 

@@ -112,8 +112,8 @@ def counting(facts: tuple[int, int] | None = None) -> Iterator[KernelCounter]:
     """Count what runs inside, forward or backward, as if its tensors were on a GPU.
 
     Tensors are on the CPU or on "meta"; what our kernels would compute is left uninitialised. The
-    Triton backend is the default. facts: (architecture, multiprocessors) of the GPU, e.g. (90, 132);
-    None for the choices of the interpreter.
+    Triton backend is the default. facts: (architecture, multiprocessors) of the GPU, for example
+    (90, 132); None for the choices of the interpreter.
     """
     counter, resolve = KernelCounter(), _backend.resolve
 

@@ -39,11 +39,9 @@ LARGE = Shape("b2", 0, 1024, 1024, 1, 4)
 """The model that is timed beside those of the suite."""
 MODES = ("fwd", "fwd_train", "bwd", "step")
 TOLERANCE = 0.01
-"""By how much a time may differ from the one committed: releases of torch differ in small things."""
+"""By how much a time may differ from the one committed: releases of PyTorch do in places."""
 LEAST = 0.005
 """Smaller shares of a time are not written."""
-
-Calls = dict[str, list[Kernel]]
 
 
 @dataclass(frozen=True)
@@ -92,8 +90,10 @@ def modes_of(case: Case) -> list[str]:
     return [m for m in MODES if m in case.modes or (m in halves and m in case.op.modes)]
 
 
+@cache
 def counted(case: Case, provider: str, facts: tuple[int, int]) -> dict[str, list[Call]]:
-    """The calls of one provider in every mode. Raises RuntimeError for what waits for values."""
+    """The calls of one provider in every mode, once for all GPUs that look alike to our launchers.
+    facts: see `counting`. Raises RuntimeError for a provider that waits for values."""
     half = DTYPES[case.dtype] if case.op.scope != "operation" else None
     with on_meta():
         problem = case.op.build(case.shape, DTYPES[case.dtype], META, 0)
@@ -112,15 +112,6 @@ def counted(case: Case, provider: str, facts: tuple[int, int]) -> dict[str, list
             for mode, phase in (("fwd_train", "fwd"), ("bwd", "bwd")):
                 calls[mode] = [x for x in counter.calls if x.phase == phase]
     return {mode: calls[mode] for mode in modes_of(case)}
-
-
-@cache
-def _counted(case: Case, provider: str, facts: tuple[int, int]) -> dict[str, list[Call]] | str:
-    """The same once for all GPUs that look alike to our launchers; a string says why not."""
-    try:
-        return counted(case, provider, facts)
-    except RuntimeError as error:
-        return str(error).splitlines()[0]
 
 
 def facts_of(gpu: str) -> tuple[int, int]:
@@ -157,9 +148,10 @@ def predict(
     rows, left_out = [], Counter[str]()
     for case in chosen:
         for provider in (p for p in providers if p in case.providers):
-            found = _counted(case, provider, facts_of(gpu))
-            if isinstance(found, str):
-                left_out[f"{case.op.name} {provider}: {found}"] += 1
+            try:
+                found = counted(case, provider, facts_of(gpu))
+            except RuntimeError as error:
+                left_out[f"{case.op.name} {provider}: {str(error).splitlines()[0]}"] += 1
                 continue
             for mode, calls in found.items():
                 rows.append(predicted(case, mode, provider, kernels_of(calls), gpu))
@@ -169,16 +161,16 @@ def predict(
 def launches_of(case: Case, gpu: str) -> list[dict[str, Any]]:
     """Every distinct launch of ours in a step: how many, what it does, and predicted microseconds
     of each without the gap, those that take longest together first."""
-    found = _counted(case, "triton", facts_of(gpu))
-    assert not isinstance(found, str), found
+    calls = counted(case, "triton", facts_of(gpu))["step"]
     rates = efficiency.rates(gpu)
     rows = []
-    launched = Counter((x.phase, *x.kernels) for x in found["step"] if x.ours)
+    launched = Counter((x.phase, *x.kernels) for x in calls if x.ours)
     for (phase, kernel), number in launched.items():
         assumption, seconds = efficiency.limit(kernel, rates)
-        row = {"kernel": kernel.name, "phase": phase, "launches": number, "us": _short(1e6 * seconds)}
+        row = {"kernel": kernel.name, "phase": phase, "launches": number}
         work = {
-            "gb": kernel.bytes / 1e9, "tflop": (kernel.matrix + kernel.vector) / 1e12,
+            "us": 1e6 * seconds, "gb": kernel.bytes / 1e9,
+            "tflop": (kernel.matrix + kernel.vector) / 1e12,
             "gexp": kernel.exps / 1e9, "gslots": kernel.slots / 1e9,
         }  # fmt: skip
         rows.append(row | {k: _short(v) for k, v in work.items() if v} | {"limit": assumption})
@@ -235,7 +227,7 @@ _VALUES = {"us", "kernels", "gb", "tflop", "spent", "gexp", "gslots", "limit"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks predict`."""
     parser.add_argument(
-        "--gpu", type=lambda text: text.split(","), default=["h100", "h200"],
+        "--gpu", type=lambda text: text.lower().split(","), default=["h100", "h200"],
         help=f"some of {', '.join(gpus.GPUS)}, separated by commas; default: h100,h200",
     )  # fmt: skip
     parser.add_argument("--out", type=Path, default=FOLDER, help="default: %(default)s")
