@@ -233,7 +233,7 @@ def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> 
 def _batch_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
     """Statistics of the batch are a pass of their own."""
     x = args[0]
-    if "no_training" not in name and args[5]:
+    if next((flag for flag in args if isinstance(flag, bool)), False):
         yield Kernel(f"{name} statistics", "BatchNorm", moved([x]))
     yield Kernel(name, "BatchNorm", moved((x, out[0])))
 
@@ -278,6 +278,7 @@ _EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Iterable[Kernel]
     "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,
     "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
     "native_batch_norm_backward": _batch_norm_backward,
     "topk": _sort,
