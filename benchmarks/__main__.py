@@ -26,7 +26,16 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import against, calibrate, compare, profiling, resources, roofline, tune  # noqa: E402
+from benchmarks import (  # noqa: E402
+    against,
+    calibrate,
+    compare,
+    predictions,
+    profiling,
+    resources,
+    roofline,
+    tune,
+)
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Case, Options, dry_run, plan, remaining  # noqa: E402
@@ -97,6 +106,7 @@ def _parser() -> argparse.ArgumentParser:
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
         (tune, "tune", "search faster launch configurations on a GPU"),
         (roofline, "roofline", "predicted floors on a GPU, without having one"),
+        (predictions, "predict", "what a GPU should take for everything that is timed there"),
         (readme, "readme", "the numbers of README.md from the results that are committed"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)

@@ -1,8 +1,9 @@
-"""How many kernels a GPU would be given: launches of ours plus calls of stock operators.
+"""What a GPU would be given: launches of ours plus calls of stock operators, and their work.
 
-Counted on the CPU: everything runs as it would on a GPU but for our kernels, which are counted and
-left out (results do not matter here). A stock operator counts as one kernel, the least it can be,
-unless it only makes a view or allocates. The count does not depend on the size of the map.
+Counted on tensors of the CPU or of "meta": everything runs as it would on a GPU but for our
+kernels, which are noted and left out (results do not matter here). A stock operator counts as one
+call unless it only makes a view or allocates; the kernels that CUDA makes of it, with bytes and
+FLOPs, are beside it (`kernel_work`). The number of calls does not depend on the size of the map.
 """
 
 from __future__ import annotations
@@ -10,15 +11,17 @@ from __future__ import annotations
 import importlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import baseline_model
+from benchmarks import baseline_model, kernel_work
+from benchmarks.kernel_work import Kernel
 from benchmarks.resources import kernel_stems
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.ops import _backend
@@ -28,68 +31,103 @@ MODALITIES = 4
 SIZE = 8
 """Height and width of the map."""
 
-NO_KERNEL = {
-    "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
-    "_reshape_alias", "_unsafe_view",
-}  # fmt: skip
+
+@dataclass(frozen=True)
+class Call:
+    """A launch of ours, or a call of a stock operator, with the kernels that CUDA makes of it.
+    phase: "fwd", or "bwd" for what autograd runs."""
+
+    name: str
+    ours: bool
+    phase: str
+    kernels: tuple[Kernel, ...]
 
 
 class KernelCounter(TorchDispatchMode):
-    """Counts kernels by name. Our operations are looked into instead of counted themselves."""
+    """Notes calls in their order. Our operations are looked into instead of counted themselves."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.fused: Counter[str] = Counter()
-        self.stock: Counter[str] = Counter()
+        self.calls: list[Call] = []
+
+    @property
+    def fused(self) -> Counter[str]:
+        """Launches of ours by name."""
+        return Counter(call.name for call in self.calls if call.ours)
+
+    @property
+    def stock(self) -> Counter[str]:
+        """Calls of stock operators by name."""
+        return Counter(call.name for call in self.calls if not call.ours)
+
+    def kernels(self, phase: str = "") -> list[Kernel]:
+        """Of one phase, or of all."""
+        return [k for call in self.calls if phase in ("", call.phase) for k in call.kernels]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
+        kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         with self:
             if func.namespace == "equiseg_fast":
-                return LAUNCHERS[name](*args, **(kwargs or {}))
+                return LAUNCHERS[name](*args, **kwargs)
             # Inside our operations nothing has taken composite ones like `contiguous` apart yet.
-            result = func.decompose(*args, **(kwargs or {}))
+            result = func.decompose(*args, **kwargs)
             if result is not NotImplemented:
                 return result
-        if not func.is_view and name not in NO_KERNEL:
-            self.stock[name] += 1
-        return func(*args, **(kwargs or {}))
+        out = func(*args, **kwargs)
+        if kernel_work.launches_kernel(func):
+            self._add(name, False, kernel_work.stock(func, args, kwargs, out))
+        return out
 
-    def launch(self, kernel: Any, *_: Any, **__: Any) -> None:
+    def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
         """Instead of a launch."""
-        self.fused[_name(kernel)] += 1
+        name = _name(kernel)
+        self._add(name, True, (kernel_work.ours(name, grid, args, options),))
+
+    def _add(self, name: str, ours: bool, kernels: tuple[Kernel, ...]) -> None:
+        # Gradients are added up between the nodes of the graph: the node says too little.
+        phase = "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
+        self.calls.append(Call(name, ours, phase, kernels))
 
 
 @contextmanager
-def _launching(instead: Callable[[Callable[..., None]], Callable[..., None]]) -> Iterator[None]:
-    """Our launchers call what this makes of their `launch`."""
-    modules = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
-    before = [module.launch for module in modules]
-    try:
-        for module in modules:
-            module.launch = instead(module.launch)
+def _launching(
+    instead: Callable[[Callable[..., None]], Callable[..., None]],
+    facts: tuple[int, int] | None = None,
+) -> Iterator[None]:
+    """Our launchers call what this makes of their `launch`, and choose tiles for such a device."""
+    with ExitStack() as stack:
+        for stem in kernel_stems():
+            module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
+            stack.enter_context(patch.object(module, "launch", instead(module.launch)))
+            if facts and hasattr(module, "device_facts"):
+                stack.enter_context(patch.object(module, "device_facts", lambda _: facts))
         yield
-    finally:
-        for module, launch in zip(modules, before, strict=True):
-            module.launch = launch
 
 
 @contextmanager
-def counting() -> Iterator[KernelCounter]:
-    """Count what runs inside, forward or backward, on CPU tensors and the Triton backend.
+def counting(facts: tuple[int, int] | None = None) -> Iterator[KernelCounter]:
+    """Count what runs inside, forward or backward, as if its tensors were on a GPU.
 
-    What our kernels would compute is left uninitialised.
+    Tensors are on the CPU or on "meta"; what our kernels would compute is left uninitialised. The
+    Triton backend is the default. facts: (architecture, multiprocessors) of the GPU, for example
+    (90, 132); None for the choices of the interpreter.
     """
-    counter = KernelCounter()
-    interpret = _backend.INTERPRET
-    try:
-        _backend.INTERPRET = True  # so that tensors on the CPU are taken for ours
-        with _launching(lambda _: counter.launch), use_backend("triton"), counter:
-            yield counter
-    finally:
-        _backend.INTERPRET = interpret
+    counter, resolve = KernelCounter(), _backend.resolve
+
+    def on_gpu(op: str, requested: str | None, _: Any, *args: Any, **kwargs: Any) -> str:
+        return resolve(op, requested, torch.device("cuda"), *args, **kwargs)
+
+    with (
+        _launching(lambda _: counter.launch, facts),
+        patch.object(_backend, "resolve", on_gpu),
+        patch.object(_backend, "triton_reasons", lambda *_: []),
+        use_backend("triton"),
+        counter,
+    ):
+        yield counter
 
 
 @contextmanager

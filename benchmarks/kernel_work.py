@@ -1,0 +1,288 @@
+"""The kernels that CUDA makes of one call, and what each has to do.
+
+Of a kernel of ours: every tensor it is given once, and the issue slots that its machine code needs
+per element. Of a stock operator: its inputs and outputs, the FLOPs of `torch.utils.flop_counter`,
+and the kernels that ATen is known to launch for it: a bias beside a convolution, one kernel for
+each gradient, statistics in a pass of their own. Nothing here is measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One launch. kind: of `efficiency.KINDS`, how well it does what it does. bytes: read or
+    written. matrix: FLOPs of products of half-precision inputs; vector: of fp32 ones. exps:
+    exponentials. slots: machine instructions of all lanes. programs: CTAs, 0 where they are enough
+    or not known."""
+
+    name: str
+    kind: str
+    bytes: float
+    matrix: float = 0.0
+    vector: float = 0.0
+    exps: float = 0.0
+    slots: float = 0.0
+    programs: int = 0
+
+
+def moved(tensors: Iterable[Tensor]) -> int:
+    """Bytes of what the tensors address, expanded dimensions once; a view that comes twice too."""
+    seen = {}
+    for x in tensors:
+        place = (x.untyped_storage()._cdata, x.storage_offset(), tuple(x.shape))
+        sizes = (n for n, stride in zip(x.shape, x.stride(), strict=True) if stride)
+        seen[place] = prod(sizes) * x.element_size()
+    return sum(seen.values())
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
+
+
+# ---- ours ---------------------------------------------------------------------------------------
+
+# Machine instructions per element of the largest tensor, compiled for sm_90 and read in the hot
+# loop. A pair is that of the forward and that of its transpose or gradient, by constexpr.
+_SLOTS: dict[str, float | tuple[str, float, float]] = {
+    "depthwise_conv": ("FORWARD", 28.4, 19.5),
+    "depthwise_bwd": 51.0,
+    "pooling_mixer_conv": ("TRANSPOSED", 74.0, 84.5),
+    "pooling_mixer_pool": ("TRANSPOSED", 85.8, 74.8),
+    "pooling_mixer_dweight": 93.5,
+    "query_hub_fwd": 52.0,
+    "class_sums": 9.1,
+    "add_layer_norm_fwd": 28.5,
+    "add_layer_norm_bwd": 23.0,
+}
+# The same per pixel and class.
+_LOSS_SLOTS = {"losses_fwd": 20.0, "losses_bwd": 26.0}
+# Products of two matrices, each of as many multiply-adds as there are scores times D.
+_ATTENTION = {"attention_fwd": 2, "attention_bwd_dkdv": 4, "attention_bwd_dq": 3}
+
+
+def ours(name: str, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Kernel:
+    """A kernel of ours; args and options: as `launch` gets them."""
+    given = [x for x in args if isinstance(x, Tensor)]
+    size = moved(x for x in given if x.numel())
+    if name in _ATTENTION:
+        batch, n_q, heads, dim = given[0].shape
+        scores = batch * heads * n_q * given[1].shape[1]
+        way = "forward" if name == "attention_fwd" else "backward"
+        flops = 2 * _ATTENTION[name] * dim * scores
+        half = given[0].element_size() == 2
+        return Kernel(
+            name, f"attention {way} {_width(dim)}", size, matrix=flops * half,
+            vector=flops * (not half), exps=scores, programs=prod(grid),
+        )  # fmt: skip
+    if name in _LOSS_SLOTS:
+        logits, labels = given[:2]
+        pairs = labels.numel() * logits.shape[-1]
+        return Kernel(name, "ours", size, slots=_LOSS_SLOTS[name] * pairs)
+    slots = _SLOTS.get(name, 0.0)
+    if isinstance(slots, tuple):
+        constexpr, on, off = slots
+        slots = on if options[constexpr] else off
+    return Kernel(name, "ours", size, slots=slots * max((x.numel() for x in given), default=0))
+
+
+def _width(dim: int) -> str:
+    """Two widths of heads stand for all."""
+    return "D=32" if dim <= 32 else "D=64"
+
+
+# ---- stock operators ----------------------------------------------------------------------------
+
+_NO_KERNEL = {
+    "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
+    "_reshape_alias", "_unsafe_view", "empty_permuted",
+}  # fmt: skip
+_OVERWRITING = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
+_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
+"""Where the two matrices are among the arguments."""
+_REDUCTIONS = {
+    "sum", "mean", "amax", "amin", "max", "min", "prod", "var_mean", "argmax", "any", "all",
+    "count_nonzero", "logsumexp", "cumsum", "linalg_vector_norm", "norm",
+}  # fmt: skip
+_COPIES = {"clone", "copy_", "_to_copy"}
+_POOLS = {"avg_pool2d": 0, "avg_pool2d_backward": 1}
+"""Where the input is among the arguments; the size of the window follows it."""
+_TAP_SLOTS = 3.25
+"""Machine instructions per tap of stock stencils."""
+_SORT_KERNELS = 12
+_FLASH_ROWS = 128
+"""Queries (forward) or keys (backward) of one program of FlashAttention on Hopper."""
+
+
+def launches_kernel(func: Any) -> bool:
+    """Whether a stock operator is more than a view or an allocation."""
+    return not func.is_view and func.overloadpacket.__name__ not in _NO_KERNEL
+
+
+def stock(
+    func: Any, args: Sequence[Any], kwargs: Mapping[str, Any], out: Any
+) -> tuple[Kernel, ...]:
+    """The kernels of a stock operator that was called with these arguments."""
+    name = func.overloadpacket.__name__
+    count = flop_registry.get(func.overloadpacket)
+    flops = float(count(*args, **kwargs, out_val=out)) if count else 0.0
+    if name in _EXPANDED:
+        return tuple(_EXPANDED[name](name, args, out, flops))
+    read = tensors_in((args[1:] if name in _OVERWRITING else args, kwargs))
+    size = moved(read) + moved(tensors_in(out))
+    if name in _PRODUCTS:
+        return (_product(name, args[_PRODUCTS[name] :], size, flops),)
+    kind = "pointwise"
+    if name in _REDUCTIONS:
+        kind = "reduction"
+    elif name in _COPIES and _reorders(read[-1], tensors_in(out)[0]):
+        kind = "transposing copy"
+    elif name == "upsample_bilinear2d_backward":
+        kind = "bilinear backward"
+    return (Kernel(name, kind, size),)
+
+
+def _reorders(source: Tensor, target: Tensor) -> bool:
+    """Whether dimensions lie in memory in another order."""
+
+    def order(x: Tensor) -> list[int]:
+        sizes = [i for i, n in enumerate(x.shape) if n > 1]
+        return sorted(sizes, key=lambda i: -x.stride(i))
+
+    return order(source) != order(target)
+
+
+def _arithmetic(x: Tensor, flops: float) -> dict[str, float]:
+    return {"matrix" if x.element_size() == 2 else "vector": flops}
+
+
+def _product(name: str, factors: Sequence[Any], size: float, flops: float) -> Kernel:
+    """A sum over many more elements than a side of the result has is that of a weight gradient."""
+    left, right = factors[:2]
+    long = left.shape[-1] > 8 * max(left.shape[-2], right.shape[-1])
+    return Kernel(
+        name, "weight-gradient GEMM" if long else "GEMM", size, **_arithmetic(left, flops)
+    )
+
+
+def _convolution(name: str, args: Sequence[Any], out: Any, flops: float) -> Iterable[Kernel]:
+    x, weight, bias = args[:3]
+    kind, slots = _kind_of_convolution(weight, args[8], out.numel())
+    size = moved((x, weight, out))
+    yield Kernel(name, kind, size, slots=slots, **_arithmetic(x, flops * (args[8] == 1)))
+    if bias is not None and args[8] == 1:
+        yield Kernel("add_", "pointwise", 2 * moved([out]))
+
+
+def _convolution_backward(
+    name: str, args: Sequence[Any], out: Any, flops: float
+) -> Iterable[Kernel]:
+    """flops: of all gradients of `out` together; those of x and the weight need the same."""
+    grad, x, weight = args[:3]
+    dx, dweight, dbias = out
+    groups = args[9]
+    kind, slots = _kind_of_convolution(weight, groups, grad.numel())
+    half = flops / sum(y is not None for y in (dx, dweight)) if groups == 1 else 0.0
+    if dx is not None:
+        size = moved((grad, weight, dx))
+        yield Kernel(f"{name} dx", kind, size, slots=slots, **_arithmetic(x, half))
+    if dweight is not None:
+        if kind == "GEMM":
+            kind = "weight-gradient GEMM"
+        size = moved((grad, x, dweight))
+        yield Kernel(f"{name} dweight", kind, size, slots=slots, **_arithmetic(x, half))
+    if dbias is not None:
+        yield Kernel(f"{name} dbias", "reduction", moved((grad, dbias)))
+
+
+def _kind_of_convolution(weight: Tensor, groups: int, outputs: int) -> tuple[str, float]:
+    """(kind, machine instructions) where there are so many outputs."""
+    taps = weight.shape[2:].numel()
+    if groups > 1:
+        return "stencil", _TAP_SLOTS * taps * outputs
+    return ("GEMM" if taps == 1 else "convolution"), 0.0
+
+
+def _pool(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    window = args[_POOLS[name] + 1]
+    slots = _TAP_SLOTS * prod(window) * out.numel()
+    yield Kernel(name, "stencil", moved(tensors_in((args, out))), slots=slots)
+
+
+def _layer_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    yield Kernel(name, "LayerNorm forward", moved(tensors_in((args, out))))
+
+
+def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    """Gradients of the input, then those of the parameters, which read both inputs again."""
+    grad, x = args[:2]
+    yield Kernel(f"{name} dx", "LayerNorm backward", moved((grad, x, out[0])))
+    if any(y is not None for y in out[1:]):
+        yield Kernel(f"{name} dweight", "LayerNorm backward", moved((grad, x)))
+
+
+def _batch_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    """Statistics of the batch are a pass of their own."""
+    x = args[0]
+    if next((flag for flag in args if isinstance(flag, bool)), False):
+        yield Kernel(f"{name} statistics", "BatchNorm", moved([x]))
+    yield Kernel(name, "BatchNorm", moved((x, out[0])))
+
+
+def _batch_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    grad, x = args[:2]
+    yield Kernel(f"{name} sums", "BatchNorm", moved((grad, x)))
+    if out[0] is not None:
+        yield Kernel(f"{name} dx", "BatchNorm", moved((grad, x, out[0])))
+
+
+def _sort(name: str, args: Sequence[Any], _: Any, __: float) -> Iterable[Kernel]:
+    yield from [Kernel(name, "pointwise", moved(args[:1]))] * _SORT_KERNELS
+
+
+def _flash(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    q, k, v = args[:3]
+    scores, rows = q.shape[:-1].numel() * k.shape[-2], -(-q.shape[-2] // _FLASH_ROWS)
+    yield Kernel(
+        name, f"SDPA forward {_width(q.shape[-1])}", moved((q, k, v, *out[:2])),
+        matrix=4 * q.shape[-1] * scores, exps=scores, programs=rows * q.shape[:2].numel(),
+    )  # fmt: skip
+
+
+def _flash_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+    """One program per block of keys adds up gradients of queries in fp32, which are cast last."""
+    grad, q, k, v, forward = args[:5]
+    scores, rows = q.shape[:-1].numel() * k.shape[-2], -(-k.shape[-2] // _FLASH_ROWS)
+    yield Kernel(f"{name} delta", "pointwise", moved((grad, forward)))
+    yield Kernel(
+        name, "SDPA backward", moved((grad, q, k, v, *out[1:])) + 4 * q.numel(),
+        matrix=10 * q.shape[-1] * scores, exps=scores, programs=rows * q.shape[:2].numel(),
+    )  # fmt: skip
+    yield Kernel(f"{name} cast", "pointwise", 4 * q.numel() + moved(out[:1]))
+
+
+_EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Iterable[Kernel]]] = {
+    "convolution": _convolution,
+    "convolution_backward": _convolution_backward,
+    "avg_pool2d": _pool,
+    "avg_pool2d_backward": _pool,
+    "native_layer_norm": _layer_norm,
+    "native_layer_norm_backward": _layer_norm_backward,
+    "native_batch_norm": _batch_norm,
+    "_native_batch_norm_legit": _batch_norm,
+    "_native_batch_norm_legit_no_training": _batch_norm,
+    "native_batch_norm_backward": _batch_norm_backward,
+    "topk": _sort,
+    "sort": _sort,
+    "_scaled_dot_product_flash_attention": _flash,
+    "_scaled_dot_product_flash_attention_backward": _flash_backward,
+}
