@@ -35,11 +35,13 @@ from pathlib import Path
 from typing import Any
 
 KIB = 1024
-ARCHS = (80, 90, 100, 120)
+ARCHS = (80, 89, 90, 100, 120)
 KERNELS = Path(__file__).parent.parent / "kernels"
 
-SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+TENSOR_CORE = {
+    80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"
+}  # fmt: skip
 _PTX_NAMES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _ISSUE_ARCHS = (80, 90)
 
@@ -96,6 +98,16 @@ def _tool_output(cubin: bytes, *options: str) -> str:
         return subprocess.run(
             [tool, *options, path], capture_output=True, text=True, check=True
         ).stdout
+
+
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack) of a kernel."""
+    found = re.search(
+        r"REG:(\d+) STACK:(\d+)", _tool_output(cubin, "--dump-resource-usage")
+    )
+    if not found:
+        raise RuntimeError("cuobjdump says nothing about registers")
+    return int(found[1]), int(found[2])
 
 
 def _tensor_core_path(ptx: str, dots: str) -> tuple[str, int]:
@@ -184,8 +196,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         options["maxnreg"] = entry.max_registers
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        usage = _tool_output(compiled.asm["cubin"], "--dump-resource-usage")
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers, stack = usage(compiled.asm["cubin"])
     except Exception as error:
         # The message may quote files of this machine; its type and first line without paths say
         # enough.
