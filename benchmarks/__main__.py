@@ -26,7 +26,7 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import against, calibrate, compare, profiling, resources, roofline, tune  # noqa: E402
+from benchmarks import against, calibrate, compare, dry, profiling, resources, roofline, tune  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Options, dry_run, plan  # noqa: E402
@@ -87,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
         (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
+        (dry, "dry", "bind and compile for a GPU that is not there, or fill a cache of binaries"),
         (tune, "tune", "search faster launch configurations on a GPU"),
         (roofline, "roofline", "predicted floors on a GPU, without having one"),
         (readme, "readme", "the numbers of README.md from the results that are committed"),

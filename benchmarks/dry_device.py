@@ -44,8 +44,8 @@ _INDICES = itertools.count(-1000, -1)
 class Binary:
     """One specialisation: what Triton compiles, as plain data, and what came of it.
 
-    `registers` per thread, `spills` and `shared` in bytes, `seconds` of wall time for compiling, and
-    `hit` (it was in the cache) are there once it is compiled.
+    Once it is compiled: `registers` per thread, `spills` and `shared` in bytes, `seconds` of wall
+    time that compiling took, and `hit`, whether it was in the cache.
     """
 
     module: str
@@ -120,7 +120,7 @@ class Pointer:
 
 
 def refusal(kind: str, value: Any) -> str:
-    """Why Triton's C launcher would refuse a value for a parameter of a type; empty if it takes it."""
+    """Why Triton's C launcher would refuse a value for a parameter of this type; empty if not."""
     if kind == "constexpr":
         return ""
     if kind.startswith("*"):
@@ -240,8 +240,10 @@ def active_driver(device: DryDevice, cache: str | Path | None) -> Iterator[_Driv
             driver._active = before
 
 
-def finish(binary: Binary, active: _Driver, compile_: Callable[[], Any]) -> None:
-    """Compile, check against the limits of the device, and note what it costs."""
+def finish(
+    binary: Binary, active: _Driver, compile_: Callable[[], Any], inspect: bool = True
+) -> None:
+    """Compile and note what it costs. inspect: also check it against the limits of the device."""
     import triton
 
     hits = []
@@ -252,8 +254,9 @@ def finish(binary: Binary, active: _Driver, compile_: Callable[[], Any]) -> None
         compiled = compile_()
         binary.seconds, binary.hit = perf_counter() - start, all(hits)
         binary.shared = compiled.metadata.shared
-        compiled._init_handles()
-        binary.registers, binary.spills = active.usage
+        if inspect:
+            compiled._init_handles()
+            binary.registers, binary.spills = active.usage
     finally:
         triton.knobs.compilation.listener = listener
 

@@ -102,9 +102,7 @@ def _tool_output(cubin: bytes, *options: str) -> str:
 
 def usage(cubin: bytes) -> tuple[int, int]:
     """(registers per thread, bytes of stack) of a kernel."""
-    found = re.search(
-        r"REG:(\d+) STACK:(\d+)", _tool_output(cubin, "--dump-resource-usage")
-    )
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _tool_output(cubin, "--dump-resource-usage"))
     if not found:
         raise RuntimeError("cuobjdump says nothing about registers")
     return int(found[1]), int(found[2])
@@ -243,7 +241,8 @@ def _compile_by_label(stem: str, label: str, arch: int) -> Resources:
     return compile_entry(_entries(stem, arch)[label], arch)
 
 
-def _children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
+def children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that compile, into the folder `cache`, whatever this one does."""
     return concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
     )
@@ -258,7 +257,7 @@ def not_in_table(table: Path) -> list[str]:
     """Entries of today's sources that `table` (a resources.json) does not have as they are, and
     those of the table that are no more."""
     known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
-    with _children(1, "") as pool:
+    with children(1, "") as pool:
         today = {
             (arch, label, now)
             for stem in kernel_stems()
@@ -270,7 +269,7 @@ def not_in_table(table: Path) -> list[str]:
 
 def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
     """(architecture, label) of every entry whose label matches the regular expression."""
-    with tempfile.TemporaryDirectory() as cache, _children(1, cache) as pool:
+    with tempfile.TemporaryDirectory() as cache, children(1, cache) as pool:
         return [
             (arch, label)
             for arch in archs
@@ -295,7 +294,7 @@ def run(
     """
     known = {} if out is None else _known(Path(out))
     results = []
-    with tempfile.TemporaryDirectory() as cache, _children(workers, cache) as pool:
+    with tempfile.TemporaryDirectory() as cache, children(workers, cache) as pool:
         jobs = []
         for arch in archs:
             for stem in stems or kernel_stems():
@@ -359,11 +358,21 @@ def write(results: Sequence[Resources], folder: Path) -> None:
     (folder / "resources.md").write_text(f"Triton {version}\n\n{markdown(results)}")
 
 
+def architectures(text: str) -> tuple[int, ...]:
+    """`80,90` as numbers of `ARCHS`."""
+    wanted = text.split(",")
+    if unknown := [a for a in wanted if a not in map(str, ARCHS)]:
+        raise argparse.ArgumentTypeError(
+            f"must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}"
+        )
+    return tuple(map(int, wanted))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks resources`."""
     parser.add_argument(
         "--arch",
-        type=lambda text: tuple(int(a) for a in text.split(",")),
+        type=architectures,
         default=ARCHS,
         help=f"architectures, comma separated, of {', '.join(map(str, ARCHS))} (default: all)",
     )
@@ -378,8 +387,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Compile, write the tables, print what is wrong; 1 if anything is."""
-    if unknown := [a for a in args.arch if a not in ARCHS]:
-        raise ValueError(f"--arch must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}")
     if args.dry_run:
         labels = entries(args.arch, args.kernel)
         for arch, label in labels:
