@@ -141,11 +141,12 @@ def survey(
         adopt(folder)
         with resources.children(processes, str(folder)) as pool:
             wanted = list(order.programs())
-            jobs = [pool.submit(trace, order, key) for key in wanted]
+            # Networks come last and take longest, so they start first.
+            jobs = [pool.submit(trace, order, key) for key in reversed(wanted)]
             for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
                 shown(f"sm_{order.arch}: binding", done, len(jobs))
                 job.result()
-            found.programs = [job.result() for job in jobs]
+            found.programs = [job.result() for job in reversed(jobs)]
             for program in found.programs:
                 found.binaries |= {b.key: b for b in program.binaries}
                 found.errors += [f"{program.name}: {error}" for error in program.errors]
@@ -158,6 +159,7 @@ def survey(
                     binary, error = job.result()
                     found.binaries[binary.key] = binary
                     found.errors += [f"{binary.kernel} {binary.case}: {error}"] if error else []
+        adopt(folder)
     return found
 
 
@@ -331,7 +333,7 @@ def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) ->
     if compiled:
         spent = sum(b.seconds for b in binaries if not b.hit)
         text += (
-            f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled in {spent:.1f} s"
+            f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled in {spent:.1f} s of CPU time"
         )
     console.print(f"{text}; {seconds:.1f} s in all")
 

@@ -23,7 +23,6 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 
 import torch
@@ -44,7 +43,7 @@ _INDICES = itertools.count(-1000, -1)
 class Binary:
     """One specialisation: what Triton compiles, as plain data, and what came of it.
 
-    Once it is compiled: `registers` per thread, `spills` and `shared` in bytes, `seconds` of wall
+    Once it is compiled: `registers` per thread, `spills` and `shared` in bytes, `seconds` of CPU
     time that compiling took, and `hit`, whether it was in the cache.
     """
 
@@ -249,10 +248,10 @@ def finish(
     hits = []
     listener = triton.knobs.compilation.listener
     triton.knobs.compilation.listener = lambda **about: hits.append(about["cache_hit"])
-    start = perf_counter()
+    start = resources.cpu_seconds()
     try:
         compiled = compile_()
-        binary.seconds, binary.hit = perf_counter() - start, all(hits)
+        binary.seconds, binary.hit = resources.cpu_seconds() - start, all(hits)
         binary.shared = compiled.metadata.shared
         if inspect:
             compiled._init_handles()

@@ -138,7 +138,7 @@ def slots_per_score(sass: str, scores_per_thread: float) -> float | None:
     return min(lengths) / scores_per_thread if lengths else None
 
 
-def _processor_seconds() -> float:
+def cpu_seconds() -> float:
     """Time of this process and the tools it has called; unlike the clock, fair on a busy host."""
     return sum(os.times()[:4])
 
@@ -175,7 +175,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = _processor_seconds()
+    start = cpu_seconds()
     known = {"kernel": entry.name, "label": entry.label, "dots": entry.dots, "arch": arch}
     known["fingerprint"] = fingerprint(entry)
     position = {name: i for i, name in enumerate(entry.types)}
@@ -214,7 +214,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         path=path,
         products=products,
         slots=None if slots is None else round(slots, 2),
-        seconds=round(_processor_seconds() - start, 2),
+        seconds=round(cpu_seconds() - start, 2),
     )
 
 
