@@ -35,11 +35,13 @@ from pathlib import Path
 from typing import Any
 
 KIB = 1024
-ARCHS = (80, 90, 100, 120)
+ARCHS = (80, 89, 90, 100, 120)
 KERNELS = Path(__file__).parent.parent / "kernels"
 
-SHARED_LIMIT = {80: 163 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
-TENSOR_CORE = {80: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"}
+SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+TENSOR_CORE = {
+    80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"
+}  # fmt: skip
 _PTX_NAMES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _ISSUE_ARCHS = (80, 90)
 
@@ -98,6 +100,14 @@ def _tool_output(cubin: bytes, *options: str) -> str:
         ).stdout
 
 
+def usage(cubin: bytes) -> tuple[int, int]:
+    """(registers per thread, bytes of stack) of a kernel."""
+    found = re.search(r"REG:(\d+) STACK:(\d+)", _tool_output(cubin, "--dump-resource-usage"))
+    if not found:
+        raise RuntimeError("cuobjdump says nothing about registers")
+    return int(found[1]), int(found[2])
+
+
 def _tensor_core_path(ptx: str, dots: str) -> tuple[str, int]:
     """The instruction family and its count; mixed families are named together: both would show."""
     counts = {family: len(re.findall(re.escape(name), ptx)) for family, name in _PTX_NAMES.items()}
@@ -128,7 +138,7 @@ def slots_per_score(sass: str, scores_per_thread: float) -> float | None:
     return min(lengths) / scores_per_thread if lengths else None
 
 
-def _processor_seconds() -> float:
+def cpu_seconds() -> float:
     """Time of this process and the tools it has called; unlike the clock, fair on a busy host."""
     return sum(os.times()[:4])
 
@@ -165,7 +175,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = _processor_seconds()
+    start = cpu_seconds()
     known = {"kernel": entry.name, "label": entry.label, "dots": entry.dots, "arch": arch}
     known["fingerprint"] = fingerprint(entry)
     position = {name: i for i, name in enumerate(entry.types)}
@@ -184,8 +194,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         options["maxnreg"] = entry.max_registers
     try:
         compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        usage = _tool_output(compiled.asm["cubin"], "--dump-resource-usage")
-        registers, stack = map(int, re.search(r"REG:(\d+) STACK:(\d+)", usage).groups())
+        registers, stack = usage(compiled.asm["cubin"])
     except Exception as error:
         # The message may quote files of this machine; its type and first line without paths say
         # enough.
@@ -205,7 +214,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         path=path,
         products=products,
         slots=None if slots is None else round(slots, 2),
-        seconds=round(_processor_seconds() - start, 2),
+        seconds=round(cpu_seconds() - start, 2),
     )
 
 
@@ -232,7 +241,8 @@ def _compile_by_label(stem: str, label: str, arch: int) -> Resources:
     return compile_entry(_entries(stem, arch)[label], arch)
 
 
-def _children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
+def children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
+    """Processes that compile, into the folder `cache`, whatever this one does."""
     return concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
     )
@@ -247,7 +257,7 @@ def not_in_table(table: Path) -> list[str]:
     """Entries of today's sources that `table` (a resources.json) does not have as they are, and
     those of the table that are no more."""
     known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
-    with _children(1, "") as pool:
+    with children(1, "") as pool:
         today = {
             (arch, label, now)
             for stem in kernel_stems()
@@ -259,7 +269,7 @@ def not_in_table(table: Path) -> list[str]:
 
 def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
     """(architecture, label) of every entry whose label matches the regular expression."""
-    with tempfile.TemporaryDirectory() as cache, _children(1, cache) as pool:
+    with tempfile.TemporaryDirectory() as cache, children(1, cache) as pool:
         return [
             (arch, label)
             for arch in archs
@@ -284,7 +294,7 @@ def run(
     """
     known = {} if out is None else _known(Path(out))
     results = []
-    with tempfile.TemporaryDirectory() as cache, _children(workers, cache) as pool:
+    with tempfile.TemporaryDirectory() as cache, children(workers, cache) as pool:
         jobs = []
         for arch in archs:
             for stem in stems or kernel_stems():
@@ -348,11 +358,21 @@ def write(results: Sequence[Resources], folder: Path) -> None:
     (folder / "resources.md").write_text(f"Triton {version}\n\n{markdown(results)}")
 
 
+def architectures(text: str) -> tuple[int, ...]:
+    """`80,90` as numbers of `ARCHS`."""
+    wanted = text.split(",")
+    if unknown := [a for a in wanted if a not in map(str, ARCHS)]:
+        raise argparse.ArgumentTypeError(
+            f"must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}"
+        )
+    return tuple(map(int, wanted))
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks resources`."""
     parser.add_argument(
         "--arch",
-        type=lambda text: tuple(int(a) for a in text.split(",")),
+        type=architectures,
         default=ARCHS,
         help=f"architectures, comma separated, of {', '.join(map(str, ARCHS))} (default: all)",
     )
@@ -367,8 +387,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace) -> int:
     """Compile, write the tables, print what is wrong; 1 if anything is."""
-    if unknown := [a for a in args.arch if a not in ARCHS]:
-        raise ValueError(f"--arch must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}")
     if args.dry_run:
         labels = entries(args.arch, args.kernel)
         for arch, label in labels:

@@ -1,4 +1,4 @@
-"""What a visit does: its steps, their commands, their shares of the time, in the order of their worth.
+"""What a visit does: its steps, their commands and shares of the time, in the order of their worth.
 
 On a CPU the same steps are rehearsed on little: kernels in Triton's interpreter, tiny shapes, few
 tests. What only a GPU has is said to be impossible there.
@@ -25,6 +25,7 @@ HOTTEST = (
     "attention", "depthwise", "norm", "mix_ffn", "query_hub", "pooling_mixer", "guided_gate",
     "prototypes", "losses",
 )  # fmt: skip
+ENVIRONMENT = "environment.json"
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 HEADLINE = ("training", "model", "encoder")
@@ -66,7 +67,7 @@ def _prepare(folder: Path, cuda: bool, cache: Path) -> Step:
     arch, processes = _architecture(cuda), str(os.cpu_count() or 2)
     what = ("--what", "visit", *arch) if cuda else ("--what", "core", "--op", "guided_gate")
     tasks = [
-        Task("prepare/environment", bench("env"), "environment.json", estimate=(("versions", 6.0),)),
+        Task("prepare/environment", bench("env"), ENVIRONMENT, estimate=(("versions", 6.0),)),
         task("prepare/versions", (PYTHON, "-m", "equiseg_fast.env")),
         task(
             "prepare/calibrate",
@@ -147,12 +148,9 @@ def _estimates(suite: str, ops: Sequence[str]) -> list[tuple[str, float]]:
         large = (case.shape.height / 512) ** 2 * (2 if case.shape.variant == "b2" else 1)
         whole = case.op.scope != "operation"
         found.append((f"{case.label}: inputs and oracle", (1.0 + large / 2) if whole else 0.3))
-        slow = {"baseline": 2.0, "baseline_cl": 2.0, "reference": 1.5}
+        own = 0.7 + large / 8 if whole else 0.1
         found += [
-            (
-                f"{case.label}: memory of {p}",
-                slow.get(p, 1.0) * ((0.7 + large / 8) if whole else 0.1),
-            )
+            (f"{case.label}: memory of {p}", own * (2 if p.startswith("baseline") else 1))
             for p in case.providers
         ]
         found += [

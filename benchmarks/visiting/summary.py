@@ -20,6 +20,7 @@ from benchmarks.registry import operations
 from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
 from benchmarks.visiting.budget import State, Step, Task
 from benchmarks.visiting.outcomes import merged
+from benchmarks.visiting.steps import ENVIRONMENT
 
 RUNS = ("headline", "operations", "compilers")
 """Folders of records; of one measurement the first that has numbers counts."""
@@ -66,7 +67,7 @@ def table(planned: Sequence[Step], state: State, folder: Path) -> Table:
 
 
 def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
-    """`summary.md`, and all records in the folder `results`, as `report` and `compare` read them."""
+    """`summary.md`, and all records in the folder `results`, for `report` and `compare`."""
     records = merge(folder)
     lines = ["# Visit", "", _environment(folder) or "no environment yet", ""]
     lines += ["| step | state | seconds | what came out |", "|---|---|--:|---|"]
@@ -112,8 +113,7 @@ def _measured(folder: Path) -> list[Record]:
 
 
 def _device(folder: Path) -> str:
-    env = _json(folder / "environment.json")
-    return env.get("device", "")
+    return _json(folder / ENVIRONMENT).get("device", "")
 
 
 def _json(path: Path) -> dict[str, Any]:
@@ -126,7 +126,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _environment(folder: Path) -> str:
-    env = _json(folder / "environment.json")
+    env = _json(folder / ENVIRONMENT)
     if not env:
         return ""
     triton = env["triton"] or "not installed"
