@@ -122,7 +122,9 @@ def _parser() -> argparse.ArgumentParser:
     calibration = commands.add_parser("calibrate", help="what this device can do at most")
     calibrate.add_arguments(calibration)
     calibration.set_defaults(
-        run=lambda args, console: calibrate.main(args, console, choose_device(args.device))
+        run=lambda args, console: calibrate.main(
+            args, console, choose_device(args.device, needed=not args.dry_run)
+        )
     )
 
     env = commands.add_parser("env", help="the environment record of this machine")

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -19,9 +20,12 @@ from benchmarks.__main__ import main
 from benchmarks.plan import Options, plan
 from benchmarks.record import Record, read_jsonl, write_jsonl
 from benchmarks.registry import Problem, Shape, operations
-from benchmarks.visiting import summary, visit
-from benchmarks.visiting.budget import AGAIN, USABLE, State, Step, Task, run, shares
+from benchmarks.resume import AGAIN
+from benchmarks.visiting import steps, summary, visit
+from benchmarks.visiting.archive import LOG_BYTES, pack
+from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, born, share
 from benchmarks.visiting.outcomes import Outcomes
+from benchmarks.visiting.simulate import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
@@ -34,7 +38,8 @@ def shell(name: str, script: str, **options: object) -> Task:
 
 def carry_out(folder: Path, steps: list[Step], seconds: float = 20.0) -> State:
     state = State(folder / "visit.json")
-    run(steps, state, folder, folder, time.monotonic() + seconds)
+    state.end_orphans()
+    Visit(steps, state, folder, folder, time.monotonic() + seconds).run()
     return State(folder / "visit.json")
 
 
@@ -98,15 +103,66 @@ def test_what_was_running_when_everything_was_killed_is_run_again(tmp_path: Path
     assert (state.tasks["task"]["state"], state.tasks["task"]["attempts"]) == ("done", 2)
 
 
+def test_orphans_of_a_killed_visit_are_ended_first(tmp_path: Path) -> None:
+    """With their children; a stranger that was given the number later is left alone."""
+    tree = subprocess.Popen(
+        ("bash", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"), start_new_session=True
+    )
+    stranger = subprocess.Popen(("sleep", "300"), start_new_session=True)
+    while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text().strip():
+        time.sleep(0.05)
+    running = {"state": "running", "attempts": 1}
+    tasks = {
+        "tree": running | {"pid": tree.pid, "born": born(tree.pid)},
+        "other": running | {"pid": stranger.pid, "born": born(stranger.pid) - 1},
+    }
+    (tmp_path / "visit.json").write_text(json.dumps({"tasks": tasks}))
+    try:
+        assert State(tmp_path / "visit.json").end_orphans() == ["tree"]
+        assert tree.wait(timeout=10) == -signal.SIGKILL
+        assert not alive(int((tmp_path / "child").read_text()))
+        assert stranger.poll() is None
+        assert {v["state"] for v in State(tmp_path / "visit.json").tasks.values()} == {"cut off"}
+    finally:
+        stranger.kill()
+        stranger.wait()
+
+
+def test_what_can_bring_nothing_leaves_its_time_at_once(tmp_path: Path) -> None:
+    said: list[str] = []
+    refused = shell("refused", "echo Error: Device not supported.; sleep 300", hopeless="not supp")
+    step = Step("refused", "", 60.0, (refused,))
+    after = Step("next", "", 1.0, (shell("next", "true"),))
+    started = time.monotonic()
+    state = State(tmp_path / "visit.json")
+    Visit([step, after], state, tmp_path, tmp_path, started + 60, progress=said.append).run()
+    assert time.monotonic() - started < 20
+    assert state.tasks["refused"]["state"] == "hopeless"
+    assert state.tasks["next"]["state"] == "done"
+    assert "refused: Error: Device not supported." in said
+    assert State(tmp_path / "visit.json").over(refused)
+
+
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
     state = carry_out(tmp_path, [Step("step", "", 1.0, (shell("task", "touch ran"),))], seconds=1.0)
     assert state.tasks["task"]["state"] == "not started"
     assert not (tmp_path / "ran").exists()
 
 
-def test_time_that_is_left_goes_to_those_behind() -> None:
-    steps = [Step(name, "", weight, ()) for name, weight in (("a", 1.0), ("b", 3.0))]
-    assert shares(steps, 80.0) == {"a": 20.0, "b": 60.0}
+def test_what_comes_first_has_its_time_even_if_there_is_little() -> None:
+    steps = [Step(name, "", seconds, ()) for name, seconds in (("a", 10.0), ("b", 30.0))]
+    assert share(steps, 80.0) == 20.0
+    assert share(steps, 40.0) == 10.0
+    assert share(steps, 20.0) == 10.0
+    assert share(steps, 5.0) == 5.0
+
+
+def test_tasks_share_by_weight(tmp_path: Path) -> None:
+    tasks = tuple(shell(n, "echo {minutes}", weight=w) for n, w in (("long", 9.0), ("short", 1.0)))
+    carry_out(tmp_path, [Step("step", "", 1.0, tasks)], seconds=1000.0)
+    told = [60 * float((tmp_path / f"logs/{n}.log").read_text()) for n in ("long", "short")]
+    assert told[0] == pytest.approx(0.9 * 1000 * USABLE, rel=0.01)
+    assert told[1] == pytest.approx(1000 * USABLE, rel=0.01)  # the first left all of its time
 
 
 def test_a_step_that_ends_early_leaves_its_time(tmp_path: Path) -> None:
@@ -167,14 +223,16 @@ def test_after(): pass
 """
 
 
-def pytest_with_outcomes(folder: Path, source: str) -> int:
+def pytest_with_outcomes(folder: Path, source: str, *options: str) -> int:
     (folder / "test_some.py").write_text(source)
     command = (
         sys.executable, "-m", "pytest", "-p", "benchmarks.visiting.outcomes",
         "--outcomes", "out.jsonl", "-p", "no:cacheprovider",
-        "--rootdir", str(folder), "test_some.py",
+        "--rootdir", str(folder), *options, "test_some.py",
     )  # fmt: skip
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # A worker of pytest-xdist tells its children so.
+    clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
+    env = {**clean, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
 
 
@@ -196,8 +254,38 @@ def test_outcomes_survive_a_death_and_are_not_asked_for_twice(tmp_path: Path) ->
     assert "fixture" in reasons["test_of_broken_fixture"]
 
     length = len((tmp_path / "out.jsonl").read_text().splitlines())
-    assert pytest_with_outcomes(tmp_path, TESTS) == 5  # no test is left
+    assert pytest_with_outcomes(tmp_path, TESTS) == 1  # no test is left, and some had failed
     assert len((tmp_path / "out.jsonl").read_text().splitlines()) == length + 1
+
+
+ORDERED = """
+class TestExport:
+    def test_export(self): pass
+class TestOther:
+    def test_b(self): pass
+class TestParity:
+    def test_a(self): pass
+"""
+
+
+def test_parity_first_and_nothing_left_is_no_failure(tmp_path: Path) -> None:
+    assert pytest_with_outcomes(tmp_path, ORDERED) == 0
+    names = [test.split("::")[-1] for test in Outcomes.read(tmp_path / "out.jsonl").ended]
+    assert names == ["test_a", "test_b", "test_export"]
+    assert pytest_with_outcomes(tmp_path, ORDERED) == 0
+
+
+def test_outcomes_of_several_processes(tmp_path: Path) -> None:
+    """A process that dies takes its test along and nothing else; what ended is chosen by nobody."""
+    pytest.importorskip("xdist")
+    options = ("-p", "xdist", "-n", "2", "--dist", "load")
+    assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
+    found = Outcomes.read(tmp_path / "out.jsonl")
+    assert dict(found.counts()) == {"passed": 1, "failed": 3, "skipped": 1}
+    died = next(line for test, line in found.ended.items() if "test_dies" in test)
+    assert "crashed" in died["reason"]
+    assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
+    assert Outcomes.read(tmp_path / "out.jsonl").ended == found.ended
 
 
 def test_an_error_of_the_device_starts_a_new_process(tmp_path: Path) -> None:
@@ -224,7 +312,7 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
     assert main(arguments) == 0
     out = capsys.readouterr().out
     assert "guided_gate b0 s1 96x68 B1 M3 fp32" in out
-    assert "1 operations exercised, 0 not finite" in out
+    assert "exercised guided_gate: 0 wrong" in out
 
     right = operations()["guided_gate"]
 
@@ -238,7 +326,16 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
     monkeypatch.setitem(registry.operations(), "guided_gate", replace(right, build=build))
     assert main(arguments) == 1
-    assert "not finite: guided_gate b0 s4 96x96 B2 M2 fp32" in capsys.readouterr().out
+    assert "wrong: guided_gate b0 s4 96x96 B2 M2 fp32: not finite" in capsys.readouterr().out
+
+    def fails(*given: object) -> Problem:
+        raise RuntimeError("no such kernel image\nin some/file")
+
+    monkeypatch.setitem(registry.operations(), "guided_gate", replace(right, build=fails))
+    assert main(arguments) == 1
+    out = capsys.readouterr().out
+    assert "wrong: guided_gate b0 s1 96x68 B1 M3 fp32: RuntimeError: no such kernel image" in out
+    assert "exercised guided_gate: 2 wrong" in out
 
 
 def test_exercise_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
@@ -268,66 +365,120 @@ def test_exercise_needs_kernels_that_run(
 # ---- the visit ----------------------------------------------------------------------------------
 
 
+def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, Step]:
+    return {step.name: step for step in steps.steps(folder, device, folder / "triton-cache")}
+
+
+def option(task: Task, name: str) -> str:
+    words = task.command[3:]  # behind python -m and a module
+    return words[words.index(name) + 1]
+
+
 def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(visit.shutil, "which", lambda name: f"/opt/{name}")
-    planned = {step.name: step for step in visit.steps(tmp_path, CUDA)}
+    monkeypatch.setattr(steps.shutil, "which", lambda name: f"/opt/{name}")
+    planned = plan_of(tmp_path)
     assert list(planned) == [
-        "environment", "calibrate", "parity", "core", "memory", "compiled", "sanitizer", "tune",
-        "report",
+        "prepare", "kernels", "host", "headline", "parity", "operations", "memcheck", "compilers",
+        "report", "tune",
     ]  # fmt: skip
-    tests = {task.name: task for task in planned["parity"].tasks}
-    for op in operations().values():
-        if op.function:
-            task = tests[f"parity/{op.name}"]
-            assert f"tests/test_{op.name}.py" in task.command
-            assert (ROOT / "tests" / f"test_{op.name}.py").is_file()
-            # The interpreter would prove nothing about compiled kernels.
-            assert task.variables["TRITON_INTERPRET"] is None
-    gpu_only = {p.stem for p in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in p.read_text()}
-    gpu_only -= {Path(__file__).stem}
-    assert {t for t in tests if "-m" in tests[t].command[3:]} == {
-        f"parity/{stem.removeprefix('test_')}" for stem in gpu_only
-    }
-    core = [task.name for task in planned["core"].tasks]
-    assert core[0] == "core/attention"
-    assert core.index("core/training") < core.index("core/encoder")
-    assert set(core) == {f"core/{case.op.name}" for case in plan(Options(suite="core"))}
-    providers = {
-        t.name: t.command[t.command.index("--provider") + 1] for t in planned["core"].tasks
-    }
-    assert providers["core/norm"] == "baseline,reference,torch,triton,tuned,liger"
-    assert not any("compile" in names or "flex" in names for names in providers.values())
-    beside = {
-        t.name: t.command[t.command.index("--provider") + 1] for t in planned["compiled"].tasks
-    }
-    assert beside["compiled/attention"] == "baseline,triton,compile,flex"
-    for task in planned["sanitizer"].tasks:
+    assert sum(step.seconds for step in planned.values()) <= 9 * 60
+    with_kernels = [op.name for op in operations().values() if op.function]
+    assert {task.name.split("/")[1] for task in planned["kernels"].tasks} == {*with_kernels}
+    tests, large, workflows = planned["parity"].tasks
+    for name in with_kernels:
+        assert f"tests/test_{name}.py" in tests.command
+        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+    # The interpreter would prove nothing about compiled kernels.
+    assert {t.variables["TRITON_INTERPRET"] for t in planned["parity"].tasks} == {None}
+    assert (option(tests, "-m"), option(large, "-m")) == ("not large_memory", "large_memory")
+    gpu_only = {p.name for p in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in p.read_text()}
+    gpu_only -= {Path(__file__).name}
+    assert {Path(w).name for w in workflows.command if w.startswith("tests/")} == gpu_only
+    timed = [planned[name].tasks[0] for name in ("headline", "operations")]
+    ops = [op for task in timed for op in option(task, "--op").split(",")]
+    assert ops[0] == "training"
+    assert {*ops} == {case.op.name for case in plan(Options(suite="core"))}
+    assert len(ops) == len({*ops})
+    quick = option(timed[1], "--provider").split(",")
+    assert not {"compile", "flex", "tuned"} & {*quick}
+    assert {"baseline", "sdpa_flash", "sdpa_cudnn", "triton"} <= {*quick}
+    assert {"compile", "flex"} <= {*option(planned["compilers"].tasks[0], "--provider").split(",")}
+    for task in planned["memcheck"].tasks:
         assert task.command[0] == "/opt/compute-sanitizer"
         assert task.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    monkeypatch.setattr(visit.shutil, "which", lambda name: None)
-    planned = {step.name: step for step in visit.steps(tmp_path, CUDA)}
-    assert planned["sanitizer"].impossible == "compute-sanitizer is not on the PATH"
+    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    assert plan_of(tmp_path)["memcheck"].impossible == "compute-sanitizer is not on the PATH"
+
+
+def test_marked_are_the_tests_that_need_much_memory() -> None:
+    """Those that allocate gigabytes at once are not run beside others on a GPU."""
+    for path in {*ROOT.glob("tests/test_*.py")} - {Path(__file__)}:
+        text = path.read_text()
+        marks = text.count("@pytest.mark.large_memory\n")
+        assert text.count("    def test_strides_beyond") == marks, path.name
 
 
 def test_search_is_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
-    for device, interpret in ((CUDA, None), (torch.device("cpu"), "1")):
-        (task,) = {step.name: step for step in visit.steps(tmp_path, device)}["tune"].tasks
+    for device, interpret in ((CUDA, None), (CPU, "1")):
+        (task,) = plan_of(tmp_path, device)["tune"].tasks
         assert task.variables["TRITON_INTERPRET"] == interpret
         assert main([*task.command[3:5], "0", *task.command[6:], "--dry-run"]) == 0
 
 
+@pytest.mark.parametrize("device", [CUDA, CPU])
 def test_every_planned_command_is_understood(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """`run` for a GPU, as far as it can be asked without one."""
-    seen = 0
-    for step in visit.steps(tmp_path, CUDA):
+    """As far as it can be asked without a GPU."""
+    asked = []
+    for step in plan_of(tmp_path, device).values():
         for task in step.tasks:
-            if task.command[1:4] == ("-m", "benchmarks", "run"):
-                assert main([*task.command[3:], "--dry-run"]) == 0
-                assert "nothing was run" in capsys.readouterr().out
-                seen += 1
-    assert seen == 2 * len(visit.core_operations()) + 1
+            words = list(task.command[task.command.index("-m") + 2 :])
+            if "benchmarks" not in task.command or words[0] in ("env", "report"):
+                continue
+            words = [word.replace("{minutes}", "1") for word in words]
+            assert main([*words, "--dry-run"]) == 0
+            assert "nothing was run" in capsys.readouterr().out or words[0] in ("dry", "host")
+            asked.append(words[0])
+    assert {"run", "exercise", "calibrate", "dry", "host", "tune"} == {*asked}
+
+
+def test_a_day_with_a_gpu_that_is_cut_off(tmp_path: Path) -> None:
+    """By estimates: after three minutes the whole models are home, after six the parity of all
+    kernels, after nine everything but what compilers and the search go on with."""
+    planned = list(plan_of(tmp_path).values())
+    missing = {
+        minutes: {found.task: found.missing for found in simulate(planned, 9.0, minutes)}
+        for minutes in (3.0, 6.0, 9.0)
+    }
+    for task in ("prepare/calibrate", "prepare/cache", "kernels/losses", "host", "headline"):
+        assert missing[3.0][task] == []
+    assert missing[3.0]["operations"] != []
+    for task in ("parity/kernels", "parity/large", "parity/workflows"):
+        assert missing[6.0][task] == []
+    late = {task for task, left in missing[9.0].items() if left}
+    assert late <= {"compilers", "memcheck/memcheck", "memcheck/racecheck", "tune"}
+    for found in simulate(planned, 9.0, 3.0):
+        assert found.done or found.state in ("", "not possible") or not found.missing
+
+
+def test_archive(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "visit", tmp_path / "home" / "visit.tar.gz"
+    for name, text in (
+        ("summary.md", "# Visit"), ("a/results.jsonl", "{}"),
+        ("logs/a.log", "x" * LOG_BYTES + "end"), ("triton-cache/k.cubin", "binary"),
+        ("visit.json", "{}"),
+    ):  # fmt: skip
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    pack(folder, archive)
+    with tarfile.open(archive) as tar:
+        assert tar.getnames() == [
+            "visit/summary.md", "visit/a/results.jsonl", "visit/logs/a.log", "visit/visit.json",
+        ]  # fmt: skip
+        log = tar.extractfile("visit/logs/a.log").read()
+    assert (len(log), log[-4:]) == (LOG_BYTES, b"xend")
+    assert [path.name for path in archive.parent.iterdir()] == ["visit.tar.gz"]
 
 
 def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -335,24 +486,28 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["visit", "--dry-run", "--device", "cuda", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "env -u EQUISEG_FAST_BACKEND -u TRITON_INTERPRET python -m pytest" in text
-    assert "sanitizer: memory accesses and races on small shapes" in text
+    assert "memcheck: compute-sanitizer on small shapes; " in text
     assert not out.exists()
 
 
 def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
+    folder, archive = tmp_path / "visit", tmp_path / "home.tar.gz"
+
     def rehearse(minutes: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict]]:
         command = (
             sys.executable, "-m", "benchmarks", "visit", "--device", "cpu", "--minutes", minutes,
-            "--out", str(tmp_path / "visit"),
+            "--out", str(folder), "--archive", str(archive),
         )  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return done, json.loads((tmp_path / "visit" / "visit.json").read_text())["tasks"]
+        return done, json.loads((folder / "visit.json").read_text())["tasks"]
 
     started = time.monotonic()
     done, tasks = rehearse("0.2")
     assert time.monotonic() - started < 40
-    assert done.returncode == 0, done.stdout + done.stderr
+    # Nothing came of most steps, which is no rehearsal.
+    assert done.returncode == 1, done.stdout + done.stderr
     assert "did not fit" in done.stdout
+    assert "brought nothing: " in done.stdout
     before = {name for name, values in tasks.items() if values["state"] == "done"}
     assert "report" not in before
 
@@ -360,12 +515,16 @@ def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {v["state"] for v in tasks.values()} <= {"done", "not possible"}
     assert all(tasks[name]["attempts"] == 1 for name in before)
-    folder = tmp_path / "visit"
-    assert {row.op for row in read_jsonl(folder / "core")} == {"guided_gate", "query_hub"}
-    assert (folder / "core" / "report.md").is_file()
-    text = (folder / "summary.md").read_text()
+    assert {row.op for row in read_jsonl(folder / "headline")} == {"training", "model", "encoder"}
+    assert {row.op for row in read_jsonl(folder / "operations")} == {"guided_gate", "query_hub"}
+    assert (folder / "results" / "report.md").is_file()
+    with tarfile.open(archive) as tar:
+        text = tar.extractfile("visit/summary.md").read().decode()
+    assert text == (folder / "summary.md").read_text()
     assert "10 passed, 0 failed, 0 skipped on the CPU, interpreted" in text
-    assert "1 operations exercised, 0 not finite" in text
+    assert "exercised guided_gate: 0 wrong" in text
+    assert "| training step b0 64x96 B1 M2 fp32 | torch |" in text
+    assert "Predicted and measured" in text
     assert str(tmp_path) not in text
 
     started = time.monotonic()
@@ -378,7 +537,7 @@ def test_a_failed_command_is_an_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     wrong = Step("wrong", "", 1.0, (shell("wrong", "echo [broken]; exit 4"),))
-    monkeypatch.setattr(visit, "steps", lambda folder, device: (wrong,))
+    monkeypatch.setattr(visit, "steps", lambda *_: (wrong,))
     assert main(["visit", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "[broken]" in capsys.readouterr().out
     assert "| wrong | done | 4 |" in (tmp_path / "summary.md").read_text()
@@ -416,7 +575,7 @@ MISSING = (
 )  # fmt: skip
 
 
-def without_optional_packages(folder: Path, *words: str) -> str:
+def without_optional_packages(folder: Path, *words: str, status: int = 0) -> str:
     """Standard output of python with these words, in which importing any of MISSING fails."""
     (folder / "sitecustomize.py").write_text(
         f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n"
@@ -426,12 +585,12 @@ def without_optional_packages(folder: Path, *words: str) -> str:
     env["PYTHONPATH"] = str(folder)
     command = (sys.executable, *words)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.returncode == status, done.stdout + done.stderr
     return done.stdout
 
 
 def test_all_parity_tests_are_found_without_optional_packages(tmp_path: Path) -> None:
-    files = [f"tests/test_{stem}.py" for stem in (*visit.HOTTEST, *visit.GPU_ONLY)]
+    files = [f"tests/test_{stem}.py" for stem in (*steps.HOTTEST, *steps.GPU_ONLY)]
     out = without_optional_packages(tmp_path, "-m", "pytest", "--collect-only", "-q", *files)
     assert int(out.strip().splitlines()[-1].split()[0]) > 1000
     out = without_optional_packages(
@@ -446,7 +605,7 @@ def test_benchmarks_run_without_optional_packages(tmp_path: Path) -> None:
     assert {row.status for row in read_jsonl(tmp_path / "r")} == {"ok", "unsupported"}
     assert "no picture of the sensors: scikit-image is not installed" in out
     arguments = ("-m", "benchmarks", "visit", "--device", "cpu", "--minutes", "0.01")
-    out = without_optional_packages(tmp_path, *arguments, "--out", str(tmp_path / "v"))
+    out = without_optional_packages(tmp_path, *arguments, "--out", str(tmp_path / "v"), status=1)
     assert "without transformers: no provider transformers" in out
 
 
@@ -454,10 +613,14 @@ def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
     case = asdict(Shape("b0", 1, 64, 64))
     good = Record("core", "norm", case, "fwd", "torch", "fp32", p50_us=2.0)
     bad = replace(good, status="oom", p50_us=None)
-    for attempt, row in enumerate((bad, replace(good, p50_us=1.0), good, bad), start=1):
-        (tmp_path / str(attempt)).mkdir()
-        write_jsonl([row], tmp_path / str(attempt) / "results.jsonl")
-    assert summary._measured(tmp_path) == [good]
+    other = replace(good, provider="baseline")
+    found = {"headline": [bad], "operations": [good, other], "compilers": [bad]}
+    for name, rows in found.items():
+        (tmp_path / name).mkdir()
+        write_jsonl(rows, tmp_path / name / "results.jsonl")
+        (tmp_path / name / "env.json").write_text("{}")
+    assert summary.merge(tmp_path) == [good, other]
+    assert read_jsonl(tmp_path / "results") == [good, other]
 
 
 def test_commands_need_no_pytest() -> None:

@@ -228,6 +228,7 @@ class TestParity:
 
         assert_deterministic(step, repeats=20 if DEVICE == "cuda" else 3)
 
+    @pytest.mark.large_memory
     @pytest.mark.parametrize("dim", [0, 1, 2])
     def test_strides_beyond_32_bits(self, dim: int) -> None:
         """Modalities, images or chunks of tokens up to 2^31 elements apart."""

@@ -153,6 +153,7 @@ class TestParity:
         for actual, expected in zip(backward(strided, *args), backward(plain, *args), strict=True):
             assert same_bits(actual, expected)
 
+    @pytest.mark.large_memory
     @pytest.mark.parametrize(("dim", "batch", "height"), [(0, 3, 2), (1, 1, 33)])
     def test_strides_beyond_32_bits(
         self, dim: int, batch: int, height: int, monkeypatch: pytest.MonkeyPatch

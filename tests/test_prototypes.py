@@ -200,6 +200,7 @@ class TestParity:
         prototypes[0, 1, :, 3] = expected[0, 1, :, 3]
         assert torch.equal(prototypes, expected)
 
+    @pytest.mark.large_memory
     def test_strides_beyond_32_bits(self) -> None:
         """Modalities, images, chunks of tokens or rows of labels up to 2^31 elements apart."""
         sizes = {"modalities": 3, "batch": 3, "height": 13, "width": 5, "channels": 2, "stride": 1}

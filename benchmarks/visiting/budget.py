@@ -56,12 +56,13 @@ class Task:
 
 @dataclass(frozen=True)
 class Step:
-    """Tasks that share a part of the time, in proportion to `weight`. at_once: how many tasks may
-    run together. impossible: why nothing of it can be run here, empty if it can."""
+    """Tasks that share a part of the time. seconds: what it may take even if others then have
+    none, and its share where there is more. at_once: how many tasks may run together. impossible:
+    why nothing of it can be run here, empty if it can."""
 
     name: str
     what: str
-    weight: float
+    seconds: float
     tasks: tuple[Task, ...]
     at_once: int = 1
     impossible: str = ""
@@ -140,6 +141,10 @@ class State:
             if pid is not None and born(pid) == values.pop("born", None):
                 with suppress(ProcessLookupError):
                     os.killpg(pid, signal.SIGKILL)
+                # What it held of the GPU is free only once it is gone.
+                until = time.monotonic() + GRACE_SECONDS
+                while _lives(pid) and time.monotonic() < until:
+                    time.sleep(POLL_SECONDS)
                 ended.append(name)
             values["state"] = "cut off"
         self._write()
@@ -152,14 +157,25 @@ class State:
         self.changed()
 
 
+def _fields(stat: Path) -> list[str]:
+    """Of a process that runs: state, parent, group and so on; empty of one that has ended."""
+    try:
+        fields = stat.read_text().rsplit(")", 1)[1].split()
+    except OSError:
+        return []
+    return [] if fields[0] == "Z" else fields
+
+
 def born(pid: int) -> int | None:
     """When a process was started, in ticks since boot, which tells it from a later one of the same
-    number; None if there is none, or it has ended."""
-    try:
-        fields = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return None
-    return None if fields[0] == "Z" else int(fields[19])
+    number; None if there is none."""
+    fields = _fields(Path(f"/proc/{pid}/stat"))
+    return int(fields[19]) if fields else None
+
+
+def _lives(group: int) -> bool:
+    stats = map(_fields, Path("/proc").glob("[0-9]*/stat"))
+    return any(int(fields[2]) == group for fields in stats if fields)
 
 
 class Running:
@@ -239,15 +255,15 @@ def _filled(word: str, values: Mapping[str, str]) -> str:
     return word
 
 
-def shares(steps: Sequence[Step], remaining: float) -> dict[str, float]:
-    """Seconds for every step if none ends early."""
-    total = sum(step.weight for step in steps)
-    return {step.name: remaining * step.weight / total for step in steps}
+def share(steps: Sequence[Step], remaining: float) -> float:
+    """Seconds for the first of the steps that are left."""
+    own, total = steps[0].seconds, sum(step.seconds for step in steps)
+    return min(remaining, max(own, remaining * own / total))
 
 
 @dataclass
 class Visit:
-    """Every step in turn, until `deadline` (of the machine's clock). What one leaves of its share
+    """Every step in turn, until `deadline` (of the machine's clock). What one leaves of its time
     is shared among those behind it; what is over is not run again. environment: variables of all
     commands. tick: called now and then while something runs."""
 
@@ -269,11 +285,14 @@ class Visit:
                 for task in waiting:
                     self.state.set(task, state="not possible", reason=step.impossible)
                 continue
-            left = [s for s in self.steps[i:] if any(not self.state.over(t) for t in s.tasks)]
             if waiting:
-                possible = [s for s in left if not s.impossible]
-                share = shares(possible, self.deadline - self.machine.now())
-                self._run_step(step, waiting, share[step.name])
+                behind = [
+                    s
+                    for s in self.steps[i + 1 :]
+                    if not s.impossible and any(not self.state.over(t) for t in s.tasks)
+                ]
+                seconds = share([step, *behind], self.deadline - self.machine.now())
+                self._run_step(step, waiting, seconds)
 
     def _run_step(self, step: Step, waiting: list[Task], seconds: float) -> None:
         until = ticked = self.machine.now()

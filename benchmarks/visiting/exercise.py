@@ -34,7 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Exit status 1 if a result is not finite."""
+    """Exit status 1 if a call fails or a result is not finite."""
     device = choose_device(args.device, needed=not args.dry_run)
     if device.type != "cuda" and not _backend.INTERPRET and not args.dry_run:
         raise ValueError("kernels run on a GPU, or on the CPU with TRITON_INTERPRET=1")
@@ -49,21 +49,27 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 label = f"{name} {shape.label} {dtype}"
                 # Printed before it runs: the last line names what the checker stopped.
                 console.print(label, markup=False)
-                if not args.dry_run and not _finite(kernels[name], shape, dtype, device):
-                    wrong.append(label)
+                reason = "" if args.dry_run else _wrong(kernels[name], shape, dtype, device)
+                if reason:
+                    wrong.append(f"{label}: {reason}")
     if args.dry_run:
         console.print("nothing was run")
         return 0
-    for label in wrong:
-        console.print(f"not finite: {label}", markup=False)
-    console.print(f"{len(args.op or kernels)} operations exercised, {len(wrong)} not finite")
+    for line in wrong:
+        console.print(f"wrong: {line}", markup=False)
+    exercised = ", ".join(args.op or kernels)
+    console.print(f"exercised {exercised}: {len(wrong)} wrong")
     return 1 if wrong else 0
 
 
-def _finite(op: Op, shape: Shape, dtype: str, device: torch.device) -> bool:
-    problem = op.build(shape, DTYPES[dtype], device, 0)
-    leaves = list(problem.leaves.values())
-    results = [*call_in_mode(problem.calls["triton"], leaves, "fwd")()]
-    if leaves:
-        results += call_in_mode(problem.calls["triton"], leaves, "step")()
-    return all(bool(x.isfinite().all()) for x in results)
+def _wrong(op: Op, shape: Shape, dtype: str, device: torch.device) -> str:
+    """What is wrong with an operation; empty if nothing is."""
+    try:
+        problem = op.build(shape, DTYPES[dtype], device, 0)
+        leaves = list(problem.leaves.values())
+        results = [*call_in_mode(problem.calls["triton"], leaves, "fwd")()]
+        if leaves:
+            results += call_in_mode(problem.calls["triton"], leaves, "step")()
+        return "" if all(bool(x.isfinite().all()) for x in results) else "not finite"
+    except Exception as error:  # the others are still worth their call
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

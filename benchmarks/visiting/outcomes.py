@@ -160,5 +160,5 @@ def _reason(report: pytest.TestReport) -> str:
     if report.skipped and isinstance(report.longrepr, tuple):
         return str(report.longrepr[2]).removeprefix("Skipped: ")
     crash = getattr(report.longrepr, "reprcrash", None)
-    lines = str(crash.message if crash else report.longreprtext).strip().splitlines()
+    lines = str(crash.message if crash else report.longrepr).strip().splitlines()
     return lines[0] if lines else ""

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmarks.visiting.budget import Machine, State, Step, Task, Visit
+
+
+class _Over(Exception):
+    pass
 
 
 class _Process:
@@ -37,8 +42,9 @@ class _Process:
 
 @dataclass
 class Clock(Machine):
-    """Time passes only while somebody sleeps."""
+    """Time passes only while somebody sleeps, and at `end` everything does."""
 
+    end: float
     time: float = 0.0
     home: dict[str, list[str]] = field(default_factory=dict)
 
@@ -47,6 +53,8 @@ class Clock(Machine):
 
     def sleep(self, seconds: float) -> None:
         self.time += seconds
+        if self.time >= self.end:
+            raise _Over
 
     def start(
         self, task: Task, command: Sequence[str], env: Mapping[str, str], cwd: Path, out: Path,
@@ -70,12 +78,14 @@ class Home:
     missing: list[str]
 
 
-def simulate(steps: Sequence[Step], minutes: float) -> list[Home]:
-    """After so many minutes, task by task."""
-    clock = Clock()
+def simulate(steps: Sequence[Step], minutes: float, cut: float) -> list[Home]:
+    """Of a visit planned for so many minutes and ended after `cut` of them, task by task."""
+    clock = Clock(60 * cut)
     with tempfile.TemporaryDirectory() as folder:
         state = State(Path(folder) / "visit.json")
-        Visit(steps, state, Path(folder), Path(folder), 60 * minutes, clock).run()
+        visit = Visit(steps, state, Path(folder), Path(folder), 60 * minutes, machine=clock)
+        with suppress(_Over):
+            visit.run()
     found = []
     for task in (task for step in steps for task in step.tasks):
         done = clock.home.get(task.name, [])

@@ -25,7 +25,7 @@ HOTTEST = (
     "attention", "depthwise", "norm", "mix_ffn", "query_hub", "pooling_mixer", "guided_gate",
     "prototypes", "losses",
 )  # fmt: skip
-ENVIRONMENT = "environment.json"
+ENVIRONMENT, HOST = "environment.json", "host.json"
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 HEADLINE = ("training", "model", "encoder")
@@ -49,9 +49,10 @@ def task(name: str, command: Sequence[str], **options: Any) -> Task:
 def steps(folder: Path, device: torch.device, cache: Path) -> tuple[Step, ...]:
     """cache: folder of Triton's binaries, kept from before or filled by the first step."""
     cuda = device.type == "cuda"
-    plans = (
+    return (
         _prepare(folder, cuda, cache),
-        _kernels(folder, cuda),
+        _kernels(cuda),
+        _host(folder, cuda),
         _headline(folder, cuda),
         _parity(folder, cuda),
         _operations(folder, cuda),
@@ -60,7 +61,6 @@ def steps(folder: Path, device: torch.device, cache: Path) -> tuple[Step, ...]:
         _report(folder),
         _tune(folder, cuda),
     )
-    return plans
 
 
 def _prepare(folder: Path, cuda: bool, cache: Path) -> Step:
@@ -89,7 +89,7 @@ def _prepare(folder: Path, cuda: bool, cache: Path) -> Step:
         query = ("nvidia-smi", "-q", "-d", "CLOCK,POWER,PERFORMANCE,MEMORY")
         tasks.append(task("prepare/driver", query))
     what_ = "versions and limits of the device; Triton's cache is filled meanwhile"
-    return Step("prepare", what_, 25.0, tuple(tasks), at_once=len(tasks))
+    return Step("prepare", what_, 25.0 if cuda else 60.0, tuple(tasks), at_once=len(tasks))
 
 
 def _architecture(cuda: bool) -> tuple[str, ...]:
@@ -99,24 +99,26 @@ def _architecture(cuda: bool) -> tuple[str, ...]:
     return ("--arch", f"{p.major}{p.minor}", "--num-sms", str(p.multi_processor_count))
 
 
-def _kernels(folder: Path, cuda: bool) -> Step:
-    """The first proof that kernels run at all, and what their calls cost the host."""
-    device, few = ("cuda", ()) if cuda else ("cpu", ("--op", "guided_gate"))
-    tasks = (
+def _kernels(cuda: bool) -> Step:
+    """The first proof that kernels run at all; an error of the device in one spoils no other."""
+    device, more = ("cuda", ()) if cuda else ("cpu", ("--dtype", "fp32"))
+    tasks = tuple(
         task(
-            "kernels/exercise",
-            bench("exercise", "--device", device, *few, *(() if cuda else ("--dtype", "fp32"))),
+            f"kernels/{op}",
+            bench("exercise", "--device", device, "--op", op, *more),
             variables={"TRITON_INTERPRET": None if cuda else "1"},
-            weight=2.0,
-            estimate=(("start", 6.0), ("every kernel once", 8.0)),
-        ),
-        task(
-            "kernels/host",
-            bench("host", "--device", device, *few, "--out", str(folder / "host.json")),
-            estimate=(("start", 5.0), ("host time per call", 5.0)),
-        ),
+            estimate=(("start", 10.0), (op, 4.0)),
+        )
+        for op in (HOTTEST if cuda else REHEARSED_OPERATIONS[:1])
     )
-    return Step("kernels", "every kernel once, and the host time of calls", 22.0, tasks)
+    return Step("kernels", "every kernel once", 20.0, tasks, at_once=len(tasks))
+
+
+def _host(folder: Path, cuda: bool) -> Step:
+    device, few = ("cuda", ()) if cuda else ("cpu", ("--op", "guided_gate"))
+    command = bench("host", "--device", device, *few, "--out", str(folder / HOST))
+    own = task("host", command, estimate=(("start", 6.0), ("every operation", 5.0)))
+    return Step("host", "host time of calls", 10.0, (own,))
 
 
 def _run(
@@ -174,7 +176,7 @@ def _parity(folder: Path, cuda: bool) -> Step:
 
     if not cuda:
         few = tests("kernels", ("guided_gate", "norm"), 2, "-k", REHEARSED_TESTS)
-        return Step("parity", "kernels against the fp64 reference, interpreted", 1.0, (few,))
+        return Step("parity", "kernels against the fp64 reference, interpreted", 60.0, (few,))
     together = (
         tests(
             "kernels", HOTTEST, test_processes(), "-m", "not large_memory", weight=8.0,

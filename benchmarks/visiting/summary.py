@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import host, judgement, record
+from benchmarks import judgement, record
 from benchmarks.record import Key, Record
 from benchmarks.registry import operations
 from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
@@ -78,7 +78,7 @@ def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
         comparison = judgement.compare(records, _device(folder))
         lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
     if (folder / "host.json").is_file():
-        lines += ["", "## Host time of a call", "", *host.markdown(folder / "host.json")]
+        lines += ["", "## Host time of a call", ""]
     lines += _trouble(records, folder)
     lines += ["", "## Commands", ""]
     lines += ["| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]

@@ -23,7 +23,7 @@ from rich.table import Table
 
 from benchmarks.options import ROOT, choose_device
 from benchmarks.visiting.archive import pack
-from benchmarks.visiting.budget import State, Step, Visit, shares
+from benchmarks.visiting.budget import State, Step, Visit, share
 from benchmarks.visiting.simulate import simulate
 from benchmarks.visiting.steps import PYTHON, steps
 from benchmarks.visiting.summary import brought, failed, table, unfinished, write_summary
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only print the plan")
     parser.add_argument(
         "--simulate", type=lambda text: [float(x) for x in text.split(",")], metavar="M,M",
-        help="run nothing: what would be home after so many minutes, by estimates",
+        help="run nothing: what would be home if all ended after so many minutes, by estimates",
     )  # fmt: skip
 
 
@@ -75,7 +75,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     planned = steps(folder, device, cache)
     if args.simulate:
         for after in args.simulate:
-            console.print(_simulated(planned, after))
+            console.print(_simulated(planned, minutes, after))
         return 0
     if args.dry_run:
         _print_plan(planned, 60 * minutes, console)
@@ -130,13 +130,12 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _simulated(planned: Sequence[Step], minutes: float) -> Table:
-    shown = Table(
-        title=f"after {minutes:g} minutes, by estimates", title_justify="left", box=SIMPLE_HEAD
-    )
+def _simulated(planned: Sequence[Step], minutes: float, cut: float) -> Table:
+    title = f"after {cut:g} of {minutes:g} minutes, by estimates"
+    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
     for name in ("command", "state", "home", "missing"):
         shown.add_column(name, overflow="fold")
-    for found in simulate(planned, minutes):
+    for found in simulate(planned, minutes, cut):
         shown.add_row(
             found.task, found.state, f"{len(found.done)} of {len(found.done + found.missing)}",
             found.missing[0] + (", .." if len(found.missing) > 1 else "") if found.missing else "",
@@ -146,10 +145,12 @@ def _simulated(planned: Sequence[Step], minutes: float) -> Table:
 
 def _print_plan(planned: Sequence[Step], seconds: float, console: Console) -> None:
     possible = [step for step in planned if not step.impossible]
-    share = shares(possible, seconds)
     for step in planned:
-        limit = f"not possible: {step.impossible}" if step.impossible else ""
-        limit = limit or f"{share[step.name]:.0f} s, or more if others leave time"
+        limit = f"not possible: {step.impossible}"
+        if not step.impossible:
+            own = share(possible, seconds)
+            possible, seconds = possible[1:], seconds - own
+            limit = f"{own:.0f} s, or more if others leave time"
         console.print(f"[bold]{step.name}[/]: {step.what}; {limit}")
         for task in step.tasks:
             set_ = [f"{k}={v}" if v is not None else f"-u {k}" for k, v in task.variables.items()]
