@@ -112,15 +112,16 @@ def gpu(found: Sequence[Folder]) -> str:
 
 
 def _section(folder: Folder) -> str:
-    """The table of a folder: of every operation the first shape with each number of modalities, the
-    others are in the report."""
-    first: dict[tuple[str, int], Shape] = {}
+    """The table of a folder: of every operation the first shape with each number of modalities, of
+    whole networks of each variant; the others are in the report."""
+    first: dict[tuple[str, int, str], Shape] = {}
     rows: dict[tuple[str, str], dict[str, Contest]] = {}
     for contest in contests(folder.records):
         shape = contest.ours.shape
         # Training is the step of the model: one row.
         op = "model" if contest.ours.op == "training" else contest.ours.op
-        if shape == first.setdefault((op, shape.modalities), shape):
+        variant = "" if shape.stage else shape.variant
+        if shape == first.setdefault((op, shape.modalities, variant), shape):
             rows.setdefault((op, f"{shape.label} {contest.ours.dtype}"), {})[contest.ours.mode] = (
                 contest
             )
