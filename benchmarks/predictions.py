@@ -9,7 +9,7 @@ times beside them. With --check nothing is written, and the exit status is 1 if 
 are not what the sources say. All of it is a prediction; nothing here was measured.
 
 A time is that of kernels in a row, as in a CUDA graph. The baseline also waits for values (which
-classes there are), which is left out; instead each of its masks counts as if it selected everything.
+classes there are); that is left out, but each of its masks counts as if it selected everything.
 """
 
 from __future__ import annotations
