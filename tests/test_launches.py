@@ -12,7 +12,14 @@ from benchmarks import baselines, launches
 from benchmarks.kernel_work import Kernel
 from benchmarks.launches import KernelCounter, counting
 from benchmarks.meta import META, on_meta
-from equiseg_fast import EQUISeg, add_layer_norm, attention, pooling_mixer
+from equiseg_fast import (
+    EQUISeg,
+    add_layer_norm,
+    attention,
+    depthwise_conv_gelu,
+    pooling_mixer,
+    upsample_cross_entropy,
+)
 from equiseg_fast.kernels import _common
 from equiseg_fast.ops import _backend
 
@@ -178,6 +185,19 @@ class TestWork:
         with counting(HOPPER) as counter:
             attention(q[..., :32], k[..., :32], v[..., :32])
         assert counter.kernels()[0].kind == "attention forward D=32"
+
+    def test_issue_slots_of_both_directions(self) -> None:
+        x, weight, bias = (new(*n, grad=True) for n in ((2, 64, 32), (32, 1, 3, 3), (32,)))
+        counter = step(lambda *a: depthwise_conv_gelu(*a, 8, 8), x, weight, bias)
+        slots = {(call.phase, k.name): k.slots for call in counter.calls for k in call.kernels}
+        assert slots["fwd", "depthwise_conv"] == 28.4 * x.numel()
+        assert slots["bwd", "depthwise_conv"] == 19.5 * x.numel()
+        assert slots["bwd", "depthwise_bwd"] == 51 * x.numel()
+        assert slots["bwd", "sum_partials"] == 0
+        logits, labels = new(1, 32, 8, 8), torch.zeros(1, 64, 64, dtype=torch.uint8, device=META)
+        with counting(HOPPER) as counter:
+            upsample_cross_entropy(logits, labels)
+        assert named(counter)["losses_fwd"].slots == 20 * 32 * 64 * 64
 
     def test_stock_linear(self) -> None:
         counter = step(
