@@ -1,12 +1,18 @@
-"""Predicted beside measured: which row was wrong, and which assumption made it so."""
+"""Predicted beside measured: which row was wrong, and which assumption made it so.
+
+A row is a sum of times, one per assumption. `compare` stretches the assumptions until the sums
+explain all that was measured, taking a row to be right to 5 % and an assumption to 50 %: where rows
+say nothing of an assumption it stays as it was and counts as not told apart.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import log
 from pathlib import Path
 from statistics import median
+
+import numpy as np
 
 from benchmarks import predictions
 from benchmarks.efficiency import ASSUMPTIONS
@@ -17,8 +23,11 @@ from benchmarks.record import Key, Record
 ORDER = ("training", "model", "encoder", "stage", "block_training", "block")
 """Single operations follow."""
 NETWORKS = ORDER[:3]
-CLEAR = 0.5
-"""The share of a time that an assumption must have before the rest is trusted to be right."""
+ROW_ERROR = 0.05
+ASSUMPTION_ERROR = 0.5
+TOLD_APART = ASSUMPTION_ERROR / 2
+"""How well a stretch must be known to be shown."""
+LEAST_STRETCH = 0.05
 STARVED = 0.8
 """The share of a measured time that the host needs to enqueue, from which on it may be what was
 measured."""
@@ -38,37 +47,32 @@ class Row:
         """Measured over predicted: below 1 is faster than assumed."""
         return None if self.measured_us is None else self.measured_us / self.prediction.us
 
-    @property
-    def implied(self) -> float | None:
-        """The dominating assumption's value if all others hold; None where they cannot, where it
-        is too small a part of the time to tell, and where the host was what was timed."""
-        name, share = self.prediction.dominating
-        if self.ratio is None or self.starved or share < CLEAR:
-            return None
-        stretched = (self.ratio - (1 - share)) / share
-        if stretched <= 0:
-            return None
-        assumption = ASSUMPTIONS[name]
-        return assumption.value * (stretched if assumption.unit == "gap" else 1 / stretched)
-
 
 @dataclass(frozen=True)
 class Verdict:
-    """What measurements say of one assumption: rows that it dominates, their median ratio, and the
-    median of the values that rows imply, with how many such rows there are."""
+    """What measurements say of one assumption. rows: those that it dominates, and their median
+    ratio. stretch: how many times longer what it decides took, known to `error`. weight: its
+    share of the predicted time, mean of all rows."""
 
     assumption: str
     rows: int
-    ratio: float
-    implied: float | None
-    telling: int
+    ratio: float | None
+    stretch: float
+    error: float
+    weight: float
 
     @property
-    def error(self) -> float:
-        """How many times too high or too low the assumption was; 1 is right."""
-        if self.implied is None:
-            return 1.0
-        return max(self.implied / (x := ASSUMPTIONS[self.assumption].value), x / self.implied)
+    def implied(self) -> float | None:
+        """The value that it should have had; None if the rows do not tell."""
+        if self.error > TOLD_APART:
+            return None
+        assumption = ASSUMPTIONS[self.assumption]
+        return assumption.value * (self.stretch if assumption.unit == "gap" else 1 / self.stretch)
+
+    @property
+    def blame(self) -> float:
+        """By how much of a row's time it was wrong, in the mean."""
+        return 0.0 if self.implied is None else abs(self.stretch - 1) * self.weight
 
 
 @dataclass(frozen=True)
@@ -120,18 +124,28 @@ def _place(op: str) -> int:
 
 
 def _verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """The most wrong first."""
-    groups: dict[str, list[Row]] = {}
-    for row in rows:
-        if row.ratio is not None and not row.starved:
-            groups.setdefault(row.prediction.dominating[0], []).append(row)
+    """The one to blame most first."""
+    rows = [row for row in rows if row.measured_us is not None and not row.starved]
+    names = sorted({name for row in rows for name in row.prediction.spent})
+    if not rows:
+        return []
+    shares, off = np.zeros((len(rows), len(names))), np.zeros(len(rows))
+    for i, row in enumerate(rows):
+        # Neither a row far too slow nor one far too fast outweighs the others.
+        scale = max(row.prediction.us, row.measured_us or 0.0)
+        off[i] = ((row.measured_us or 0.0) - row.prediction.us) / scale
+        shares[i] = [row.prediction.spent.get(name, 0.0) / scale for name in names]
+    prior = (ROW_ERROR / ASSUMPTION_ERROR) ** 2 * np.eye(len(names))
+    covariance = np.linalg.inv(shares.T @ shares + prior)
+    stretches = np.maximum(1 + covariance @ shares.T @ off, LEAST_STRETCH)
+    errors = ROW_ERROR * np.sqrt(np.diag(covariance))
     found = []
-    for name, own in groups.items():
-        implied = [row.implied for row in own if row.implied is not None]
-        ratios = [row.ratio for row in own if row.ratio is not None]
-        value = median(implied) if implied else None
-        found.append(Verdict(name, len(own), median(ratios), value, len(implied)))
-    return sorted(found, key=lambda verdict: -log(verdict.error))
+    for name, stretch, error in zip(names, stretches, errors, strict=True):
+        own = [row.ratio for row in rows if row.prediction.dominating[0] == name and row.ratio]
+        weight = sum(r.prediction.spent.get(name, 0.0) / r.prediction.us for r in rows) / len(rows)
+        ratio = median(own) if own else None
+        found.append(Verdict(name, len(own), ratio, float(stretch), float(error), weight))
+    return sorted(found, key=lambda verdict: -verdict.blame)
 
 
 def markdown(comparison: Comparison) -> list[str]:
@@ -146,8 +160,9 @@ def markdown(comparison: Comparison) -> list[str]:
         lines += [*_table(networks, comparison.rows), ""]
     if comparison.verdicts:
         lines += [
-            "| assumption | rows it dominates | measured / predicted, median | assumed | implied |",
-            "|---|--:|--:|---|---|",
+            "| assumption | of the predicted time | rows it dominates | their median ratio "
+            "| assumed | implied | known to |",
+            "|---|--:|--:|--:|---|---|--:|",
             *(_verdict_line(verdict) for verdict in comparison.verdicts),
             "",
         ]
@@ -167,19 +182,17 @@ def _sentence(comparison: Comparison) -> str:
     title = GPUS[comparison.gpu].title
     if not comparison.measured:
         return f"Predicted for the {title}; nothing of it was measured."
-    telling = [v for v in comparison.verdicts if v.implied is not None]
     whole = median(row.ratio for row in comparison.measured if row.ratio is not None)
     start = (
         f"{len(comparison.measured)} rows of the {title} have predictions; measured / predicted "
         f"is {whole:.2f} in the median"
     )
-    if not telling:
+    if not comparison.verdicts or comparison.verdicts[0].implied is None:
         return f"{start}. No row tells one assumption from the others."
-    worst = telling[0]
-    rows = f"{worst.telling} row{'s' * (worst.telling > 1)}"
+    worst = comparison.verdicts[0]
     return (
         f"{start}. Most wrong: {worst.assumption}, assumed {ASSUMPTIONS[worst.assumption].text}, "
-        f"implied {_implied(worst)} by {rows}."
+        f"implied {_implied(worst)}."
     )
 
 
@@ -191,9 +204,10 @@ def _implied(verdict: Verdict) -> str:
 
 def _verdict_line(verdict: Verdict) -> str:
     assumed = ASSUMPTIONS[verdict.assumption].text
+    ratio = "-" if verdict.ratio is None else f"{verdict.ratio:.2f}"
     return (
-        f"| {verdict.assumption} | {verdict.rows} | {verdict.ratio:.2f} | {assumed} | "
-        f"{_implied(verdict)} |"
+        f"| {verdict.assumption} | {100 * verdict.weight:.0f} % | {verdict.rows} | {ratio} | "
+        f"{assumed} | {_implied(verdict)} | {100 * verdict.error / verdict.stretch:.0f} % |"
     )
 
 

@@ -87,7 +87,6 @@ class KernelCounter(TorchDispatchMode):
         self._add(name, True, (kernel_work.ours(name, grid, args, options),))
 
     def _add(self, name: str, ours: bool, kernels: tuple[Kernel, ...]) -> None:
-        # Gradients are added up between the nodes of the graph: the node says too little.
         phase = "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
         self.calls.append(Call(name, ours, phase, kernels))
 

@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 
@@ -30,6 +31,10 @@ ON_HOST = {"randperm", "linspace", "arange"}
 """Small, and read by the host where it draws an order or the rates of layers."""
 
 
+READ_BY_HOST = {"item": 1, "__bool__": True, "__int__": 1}
+"""What the host reads where it waits for a value, by the name of the method."""
+
+
 class _Meta(TorchFunctionMode):
     """Makes tensors on "meta", casts as CUDA's autocast to `dtype` would (None: does not), and
     attends as FlashAttention does, which the choice of a backend would not find there."""
@@ -47,6 +52,8 @@ class _Meta(TorchFunctionMode):
         if func in self.constructors:
             kwargs.pop("generator", None)
             return func(*args, **kwargs | {"device": META})
+        if name in READ_BY_HOST and args[0].is_meta:
+            return READ_BY_HOST[name]
         if self.dtype and name in TO_HALF | TO_SINGLE and "dtype" not in kwargs:
             wanted = self.dtype if name in TO_HALF else torch.float32
             args, kwargs = _cast(args, wanted, self.dtype), _cast(kwargs, wanted, self.dtype)
@@ -68,7 +75,10 @@ def _cast(values: Any, wanted: torch.dtype, half: torch.dtype) -> Any:
 @contextmanager
 def on_meta(autocast: torch.dtype | None = None) -> Iterator[None]:
     """New tensors are on "meta", where autocast works as on CUDA. A benchmark's own autocast does
-    nothing: this one is on everywhere inside, if it is."""
+    nothing: this one is on everywhere inside, if it is.
+
+    Where the host waits for a value it reads 1 or true, and boolean indices select everything.
+    """
     mode = _Meta(autocast)
 
     @contextmanager
@@ -90,6 +100,7 @@ def on_meta(autocast: torch.dtype | None = None) -> Iterator[None]:
     with ExitStack() as stack:
         for change in changes:
             stack.enter_context(patch.object(*change))
+        stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))
         stack.enter_context(mode)
         yield
 

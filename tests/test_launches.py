@@ -1,13 +1,25 @@
-"""How many kernels a forward and a backward give to a GPU, and how the count is made."""
+"""How many kernels a forward and a backward give to a GPU, their work, and how both are counted."""
 
 import importlib.util
+from collections.abc import Callable
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks import baselines, launches
-from equiseg_fast import EQUISeg, attention, pooling_mixer
+from benchmarks.kernel_work import Kernel
+from benchmarks.launches import KernelCounter, counting
+from benchmarks.meta import META, on_meta
+from equiseg_fast import (
+    EQUISeg,
+    add_layer_norm,
+    attention,
+    depthwise_conv_gelu,
+    pooling_mixer,
+    upsample_cross_entropy,
+)
 from equiseg_fast.kernels import _common
 from equiseg_fast.ops import _backend
 
@@ -126,3 +138,177 @@ class TestCrossModalBlock:
             baselines.attention(q, q, q)
         assert counter.fused == {}
         assert counter.stock == {"bmm": 2, "mul": 1, "_softmax": 1}
+
+
+HOPPER = (90, 132)
+
+
+def new(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device=META, requires_grad=grad)
+
+
+def step(function: Callable[..., Tensor], *leaves: Tensor) -> KernelCounter:
+    with counting(HOPPER) as counter:
+        out = function(*leaves)
+        torch.autograd.grad(out, leaves, torch.empty_like(out))
+    return counter
+
+
+def named(counter: KernelCounter) -> dict[str, Kernel]:
+    return {kernel.name: kernel for kernel in counter.kernels()}
+
+
+class TestWork:
+    def test_one_launch_of_ours(self) -> None:
+        x, update, weight, bias = new(2, 64, 32), new(2, 64, 32), new(32), new(32)
+        with counting(HOPPER) as counter:
+            add_layer_norm(x, update, weight, bias)
+        (kernel,) = counter.kernels()
+        # x, update, total, normed; weight, bias; mean, rstd in fp32
+        assert kernel.bytes == 4 * 2 * 64 * 32 * 2 + 2 * 32 * 2 + 2 * 128 * 4
+        assert kernel.slots == 28.5 * 2 * 64 * 32
+        assert (kernel.name, kernel.kind) == ("add_layer_norm_fwd", "ours")
+        assert counter.fused == {"add_layer_norm_fwd": 1}
+
+    def test_attention(self) -> None:
+        q, k, v = (new(2, length, 5, 64, grad=True) for length in (1024, 256, 256))
+        found = named(step(attention, q, k, v))
+        scores, size = 2 * 5 * 1024 * 256, 2 * 1024 * 5 * 64 * 2
+        forward = found["attention_fwd"]
+        assert (forward.matrix, forward.exps) == (4 * 64 * scores, scores)
+        assert forward.bytes == 2 * size + 2 * size // 4 + 2 * 5 * 1024 * 4
+        assert forward.kind == "attention forward D=64"
+        assert forward.programs == 2 * 5 * 1024 // 128
+        assert found["attention_bwd_dkdv"].matrix == 8 * 64 * scores
+        assert found["attention_bwd_dq"].matrix == 6 * 64 * scores
+        assert found["attention_bwd_dq"].kind == "attention backward D=64"
+        with counting(HOPPER) as counter:
+            attention(q[..., :32], k[..., :32], v[..., :32])
+        assert counter.kernels()[0].kind == "attention forward D=32"
+
+    def test_issue_slots_of_both_directions(self) -> None:
+        x, weight, bias = (new(*n, grad=True) for n in ((2, 64, 32), (32, 1, 3, 3), (32,)))
+        counter = step(lambda *a: depthwise_conv_gelu(*a, 8, 8), x, weight, bias)
+        slots = {(call.phase, k.name): k.slots for call in counter.calls for k in call.kernels}
+        assert slots["fwd", "depthwise_conv"] == 28.4 * x.numel()
+        assert slots["bwd", "depthwise_conv"] == 19.5 * x.numel()
+        assert slots["bwd", "depthwise_bwd"] == 51 * x.numel()
+        assert slots["bwd", "sum_partials"] == 0
+        logits, labels = new(1, 32, 8, 8), torch.zeros(1, 64, 64, dtype=torch.uint8, device=META)
+        with counting(HOPPER) as counter:
+            upsample_cross_entropy(logits, labels)
+        assert named(counter)["losses_fwd"].slots == 20 * 32 * 64 * 64
+
+    def test_stock_linear(self) -> None:
+        counter = step(
+            F.linear, new(4096, 32, grad=True), new(64, 32, grad=True), new(64, grad=True)
+        )
+        forward, *backward = counter.kernels()
+        assert (forward.name, forward.kind) == ("addmm", "GEMM")
+        assert forward.matrix == 2 * 4096 * 32 * 64
+        assert forward.bytes == 2 * (4096 * 32 + 64 * 32 + 64 + 4096 * 64)
+        assert [k.kind for k in backward] == ["GEMM", "weight-gradient GEMM", "reduction"]
+        assert [call.phase for call in counter.calls] == ["fwd", "bwd", "bwd", "bwd"]
+        with counting() as counter:
+            F.linear(new(4, 32, dtype=torch.float32), new(64, 32, dtype=torch.float32))
+        (single,) = counter.kernels()
+        assert (single.matrix, single.vector) == (0, 2 * 4 * 32 * 64)
+
+    def test_convolution_is_several_kernels(self) -> None:
+        x, weight, bias = new(2, 16, 8, 8, grad=True), new(32, 16, 3, 3, grad=True), new(32)
+        found = step(lambda x, w: F.conv2d(x, w, bias, padding=1), x, weight).kernels()
+        product, size = 2 * 2 * 64 * 9 * 16 * 32, 2 * 2 * 64 * 32
+        assert [k.name for k in found] == [
+            "convolution", "add_", "convolution_backward dx", "convolution_backward dweight",
+        ]  # fmt: skip
+        assert [k.matrix for k in found] == [product, 0, product, product]
+        assert found[1].bytes == 2 * size
+        assert {found[i].kind for i in (0, 2, 3)} == {"convolution"}
+
+    def test_stencils_and_pools(self) -> None:
+        x, weight = new(2, 16, 8, 8), new(16, 1, 7, 7)
+        with counting() as counter:
+            F.conv2d(x, weight, new(16), padding=3, groups=16)
+            F.avg_pool2d(x, 11, 1, 5)
+        convolution, pool = counter.kernels()
+        assert convolution.slots == 3.25 * 49 * x.numel()
+        assert convolution.matrix == 0
+        assert pool.slots == 3.25 * 121 * x.numel()
+        assert convolution.kind == pool.kind == "stencil"
+
+    def test_norms_read_twice(self) -> None:
+        x, weight, bias = new(8, 64, 32, grad=True), new(32, grad=True), new(32, grad=True)
+        found = step(lambda *a: F.layer_norm(a[0], (32,), *a[1:]), x, weight, bias).kernels()
+        size = 8 * 64 * 32 * 2
+        kinds = ["LayerNorm forward", *2 * ["LayerNorm backward"]]
+        assert [k.kind for k in found] == kinds
+        assert [k.bytes // size for k in found] == [2, 3, 2]
+        maps = new(2, 32, 8, 8, grad=True)
+        mean, var = new(32, dtype=torch.float32), new(32, dtype=torch.float32)
+        found = step(lambda x: F.batch_norm(x, mean, var, training=True), maps).kernels()
+        size = 2 * 32 * 64 * 2
+        assert [k.bytes // size for k in found if k.kind == "BatchNorm"] == [1, 2, 2, 3]
+        with counting() as counter:
+            F.batch_norm(maps, mean, var)
+        assert [k.bytes // size for k in counter.kernels()] == [2]
+
+    def test_copies_and_what_is_overwritten(self) -> None:
+        x = new(64, 32)
+        with counting() as counter:
+            x.clone()
+            x.mT.contiguous()
+            x.copy_(new(64, 32))
+            x.zero_()
+            x.add_(x)
+            new(1, 32).expand(64, 32) + 1
+        size = 64 * 32 * 2
+        found = counter.kernels()
+        kinds = ["pointwise", "transposing copy", *4 * ["pointwise"]]
+        assert [k.kind for k in found] == kinds
+        assert [k.bytes for k in found] == [*3 * [2 * size], size, 2 * size, size + 64]
+
+    def test_flash_attention_has_a_program_per_block_of_keys(self) -> None:
+        q, k, v = (new(4, 2, n, 64, grad=True) for n in (4096, 256, 256))
+        with on_meta():
+            found = step(F.scaled_dot_product_attention, q, k, v).kernels()
+        forward, _, backward, _ = found
+        scores = 4 * 2 * 4096 * 256
+        assert (forward.kind, forward.matrix) == ("SDPA forward D=64", 4 * 64 * scores)
+        assert (backward.kind, backward.matrix) == ("SDPA backward", 10 * 64 * scores)
+        assert (forward.programs, backward.programs) == (4 * 2 * 32, 4 * 2 * 2)
+
+    def test_sums_of_gradients_are_backward(self) -> None:
+        counter = step(lambda x: x.exp() + x.sin(), new(8, grad=True))
+        added = [call.phase for call in counter.calls if call.name.startswith("add")]
+        assert added == ["fwd", "bwd"]
+
+
+class TestMeta:
+    def test_casts_as_autocast_of_cuda_does(self) -> None:
+        x, weight = new(4, 8, dtype=torch.float32), new(8, 8, dtype=torch.float32)
+        with on_meta(torch.bfloat16):
+            y = F.linear(x, weight)
+            assert y.dtype == torch.bfloat16
+            assert F.gelu(y).dtype == torch.bfloat16
+            assert {F.layer_norm(y, (8,)).dtype, y.softmax(-1).dtype, y.sum().dtype} == {
+                torch.float32
+            }
+            assert (y @ y.T.float()[:, :4]).dtype == torch.bfloat16
+        with on_meta():
+            assert F.linear(x, weight).dtype == torch.float32
+
+    def test_everything_is_made_there(self) -> None:
+        with on_meta():
+            generator = torch.Generator().manual_seed(0)
+            assert torch.randn(2**40, generator=generator).device == META
+            assert torch.randperm(4, generator=generator).device.type == "cpu"
+        assert torch.zeros(1).device.type == "cpu"
+
+    def test_who_waits_for_a_value_goes_on(self) -> None:
+        with on_meta(), counting() as counter:
+            marks = torch.zeros(64, dtype=torch.int64)
+            mask = marks == 3
+            assert mask.sum() > 0
+            assert int(mask.sum()) == mask.sum().item() == 1
+            assert torch.zeros(64, 8)[mask].shape == (64, 8)
+        assert counter.stock["nonzero"] + counter.stock["index"] >= 1
