@@ -95,7 +95,8 @@ def compare(
 ) -> Comparison:
     """Join records with what was predicted for that GPU; device_name: as PyTorch gives it.
 
-    Of several records of one measurement the last with a time counts; those without are left out.
+    Of several records of one measurement the last with a time counts, and of its times that by
+    CUDA graph where there is one; those without are left out.
     """
     gpu = next((name for name, gpu in GPUS.items() if gpu == of_device(device_name)), "")
     known = predictions.committed(folder)
@@ -111,8 +112,11 @@ def compare(
     for prediction in predictions.read(gpu, folder):
         record = times.get(prediction.key)
         if record is not None and record.p50_us is not None:
-            starved = record.method != "graph" and (record.host_us or 0) > STARVED * record.p50_us
-            rows.append(Row(prediction, record.p50_us, record.method, starved))
+            us, method = record.p50_us, record.method
+            if record.graph_us is not None:
+                us, method = record.graph_us, "graph"
+            starved = method != "graph" and (record.host_us or 0) > STARVED * us
+            rows.append(Row(prediction, us, method, starved))
         elif prediction.op in NETWORKS[:2] and prediction.mode in ("fwd", "step"):
             rows.append(Row(prediction))
     rows.sort(key=lambda row: _place(row.prediction.op))
