@@ -159,7 +159,8 @@ class TestCommitted:
         rows = predictions.predict(subset(), gpu)
         committed = {row.key: asdict(row) for row in predictions.read(gpu)}
         before = [committed[row.key] for row in rows]
-        assert list(predictions.differences(before, [asdict(row) for row in rows])) == []
+        found = list(predictions.differences(before, [asdict(row) for row in rows]))
+        assert found == [], "`python -m benchmarks predict` writes them anew"
 
     def test_times_are_spent_on_assumptions(self, gpu: str) -> None:
         for row in predictions.read(gpu):
