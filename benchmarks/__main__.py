@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -57,7 +58,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
         return args.run(args, console)
-    except (ValueError, RuntimeError, FileNotFoundError) as error:
+    except (ValueError, FileNotFoundError) as error:
+        parser.error(str(error))
+    except RuntimeError as error:  # of PyTorch or Triton, perhaps: where it came from matters
+        traceback.print_exc()
         parser.error(str(error))
 
 
@@ -87,6 +91,10 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--resume", action="store_true", help="go on in --out where another process ended"
     )
+    run.add_argument(
+        "--patience", type=int, metavar="SECONDS",
+        help="end the process, to be resumed, if one step of one case takes longer",
+    )  # fmt: skip
     run.add_argument(
         "--no-report", action="store_true", help="records only: no report, plots, sensors"
     )
@@ -191,9 +199,11 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     # Written as it goes: an interrupted run keeps what it has.
     results = records_of.Writer(out, args.resume)
-    journal = Journal(out, args.resume)
+    journal = Journal(out, args.resume, args.patience)
     runner = Runner(options, limits, phases, journal=journal)
     waiting = remaining(cases, records_of.read(out)) if args.resume else cases
+
+    broken: list[str] = []
 
     def keep(rows: list[records_of.Record]) -> None:
         for row in rows:
@@ -210,12 +220,17 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             except Again as again:
                 console.print(f"{again}: to be run again with --resume", markup=False)
                 return AGAIN
+            except Exception:  # the other cases are worth more than this one
+                traceback.print_exc()
+                broken.append(case.label)
             progress.advance(task)
         journal.close()
         rows = records_of.read(out)
+        if broken:
+            console.print(f"ended by an error of their own: {', '.join(broken)}", markup=False)
         if args.no_report:
             console.print(_closing(phases, out))
-            return 0
+            return 1 if broken else 0
         progress.update(task, description="parts of the model")
         try:
             _breakdown(rows, device, out, args.seed, phases)
@@ -231,7 +246,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         report.write(rows, env, out)
     terminal.show(rows, console)
     console.print(_closing(phases, out))
-    return 0
+    return 1 if broken else 0
 
 
 def _bytes(case: Case) -> float:

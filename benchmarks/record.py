@@ -21,6 +21,7 @@ import torch
 import equiseg_fast
 from benchmarks.providers import TUNED
 from benchmarks.registry import Shape
+from benchmarks.resume import drop_half_a_line
 
 SCHEMA = 1
 UNTIMED = "not timed: the run ended before"
@@ -128,10 +129,11 @@ class Writer:
         self.path = folder / "results.jsonl"
         if not resume or not self.path.is_file():
             self.path.write_text("")
+        drop_half_a_line(self.path)
 
     def add(self, records: Iterable[Record]) -> None:
         with self.path.open("a") as file:
-            file.writelines(map(_line, records))
+            file.write("".join(map(_line, records)))
 
 
 def write_table(records: Iterable[Record], path: Path) -> None:
@@ -176,7 +178,9 @@ def read_jsonl(path: Path) -> list[Record]:
     raises as `read`."""
     path = _results(path)
     records: dict[Key, Record] = {}
-    for number, line in enumerate(path.read_text().splitlines(), start=1):
+    # What follows the last end of a line is being written, or its writer was killed.
+    *lines, rest = path.read_text().split("\n")
+    for number, line in enumerate([*lines, rest] if _is_json(rest) else lines, start=1):
         where = f"{_shown(path)} line {number}"
         try:
             values = json.loads(line)
@@ -200,6 +204,14 @@ def read_environment(path: Path) -> dict[str, Any]:
 
 MACHINE_INFO = "equiseg_fast"
 """Where a `--benchmark-json` file has the environment record, in its `machine_info`."""
+
+
+def _is_json(text: str) -> bool:
+    try:
+        json.loads(text)
+    except json.JSONDecodeError:
+        return False
+    return True
 
 
 def _results(path: Path) -> Path:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import re
+import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
+from typing import Any
 
 import torch
 import torch._functorch.config
@@ -66,6 +68,7 @@ class Prepared:
         self.problem: Problem | None = None
         self.gate: parity.Gate | None = None
         self.checked: set[str] = set()
+        self.cotangents: dict[Any, Tensor] = {}
         options = runner.options
         self.rows = {
             (p, m): Record(options.suite, case.op.name, asdict(case.shape), m, p, case.dtype)
@@ -76,7 +79,7 @@ class Prepared:
             try:
                 if reason := unavailable(case.op, provider, runner.device, case.dtype):
                     raise Unsupported(reason)
-                if runner.journal and (reason := runner.journal.refused(case.label, provider)):
+                if reason := self._lost(provider) or self._lost():
                     raise RuntimeError(reason)
             except Exception as error:
                 self.fail([provider], error)
@@ -89,12 +92,15 @@ class Prepared:
         try:
             if reason := case.op.refuses(case.shape):
                 raise Unsupported(reason)
-            with runner.phases.phase("inputs"):
-                self.problem = self._build(options.seed)
-            with runner.phases.phase("oracle"):
-                own = case.dtype == "fp32" and "reference" in case.providers
-                self.gate = parity.Gate(self.problem, options.seed, fp32_reference=own)
+            if any(map(self.ok, case.providers)):
+                with self._attempt():
+                    with runner.phases.phase("inputs"):
+                        self.problem = self._build(options.seed)
+                    with runner.phases.phase("oracle"):
+                        own = case.dtype == "fp32" and "reference" in case.providers
+                        self.gate = parity.Gate(self.problem, options.seed, fp32_reference=own)
         except Exception as error:
+            self._again_if_sticky(error)
             self.fail(case.providers, error, "inputs or oracle: ")
 
     def fail(
@@ -105,6 +111,8 @@ class Prepared:
         status, reason = _explained(error)
         if status != "unsupported":
             reason = what + reason
+        if status == "error" and self.runner.journal:
+            traceback.print_exception(error)  # the record has its first line only
         for (provider, own), row in self.rows.items():
             if provider in providers and mode in ("", own) and row.status == "ok":
                 row.status, row.reason = status, reason
@@ -123,6 +131,7 @@ class Prepared:
                 self._probe(provider)
         except Exception as error:
             self.fail([provider], error)
+            self._again_if_sticky(error)
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -141,7 +150,9 @@ class Prepared:
             try:
                 with self._attempt(provider), configured(provider):
                     made = [
-                        timing.call_in_mode(p.calls[provider], list(p.leaves.values()), mode, seed)
+                        timing.call_in_mode(
+                            p.calls[provider], list(p.leaves.values()), mode, seed, self.cotangents
+                        )
                         for p in self.problems
                     ]
                     calls[provider] = [_configured(provider, call) for call in made]
@@ -153,6 +164,7 @@ class Prepared:
             except Exception as error:
                 calls.pop(provider, None)
                 self.fail([provider], error)
+                self._again_if_sticky(error)
         return calls
 
     def graphs(
@@ -178,8 +190,12 @@ class Prepared:
             if row.uncaptured:
                 continue
             try:
-                found[provider] = timing.captured(sets)
+                with self._attempt(provider):
+                    found[provider] = timing.captured(sets)
             except Exception as error:
+                if is_sticky(str(error)):
+                    self.fail([provider], error)
+                    self._again_if_sticky(error)
                 row.uncaptured = _explained(error)[1]
                 if runner.journal:
                     runner.journal.capture_failed(*who, row.uncaptured)
@@ -196,18 +212,22 @@ class Prepared:
             try:
                 calls = self.calls(mode, correct)
                 correct = list(calls)
-                timings = self.measure(mode, calls)
+                timings = self.measure(mode, calls) if calls else {}
             except Again:
                 raise
             except Exception as error:
+                self._again_if_sticky(error)
                 self.fail(correct, error)
                 return
-        self.fill(mode, timings)
+        if timings:
+            self.fill(mode, timings)
 
     def measure(self, mode: str, calls: dict[str, list[timing.Call]]) -> Timings:
         """Times of what `calls` returned."""
         both = self.case.op.scope != "operation"
-        return self.runner._measure(calls, self.graphs(mode, calls), both)
+        graphs = self.graphs(mode, calls)
+        with self._attempt():
+            return self.runner._measure(calls, graphs, both)
 
     def fill(self, mode: str, timings: Timings) -> None:
         """The records get their times, and what follows from them."""
@@ -249,15 +269,19 @@ class Prepared:
         """Those of a provider, or in a mode, or all."""
         return [self.record(p, m) for p, m in self.rows if provider in ("", p) and mode in ("", m)]
 
-    @property
-    def broken(self) -> str:
-        """The error of the device that ended everything; empty if there was none."""
-        reasons = (row.reason for row in self.rows.values() if row.status == "error")
-        return next(filter(is_sticky, reasons), "")
+    def _again_if_sticky(self, error: Exception) -> None:
+        """What nobody survives is no fault of those that come after it: another process asks them.
+        Without a journal to go on from they fail."""
+        if self.runner.journal and is_sticky(str(error)):
+            raise Again(_explained(error)[1]) from error
 
-    def _attempt(self, provider: str) -> AbstractContextManager[None]:
+    def _attempt(self, provider: str = "") -> AbstractContextManager[None]:
         journal = self.runner.journal
         return journal.attempt(self.case.label, provider) if journal else nullcontext()
+
+    def _lost(self, provider: str = "") -> str:
+        journal = self.runner.journal
+        return journal.refused(self.case.label, provider) if journal else ""
 
     def _build(self, seed: int) -> Problem:
         case = self.case
@@ -356,22 +380,20 @@ class Runner:
         emit: gets records as they come, those of a provider once it was checked and those of a mode
         once it was timed. Raises `Again` where this process can go no further.
         """
-
-        def done(records: list[Record]) -> None:
-            emit(records)
-            if self.journal and prepared.broken:
-                raise Again(prepared.broken)
-
         with self.stream():
             prepared = self.prepare(case, progress)
-            # The reference may serve as oracle of the others.
-            for provider in sorted(case.providers, key=lambda name: name != "reference"):
-                prepared.check(provider)
-                done(prepared.records(provider=provider))
-            prepared.gate = None
-            for mode in case.modes:
-                prepared.time(mode)
-                done(prepared.records(mode=mode))
+            try:
+                # The reference may serve as oracle of the others.
+                for provider in sorted(case.providers, key=lambda name: name != "reference"):
+                    prepared.check(provider)
+                    emit(prepared.records(provider=provider))
+                prepared.gate = None
+                for mode in case.modes:
+                    prepared.time(mode)
+                    emit(prepared.records(mode=mode))
+            except Again:
+                emit(prepared.records())  # who has failed has done so for good
+                raise
         return prepared.records()
 
     def prepare(self, case: Case, progress: Progress = lambda text: None) -> Prepared:
@@ -413,8 +435,10 @@ def _configured(provider: str, call: timing.Call) -> timing.Call:
 
 def _explained(error: BaseException) -> tuple[str, str]:
     """(status, reason): the first line of the message, which names no files."""
-    lines = str(error).strip().splitlines()
+    lines = [line for line in str(error).strip().splitlines() if line.strip()]
     reason = lines[0] if lines else type(error).__name__
+    if type(error).__name__ == "CompilationError":
+        reason = lines[-1].strip()  # of Triton: the place and the source come first
     if isinstance(error, Unsupported):
         return "unsupported", reason
     if isinstance(error, AssertionError):

@@ -58,13 +58,17 @@ class Timing:
 
 
 def call_in_mode(
-    forward: Callable[[], tuple[Tensor, ...]], leaves: Sequence[Tensor], mode: str, seed: int = 0
+    forward: Callable[[], tuple[Tensor, ...]],
+    leaves: Sequence[Tensor],
+    mode: str,
+    seed: int = 0,
+    known: dict[Any, Tensor] | None = None,
 ) -> Call:
     """What is timed in a mode, from a forward computation and the leaves of its graph.
 
     "fwd" records no graph, "fwd_train" does, "bwd" is the backward of a graph built here and kept,
     "step" is both. Cotangents are random normal; a scalar gets 1. Gradients are returned, not
-    accumulated.
+    accumulated. known: cotangents that were drawn for other calls, to be used again.
     """
     if mode == "fwd":
 
@@ -76,7 +80,13 @@ def call_in_mode(
     if mode == "fwd_train":
         return forward
     graph = forward()
-    cotangents = [cotangent(x, seed + i) if x.requires_grad else None for i, x in enumerate(graph)]
+    known = {} if known is None else known
+    cotangents: list[Tensor | None] = []
+    for i, x in enumerate(graph):
+        key = (x.shape, x.dtype, x.device, seed + i)
+        if x.requires_grad and key not in known:
+            known[key] = cotangent(x, seed + i)
+        cotangents.append(known[key] if x.requires_grad else None)
 
     def backward(outputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Tensor, ...]:
         pairs = [(x, g) for x, g in zip(outputs, cotangents, strict=True) if g is not None]
@@ -201,10 +211,19 @@ def captured(sets: Sequence[Call]) -> tuple[Call, int]:
     repeats = max(1, GRAPH_CALLS // len(sets))
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-        for _ in range(repeats):
-            for call in sets:
-                call()
+    cause: Exception | None = None
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            try:
+                for _ in range(repeats):
+                    for call in sets:
+                        call()
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        # Ending the capture fails too, and would say no more than that it had failed.
+        raise cause or error from error
     return graph.replay, repeats * len(sets)
 
 

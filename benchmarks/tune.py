@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -244,9 +245,17 @@ def main(args: argparse.Namespace, console: Console) -> int:
             if monotonic() + longest > until:
                 late += 1
                 continue
-            search = Search(op, shape, dtype, device, table)
+            try:
+                search = Search(op, shape, dtype, device, table)
+                choices = search.choices()
+            except Exception as error:  # the other cases are worth more than this one
+                traceback.print_exc()
+                console.print(f"skipped: {op.name} {shape.label}: {first_line(error)}")
+                if is_sticky(str(error)):
+                    return AGAIN
+                continue
             decided = {_key(e) for e in entries}
-            for choice in search.choices():
+            for choice in choices:
                 started = monotonic()
                 if choice.key in decided or started + longest > until:
                     continue

@@ -136,7 +136,7 @@ def test_what_is_wrong_is_named_with_its_place(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("{not json", "results.jsonl line 1: not JSON"),
+        ("{not json\n", "results.jsonl line 1: not JSON"),
         ("[1, 2]\n", "results.jsonl line 1: must be an object; got list"),
         ('{"benchmarks": [{"name": "theirs", "extra_info": {}}]}', "extra_info has no record"),
         ('{"benchmarks": [{"name": "theirs"}]}', r"benchmark 1 \(theirs\): extra_info has no"),
@@ -339,10 +339,10 @@ NORM = Case(operations()["norm"], Shape("b0", 2, 64, 64, 1, 2), "fp32", ("step",
 def test_a_mode_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
     right = timing.call_in_mode
 
-    def call_in_mode(forward: Any, leaves: Any, mode: str, seed: int = 0) -> Any:
+    def call_in_mode(forward: Any, leaves: Any, mode: str, *others: Any) -> Any:
         if mode == "bwd":
             raise RuntimeError("no backward twice, says /usr/lib/some/where/code.py")
-        return right(forward, leaves, mode, seed)
+        return right(forward, leaves, mode, *others)
 
     monkeypatch.setattr(timing, "call_in_mode", call_in_mode)
     step, bwd = Runner(Options()).run(NORM)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import importlib
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +18,12 @@ import torch
 from benchmarks import registry, timing, tune
 from benchmarks.__main__ import main
 from benchmarks.plan import Case, Options, remaining
-from benchmarks.record import UNTIMED, Record, read_jsonl
+from benchmarks.record import UNTIMED, Record, Writer, read_jsonl
 from benchmarks.registry import Problem, Shape, operations
 from benchmarks.resume import AGAIN, Again, Journal
 from benchmarks.runner import Runner
+
+runner_module = importlib.import_module("benchmarks.runner")
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = Case(
@@ -85,7 +89,7 @@ def test_an_error_of_the_device_ends_the_process_and_the_next_goes_on(
 DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
-from dataclasses import replace
+from dataclasses import asdict, replace
 from benchmarks import registry
 right = registry.operations()["guided_gate"]
 def build(*arguments):
@@ -96,6 +100,51 @@ registry.operations()["guided_gate"] = replace(right, build=build)
 from benchmarks.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
+
+
+def test_half_a_line_is_dropped(tmp_path: Path) -> None:
+    """Of a writer that was killed, or has not finished."""
+    row = Record("core", "norm", asdict(CASE.shape), "fwd", "torch", "fp32", p50_us=2.0)
+    Writer(tmp_path).add([row])
+    path = tmp_path / "results.jsonl"
+    whole = path.read_text()
+    path.write_text(whole + whole[:50])
+    assert read_jsonl(tmp_path) == [row]
+    other = replace(row, provider="baseline")
+    Writer(tmp_path, resume=True).add([other])
+    assert read_jsonl(tmp_path) == [row, other]
+    path.write_text(whole[:50] + "\n" + whole)
+    with pytest.raises(ValueError, match="line 1: not JSON"):
+        read_jsonl(tmp_path)
+
+
+def test_an_error_of_one_case_does_not_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right = Runner.run
+
+    def run(self: Runner, case: Case, *others: Any) -> list[Record]:
+        if case.op.name == "norm":
+            raise KeyError("a mistake of the harness")
+        return right(self, case, *others)
+
+    monkeypatch.setattr(Runner, "run", run)
+    assert main([*RUN, "--out", str(tmp_path), "--no-report"]) == 1
+    assert {row.op for row in read_jsonl(tmp_path)} == {"guided_gate"}
+    shown = capsys.readouterr()
+    assert "ended by an error of their own: norm" in shown.out
+    assert "a mistake of the harness" in shown.err
+
+
+def test_patience(tmp_path: Path) -> None:
+    code = (
+        "import sys, time; from pathlib import Path; from benchmarks.resume import Journal\n"
+        "with Journal(Path(sys.argv[1]), True, patience=1).attempt('case', 'hangs'): time.sleep(60)"
+    )
+    command = (sys.executable, "-c", code, str(tmp_path))
+    ended = [subprocess.run(command, cwd=ROOT).returncode for _ in range(2)]
+    assert ended == [-signal.SIGALRM, -signal.SIGALRM]
+    assert Journal(tmp_path, resume=True).refused("case", "hangs")
 
 
 def test_what_kills_its_process_twice_is_not_tried_a_third_time(tmp_path: Path) -> None:
@@ -212,6 +261,103 @@ def test_who_cannot_be_captured_sends_all_to_events_and_says_why(
     assert (waits.method, waits.graph_us, waits.events_us) == ("events", None, 2.0)
     assert waits.uncaptured == "it waits for the device"
     assert (ours.method, ours.p50_us, ours.graph_us, ours.uncaptured) == ("events", 2.0, 1.0, "")
+
+
+FAULT = "Triton Error [CUDA]: an illegal memory access was encountered"
+
+
+def test_a_fault_while_timing_is_blamed_on_who_had_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not on those who come after it in a process that is broken; without a journal it is an error
+    of the provider, and the others go on."""
+    gpu = Gpu(monkeypatch)
+    known = timing.call_in_mode
+
+    def call_in_mode(forward: Any, *others: Any) -> Any:
+        call = known(forward, *others)
+        if faulty.get("now"):
+            raise RuntimeError(FAULT)
+        return call
+
+    faulty: dict[str, bool] = {}
+    right = runner_module.configured
+
+    @contextmanager
+    def configured(provider: str) -> Iterator[None]:
+        faulty["now"] = provider == "torch" and faulty.get("timing", False)
+        with right(provider):
+            yield
+
+    monkeypatch.setattr(runner_module, "configured", configured)
+    monkeypatch.setattr(timing, "call_in_mode", call_in_mode)
+    journal = Journal(tmp_path, resume=False)
+    runner = Runner(Options(), journal=journal)
+    prepared = runner.prepare(CASE)
+    for provider in CASE.providers:
+        prepared.check(provider)
+    runner.device, faulty["timing"] = torch.device("cuda"), True
+    with pytest.raises(Again, match="illegal memory access"):
+        prepared.time("fwd")
+    rows = {(r.provider, r.mode): r for r in prepared.records()}
+    assert rows["torch", "fwd"].status == rows["torch", "step"].status == "error"
+    assert (rows["baseline", "fwd"].status, rows["baseline", "fwd"].final) == ("ok", False)
+    assert not gpu.captures
+    assert not journal.uncaptured
+
+    runner.journal = None
+    prepared.time("fwd")
+    rows = {(r.provider, r.mode): r for r in prepared.records()}
+    assert rows["baseline", "fwd"].p50_us == 1.0
+
+
+def test_when_nobody_is_left_nothing_is_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    Gpu(monkeypatch)
+    runner = Runner(Options())
+    prepared = runner.prepare(CASE)
+    runner.device = torch.device("cuda")
+
+    def fails(*_: Any) -> Any:
+        raise RuntimeError("out of resources: shared memory")
+
+    monkeypatch.setattr(timing, "call_in_mode", fails)
+    prepared.time("fwd")
+    assert {r.status for r in prepared.records(mode="fwd")} == {"error"}
+
+
+def test_a_broken_capture_says_what_broke_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ending it fails, too, with less to say."""
+
+    @contextmanager
+    def graph(*_: Any, **__: Any) -> Iterator[None]:
+        try:
+            yield
+        finally:
+            raise RuntimeError("operation failed due to a previous error during capture")
+
+    monkeypatch.setattr(torch.cuda, "graph", graph)
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", lambda: None)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda *_: None)
+
+    def waits() -> None:
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    with pytest.raises(RuntimeError, match="not permitted when stream is capturing"):
+        timing.captured([waits])
+    with pytest.raises(RuntimeError, match="previous error during capture"):
+        timing.captured([lambda: None])
+
+
+def test_cotangents_are_drawn_once() -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    known: dict[Any, torch.Tensor] = {}
+    first = timing.call_in_mode(lambda: (2 * x,), [x], "step", 5, known)()[0]
+    (drawn,) = known.values()
+    drawn.fill_(3.0)
+    again = timing.call_in_mode(lambda: (2 * x,), [x], "step", 5, known)()[0]
+    assert not torch.equal(first, again)
+    assert torch.equal(again, torch.full_like(x, 6.0))
 
 
 def test_a_training_step_of_ours_can_be_captured() -> None:

@@ -11,6 +11,7 @@ import tarfile
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,6 +190,8 @@ def test_what_wants_to_be_started_again_is(tmp_path: Path, end: str) -> None:
     script = script.replace("count", "other")
     state = carry_out(tmp_path, [Step("s", "", 1.0, (shell("once", script, restarts=1),))])
     assert state.tasks["once"]["rc"] in (AGAIN, -9)
+    # It has not finished: a second visit goes on there.
+    assert state.tasks["once"]["state"] == "cut off"
     assert (tmp_path / "other").read_text().count("x") == 2
 
 
@@ -218,7 +221,7 @@ def test_of_broken_fixture(broken): pass
 STICKY = """
 import pathlib
 def test_error():
-    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
 def test_after(): pass
 """
 
@@ -296,6 +299,16 @@ def test_an_error_of_the_device_starts_a_new_process(tmp_path: Path) -> None:
     assert dict(counts) == {"failed": 1, "passed": 1}
 
 
+def test_an_error_of_the_device_ends_one_of_several_processes(tmp_path: Path) -> None:
+    """Nobody is blamed but the test that had it, and the others go on."""
+    pytest.importorskip("xdist")
+    options = ("-p", "xdist", "-n", "1", "--dist", "load")
+    assert pytest_with_outcomes(tmp_path, STICKY, *options) == 1
+    found = Outcomes.read(tmp_path / "out.jsonl")
+    assert dict(found.counts()) == {"failed": 1, "passed": 1}
+    assert "illegal memory access" in found.ended["test_some.py::test_error"]["reason"]
+
+
 def test_half_a_line_is_no_outcome(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     path.write_text('{"test": "a"}\n{"test": "a", "outcome": "pas')
@@ -369,13 +382,16 @@ def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, Step]:
     return {step.name: step for step in steps.steps(folder, device, folder / "triton-cache")}
 
 
+H100 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=79 * 2**30)
+
+
 def option(task: Task, name: str) -> str:
     words = task.command[3:]  # behind python -m and a module
     return words[words.index(name) + 1]
 
 
 def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps.shutil, "which", lambda name: f"/opt/{name}")
+    monkeypatch.setattr(steps.shutil, "which", lambda name, path="": f"/opt/{name}")
     planned = plan_of(tmp_path)
     assert list(planned) == [
         "prepare", "kernels", "host", "headline", "parity", "operations", "memcheck", "compilers",
@@ -406,7 +422,9 @@ def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for task in planned["memcheck"].tasks:
         assert task.command[0] == "/opt/compute-sanitizer"
         assert task.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    monkeypatch.setattr(steps.shutil, "which", lambda name: None)
+    monkeypatch.setattr(steps.shutil, "which", lambda name, path="": None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
     assert plan_of(tmp_path)["memcheck"].impossible == "compute-sanitizer is not on the PATH"
 
 
@@ -457,9 +475,25 @@ def test_a_day_with_a_gpu_that_is_cut_off(tmp_path: Path) -> None:
     for task in ("parity/kernels", "parity/large", "parity/workflows"):
         assert missing[6.0][task] == []
     late = {task for task, left in missing[9.0].items() if left}
-    assert late <= {"compilers", "memcheck/memcheck", "memcheck/racecheck", "tune"}
+    assert late <= {"compilers", "memcheck/racecheck", "tune"}
     for found in simulate(planned, 9.0, 3.0):
         assert found.done or found.state in ("", "not possible") or not found.missing
+
+
+def test_nothing_that_is_written_down_ends_a_visit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> None:
+        raise ValueError("no such column")
+
+    fine = Step("fine", "", 1.0, (shell("fine", "echo done"),))
+    monkeypatch.setattr(visit, "steps", lambda *_: (fine,))
+    monkeypatch.setattr(visit, "write_summary", broken)
+    out = ("--out", str(tmp_path / "v"), "--archive", str(tmp_path / "a.tar.gz"))
+    assert main(["visit", "--device", "cpu", *out]) == 0
+    assert "no summary: ValueError: no such column" in capsys.readouterr().out
+    with tarfile.open(tmp_path / "a.tar.gz") as tar:
+        assert "visit/logs/fine.log" in tar.getnames()
 
 
 def test_archive(tmp_path: Path) -> None:

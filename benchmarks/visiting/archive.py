@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import tarfile
+import time
 from pathlib import Path
 
 LOG_BYTES = 2**18
@@ -28,8 +29,12 @@ def pack(folder: Path, archive: Path) -> None:
             inside = path.relative_to(folder)
             if inside.parts[0] in LEFT_OUT or path == new or path.suffix == ".new":
                 continue
-            content = path.read_bytes()[-LOG_BYTES if path.suffix == ".log" else 0 :]
+            try:
+                content = path.read_bytes()
+            except FileNotFoundError:  # a journal, whose run has ended meanwhile
+                continue
+            content = content[-LOG_BYTES if path.suffix == ".log" else 0 :]
             member = tarfile.TarInfo(f"visit/{inside.as_posix()}")
-            member.size, member.mtime = len(content), int(path.stat().st_mtime)
+            member.size, member.mtime = len(content), int(time.time())
             tar.addfile(member, io.BytesIO(content))
     new.replace(archive)

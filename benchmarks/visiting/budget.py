@@ -23,7 +23,7 @@ from benchmarks.resume import AGAIN
 
 POLL_SECONDS = 0.05
 TICK_SECONDS = 10.0
-GRACE_SECONDS = 3.0
+GRACE_SECONDS, KILL_SECONDS = 3.0, 10.0
 LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
 USABLE = 0.8
@@ -97,7 +97,8 @@ class Machine:
 
     def stop(self, process: Process) -> None:
         """Kill it and all that it started."""
-        for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, None)):
+        # What is stuck in a driver survives even SIGKILL; the rest of the visit goes on.
+        for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, sent)
             with suppress(subprocess.TimeoutExpired):
@@ -218,12 +219,14 @@ class Running:
             self._end("cut off")
         elif rc is None:
             return False
-        elif (rc == AGAIN or rc < 0) and self.restarts and not late:
+        elif rc != AGAIN and rc >= 0:
+            self._end("done")
+        elif self.restarts and not late:
             self.restarts -= 1
             self._start("a")
             return False
         else:
-            self._end("done")
+            self._end("cut off")
         return True
 
     def _hopeless(self) -> str:

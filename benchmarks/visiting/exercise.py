@@ -7,6 +7,7 @@ everything down by orders of magnitude: nothing is timed, and results are only h
 from __future__ import annotations
 
 import argparse
+import traceback
 
 import torch
 from rich.console import Console
@@ -72,4 +73,5 @@ def _wrong(op: Op, shape: Shape, dtype: str, device: torch.device) -> str:
             results += call_in_mode(problem.calls["triton"], leaves, "step")()
         return "" if all(bool(x.isfinite().all()) for x in results) else "not finite"
     except Exception as error:  # the others are still worth their call
+        traceback.print_exc()
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.resume import AGAIN, is_sticky
+from benchmarks.resume import AGAIN, drop_half_a_line, is_sticky
 
 if TYPE_CHECKING:
     import pytest
@@ -76,10 +76,12 @@ def pytest_configure(config: pytest.Config) -> None:
         before = Outcomes({test: {} for test in config.workerinput["ended"]})
         before.started = config.workerinput["started"]
         config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
+        config.pluginmanager.register(_Worker(), "outcomes-worker")
     elif path := config.getoption("outcomes"):
         before = Outcomes.read(path)
         config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
-        config.pluginmanager.register(_Writer(path, before), "outcomes-writer")
+        alone = not config.getoption("numprocesses", None)
+        config.pluginmanager.register(_Writer(path, before, alone), "outcomes-writer")
         if config.pluginmanager.hasplugin("xdist"):
             config.pluginmanager.register(_Sharer(before), "outcomes-sharer")
 
@@ -115,10 +117,30 @@ class _Sharer:
         node.workerinput |= {"ended": list(self.before.ended), "started": self.before.started}
 
 
+class _Worker:
+    """One process of pytest-xdist: it ends after an error of the device, and another is started."""
+
+    def __init__(self) -> None:
+        self.broken = False
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        self.broken |= report.failed and is_sticky(report.longreprtext)
+
+    def pytest_runtest_logfinish(self) -> None:
+        if self.broken:
+            os._exit(1)
+
+
 class _Writer:
-    def __init__(self, path: Path, before: Outcomes) -> None:
+    """alone: whether the tests run in this process, which an error of the device ends."""
+
+    def __init__(self, path: Path, before: Outcomes, alone: bool) -> None:
         self.path = path
         self.before = before
+        self.alone = alone
+        self.sticky: set[str] = set()
+        if path.is_file():
+            drop_half_a_line(path)
         self._write(device=_device())
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
@@ -132,11 +154,16 @@ class _Writer:
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.when != "call" and report.passed:
             return
+        if report.nodeid in self.sticky:
+            return  # that its process has ended is known, and why
         self._write(
             test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2),
             reason=_reason(report),
         )  # fmt: skip
-        if report.failed and is_sticky(report.longreprtext):
+        if not (report.failed and is_sticky(report.longreprtext)):
+            return
+        self.sticky.add(report.nodeid)
+        if self.alone:
             import pytest  # who only reads outcomes may do without
 
             pytest.exit("the device is in error; to be run again", returncode=AGAIN)

@@ -34,9 +34,12 @@ def unfinished(state: State, task: Task) -> bool:
     return state.of(task).get("state") in ("cut off", "not started", "running")
 
 
-def brought(step: Step, folder: Path) -> str:
+def brought(step: Step, state: State, folder: Path) -> str:
     """What a step has brought, in words; empty if nothing."""
-    return OUTCOMES.get(step.name, _last_lines)(step, folder)
+    if step.name in OUTCOMES:
+        return OUTCOMES[step.name](step.tasks, folder)
+    # The last line of what has failed or was cut off is no result.
+    return _last_lines([t for t in step.tasks if state.of(t).get("rc") == 0], folder)
 
 
 def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str, str, str, str]]:
@@ -51,7 +54,9 @@ def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str
         shown = ", ".join(f"{n} {s}" if len(step.tasks) > 1 else s for s, n in states.items())
         seconds = sum(values.get("seconds", 0.0) for values in found)
         reasons = [values["reason"] for values in found if "reason" in values]
-        out = step.impossible or "; ".join(filter(None, [*reasons, brought(step, folder)]))
+        bad = _last_lines([task for task in step.tasks if failed(state, task)], folder)
+        what = [*reasons, brought(step, state, folder), bad and f"failed: {bad}"]
+        out = step.impossible or "; ".join(filter(None, what))
         rows.append((step.name, shown, f"{seconds:.0f}", out))
     return rows
 
@@ -117,10 +122,10 @@ def _device(folder: Path) -> str:
 
 
 def _json(path: Path) -> dict[str, Any]:
-    """The object in a file, behind whatever warnings were printed before it; empty if none."""
+    """The object in a file, whatever warnings were printed around it; empty if none."""
     try:
         text = path.read_text()
-        return json.loads(text[text.index("{") :])
+        return json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
     except (OSError, ValueError):
         return {}
 
@@ -200,23 +205,22 @@ def _trouble(records: Sequence[Record], folder: Path) -> Iterator[str]:
         yield from ("", "## Skipped tests", "", *(f"- {n}: {why}" for why, n in skipped.items()))
 
 
-def _last_lines(step: Step, folder: Path) -> str:
+def _last_lines(tasks: Sequence[Task], folder: Path) -> str:
     """The last line that each task has printed."""
     found = []
-    for task in step.tasks:
+    for task in tasks:
         path = folder / task.output
         lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
         found += [line.strip() for line in lines if line.strip()][-1:]
     return "; ".join(found)
 
 
-def _prepared(step: Step, folder: Path) -> str:
-    wanted = [t for t in step.tasks if t.name in ("prepare/calibrate", "prepare/cache")]
-    lines = [_last_lines(Step("", "", 0.0, (task,)), folder) for task in wanted]
-    return "; ".join(filter(None, [_environment(folder), *lines]))
+def _prepared(tasks: Sequence[Task], folder: Path) -> str:
+    cache = [task for task in tasks if task.name == "prepare/cache"]
+    return "; ".join(filter(None, [_environment(folder), _last_lines(cache, folder)]))
 
 
-def _tested(step: Step, folder: Path) -> str:
+def _tested(tasks: Sequence[Task], folder: Path) -> str:
     found = merged(sorted((folder / "parity").glob("*.jsonl")))
     counts = found.counts()
     shown = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
@@ -224,27 +228,27 @@ def _tested(step: Step, folder: Path) -> str:
     return f"{shown}{late} on {found.device}" if counts else ""
 
 
-def _timed(step: Step, folder: Path) -> str:
-    rows = _measured(folder / step.name)
+def _timed(tasks: Sequence[Task], folder: Path) -> str:
+    rows = [row for task in tasks for row in _measured(folder / task.name)]
     counts = Counter(row.status if row.final else "not timed" for row in rows)
     wrong = {f"{r.op} {r.provider}: {r.status}" for r in rows if r.status in ("incorrect", "error")}
     shown = ", ".join(f"{n} {status}" for status, n in counts.items())
     return "; ".join(filter(None, [shown, *sorted(wrong)]))
 
 
-def _reported(step: Step, folder: Path) -> str:
+def _reported(tasks: Sequence[Task], folder: Path) -> str:
     results = folder / "results"
     made = [*results.glob("report.*"), *(results / "plots").glob("*.png")]
     return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
 
 
-def _checked(step: Step, folder: Path) -> str:
+def _checked(tasks: Sequence[Task], folder: Path) -> str:
     found = []
-    for task in step.tasks:
+    for task in tasks:
         path = folder / task.output
         text = path.read_text(errors="replace") if path.is_file() else ""
         found += [f"{task.name.split('/')[1]}: {x}" for x in re.findall(r"SUMMARY: (.*)", text)]
-    return "; ".join(found) or _last_lines(step, folder)
+    return "; ".join(found) or _last_lines(tasks, folder)
 
 
 OUTCOMES = {

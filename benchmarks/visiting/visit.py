@@ -13,6 +13,7 @@ import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -87,8 +88,15 @@ def main(args: argparse.Namespace, console: Console) -> int:
     state = State(folder / "visit.json")
 
     def keep() -> None:
-        write_summary(planned, state, folder)
-        pack(folder, archive)
+        """Nothing that goes wrong here may end the visit."""
+        for what, call in (
+            ("summary", partial(write_summary, planned, state, folder)),
+            ("archive", partial(pack, folder, archive)),
+        ):
+            try:
+                call()
+            except Exception as error:
+                console.print(f"no {what}: {type(error).__name__}: {error}", markup=False)
 
     state.changed = keep
     for name in state.end_orphans():
@@ -99,7 +107,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
     visit = Visit(
         planned, state, folder, ROOT, started + 60 * minutes, progress=said, tick=keep,
-        environment={"TRITON_CACHE_DIR": str(cache)},
+        environment={"TRITON_CACHE_DIR": str(cache), "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
     with _terminable():
         visit.run()
@@ -110,7 +118,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(f"did not fit: {', '.join(left)}; the same command goes on there")
     console.print(f"{time.monotonic() - started:.0f} s; all of it in {archive.name}")
     wrong = any(failed(state, task) for step in planned for task in step.tasks)
-    empty = [s.name for s in planned if not s.impossible and not brought(s, folder)]
+    empty = [s.name for s in planned if not s.impossible and not brought(s, state, folder)]
     if rehearsal and empty:
         console.print(f"brought nothing: {', '.join(empty)}")
     return 1 if wrong or (rehearsal and empty) else 0
