@@ -26,7 +26,7 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import against, calibrate, compare, profiling, resources, roofline, tune  # noqa: E402
+from benchmarks import against, calibrate, compare, host, profiling, resources, roofline, tune  # noqa: E402
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Options, dry_run, plan  # noqa: E402
@@ -85,6 +85,7 @@ def _parser() -> argparse.ArgumentParser:
         (compare, "compare", "what became slower between two runs"),
         (against, "against", "the working tree beside another revision, measured in turn"),
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
+        (host, "host", "how long the host works for a call, and on what"),
         (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
         (tune, "tune", "search faster launch configurations on a GPU"),
