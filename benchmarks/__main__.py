@@ -27,6 +27,7 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
+<<<<<<< HEAD
 from benchmarks import (  # noqa: E402
     against,
     calibrate,
@@ -38,6 +39,9 @@ from benchmarks import (  # noqa: E402
     roofline,
     tune,
 )
+=======
+from benchmarks import against, calibrate, compare, host, profiling, resources, roofline, tune  # noqa: E402
+>>>>>>> host
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Case, Options, dry_run, plan, remaining  # noqa: E402
@@ -111,6 +115,7 @@ def _parser() -> argparse.ArgumentParser:
         (compare, "compare", "what became slower between two runs"),
         (against, "against", "the working tree beside another revision, measured in turn"),
         (profiling, "profile", "the operators or kernels of one case, and a trace"),
+        (host, "host", "how long the host works for a call, and on what"),
         (exercise, "exercise", "every kernel once on small shapes, for compute-sanitizer"),
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
         (dry, "dry", "bind and compile for a GPU that is not there, or fill a cache of binaries"),

@@ -36,35 +36,52 @@ def launch(
     max_registers: int | None = None,
     **constexprs: Any,
 ) -> None:
-    """Run `kernel[grid](*args, **constexprs)` on the device of the first tensor among `args`.
+    """Run `kernel[grid](*args, **constexprs)` on the device of the first argument, a tensor.
 
     max_registers per thread; None leaves the choice to the compiler. fp-fusion is
     asked for explicitly: the default of Triton 3.10 is off, which costs one more issue slot per
     score.
     """
-    anchor = next(a for a in args if isinstance(a, torch.Tensor))
-    options = {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
+    options = constexprs  # a dictionary of this call alone
+    options |= {"num_warps": num_warps, "num_stages": num_stages, "enable_fp_fusion": True}
     if max_registers is not None:
         options["maxnreg"] = max_registers
     if INTERPRET:
         with _INTERPRETER_LOCK:
-            kernel[grid](*args, **constexprs, **options)
+            kernel[grid](*args, **options)
         return
-    with torch.cuda.device_of(anchor):
-        kernel[grid](*args, **constexprs, **options)
+    index = args[0].get_device()
+    # Asking is cheaper than switching. What is on no GPU has -1.
+    if index < 0 or index == torch.cuda.current_device():
+        kernel[grid](*args, **options)
+        return
+    with torch.cuda.device(index):
+        kernel[grid](*args, **options)
 
 
 @functools.cache
-def _cuda_facts(index: int) -> tuple[int, int]:
-    properties = torch.cuda.get_device_properties(index)
+def device_facts(device: torch.device) -> tuple[int, int]:
+    """(architecture, multiprocessors) of the device of a tensor, for example (90, 132); (0, 8)
+    when interpreting."""
+    if INTERPRET or device.type != "cuda":
+        return 0, 8
+    properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def device_facts(device: torch.device) -> tuple[int, int]:
-    """(architecture, multiprocessors), for example (90, 132); (0, 8) when interpreting."""
-    if INTERPRET or device.type != "cuda":
-        return 0, 8
-    return _cuda_facts(torch.cuda.current_device() if device.index is None else device.index)
+def cdiv(a: int, b: int) -> int:
+    """a / b, rounded up. That of Triton also takes values of kernels, ten times as slowly."""
+    return -(-a // b)
+
+
+def empty_like(x: torch.Tensor, dtype: torch.dtype | None = None) -> torch.Tensor:
+    """Contiguous memory for a tensor in the shape of x, and in its dtype if no other is given."""
+    return torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
+
+
+def empty_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
+    """Contiguous memory for the gradient of x, `[0]` if it is not needed."""
+    return empty_like(x) if needed else x.new_empty(0)
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
@@ -78,7 +95,10 @@ def strides(x: torch.Tensor) -> tuple[int, ...]:
     The stride of such a dimension is arbitrary, and Triton would compile another kernel for every
     value it treats specially (1, or not a multiple of 16).
     """
-    return tuple(s if n > 1 else 0 for s, n in zip(x.stride()[:-1], x.shape[:-1], strict=True))
+    found = x.stride()
+    if 1 in x.shape:
+        return tuple([0 if n == 1 else s for s, n in zip(found, x.shape, strict=True)][:-1])
+    return found[:-1]
 
 
 @dataclass(frozen=True)

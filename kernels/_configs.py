@@ -14,10 +14,9 @@ loops be exercised by short inputs.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
-from equiseg_fast.kernels._tuned import tunable
+from equiseg_fast.kernels._tuned import remembered, tunable
 
 INTERPRETER = 0
 
@@ -157,6 +156,7 @@ _PROGRAM_OVERHEAD = 3
 _REDUCTION_OVERHEAD = 2
 
 
+@remembered
 def query_splits(programs: int, query_blocks: int, processors: int) -> tuple[int, int]:
     """How to cut the query loop of the dK/dV kernel: (splits, query blocks per split).
 
@@ -409,7 +409,7 @@ _MIXER_RESIDENT = 3
 _MIXER_OVERHEAD = 8
 
 
-@functools.cache
+@remembered
 def pooling_mixer_rows(arch: int, columns: int, height: int, half: int, processors: int) -> int:
     """The rows of a strip of an image of `height` rows, where `columns` programs work abreast.
 
@@ -469,6 +469,7 @@ def losses_lines(arch: int, programs: int, lines: int, processors: int) -> int:
     return -(-lines // min(parts, lines))
 
 
+@remembered
 def losses_strip(columns: int, rows: int, config: TileConfig, processors: int) -> int:
     """Rows of samples of one backward program; `columns` in all images and class blocks.
 
@@ -529,6 +530,7 @@ _MIN_STRIP_ROWS = 8
 _STRIP_OVERHEAD = 4
 
 
+@remembered
 def strip_rows(strips: int, height: int, slots: int) -> int:
     """How many of `height` rows a program walks, where the device holds `slots` programs at once.
 

@@ -28,8 +28,38 @@ Table = Mapping[Key, Any]
 _Choose = TypeVar("_Choose", bound=Callable[..., Any])
 
 _functions: dict[str, Callable[..., Any]] = {}
+
+
+class _Choices:
+    """A table, and what was chosen while it was in use: most calls repeat an earlier one.
+
+    What is chosen depends on the table also where it says nothing, as functions in `_configs` call
+    one another. The size of an image or a batch is no argument, so there are few different calls.
+    """
+
+    def __init__(self, table: Table) -> None:
+        self.table = table
+        self.made: dict[Key, Any] = {}
+
+
 # Of the process, not of a context: the backward of a GPU runs on a thread of its own.
-_in_use: Table | None = None
+_in_use: _Choices | None = None
+_in_environment = _Choices({})
+
+
+def _current() -> _Choices:
+    global _in_environment
+    if _in_use is not None:
+        return _in_use
+    table = from_environment()
+    if _in_environment.table is not table:
+        _in_environment = _Choices(table)
+    return _in_environment
+
+
+remembered = functools.lru_cache(256)
+"""For functions of numbers that run before every launch, with other numbers only where a shape is
+another. Nobody may change what they return."""
 
 
 def tunable(choose: _Choose) -> _Choose:
@@ -39,9 +69,14 @@ def tunable(choose: _Choose) -> _Choose:
 
     @functools.wraps(choose)
     def chosen(*arguments: Any) -> Any:
-        table = from_environment() if _in_use is None else _in_use
-        found = table.get((name, arguments))
-        return choose(*arguments) if found is None else found
+        choices, key = _current(), (name, arguments)
+        config = choices.made.get(key)
+        if config is None:
+            config = choices.table.get(key)
+            if config is None:
+                config = choose(*arguments)
+            choices.made[key] = config
+        return config
 
     return chosen  # type: ignore[return-value]
 
@@ -56,7 +91,7 @@ def default(key: Key) -> Any:
 def use(table: Table) -> Iterator[None]:
     """This table and no other, in the whole process; an empty one for the defaults."""
     global _in_use
-    previous, _in_use = _in_use, table
+    previous, _in_use = _in_use, _Choices(table)
     try:
         yield
     finally:

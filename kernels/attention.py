@@ -47,7 +47,10 @@ from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     LOG2E,
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     load_tile,
@@ -55,6 +58,7 @@ from equiseg_fast.kernels._common import (
     strides,
     tile_of_program,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 
 @triton.jit
@@ -317,17 +321,22 @@ def _attention_bwd_dq_kernel(
 
 def _constexprs(kernel: Any, head_dim: int, precision: str, config: _configs.TileConfig) -> dict:
     """The constexprs of a kernel with matrix products."""
-    values = {
+    return _with_products("LEAN" in kernel.arg_names, head_dim, precision, config)
+
+
+@remembered
+def _with_products(lean: bool, head_dim: int, precision: str, config: _configs.TileConfig) -> dict:
+    return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": _configs.padded_head_dim(head_dim),
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "PRECISION": "tf32" if precision == _configs.TF32 else "ieee",
-        "LEAN": config.lean,
+        **({"LEAN": config.lean} if lean else {}),
     }
-    return {name: value for name, value in values.items() if name in kernel.arg_names}
 
 
+@remembered
 def _delta_constexprs(arch: int, head_dim: int, has_dlse: bool) -> dict:
     block_d, rows = _configs.padded_head_dim(head_dim), _configs.delta_rows(arch)
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "HAS_DLSE": has_dlse}
@@ -345,16 +354,16 @@ def attention_fwd(
     logarithm). An input whose last stride is not 1 is copied.
     """
     batch, n_q, heads, head_dim = q.shape
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.empty((batch, heads, n_q), dtype=torch.float32, device=q.device)
+    out = empty_like(q)
+    lse = q.new_empty((batch, heads, n_q), dtype=torch.float32)
     if out.numel() == 0:
         return out, lse
-    q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     arch, _ = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
     config = _configs.attention_fwd_config(arch, precision, _configs.padded_head_dim(head_dim))
     launch(
-        _attention_fwd_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
+        _attention_fwd_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
         q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
         heads, n_q, k.shape[1], scale * LOG2E,
         **_constexprs(_attention_fwd_kernel, head_dim, precision, config), **config.launch(),
@@ -374,44 +383,37 @@ def attention_bwd(
     """
     batch, n_q, heads, head_dim = q.shape
     n_k = k.shape[1]
-    dq, dk, dv = (
-        torch.empty(x.shape if needed else (0,), dtype=x.dtype, device=x.device)
-        for x, needed in ((q, needs_dq), (k, needs_dk), (v, needs_dv))
-    )
+    dq, dk = empty_gradient(q, needs_dq), empty_gradient(k, needs_dk)
+    dv = empty_gradient(v, needs_dv)
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
     if not (needs_dq or needs_dk or needs_dv):
         return dq, dk, dv
-    q, k, v, grad_out = (last_dim_contiguous(x) for x in (q, k, v, grad_out))
-    out, lse = out.contiguous(), lse.contiguous()
+    q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
+    grad_out, out, lse = last_dim_contiguous(grad_out), out.contiguous(), lse.contiguous()
     arch, processors = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
     block_d, width = _configs.padded_head_dim(head_dim), heads * head_dim
-    layout = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
+    grad_layout = strides(grad_out)
+    layout = strides(q) + strides(k) + strides(v) + grad_layout
 
-    delta = torch.empty_like(lse)
+    delta = empty_like(lse)
     rows = _configs.delta_rows(arch)
     launch(
-        _attention_bwd_delta_kernel, (triton.cdiv(n_q, rows) * batch * heads,),
+        _attention_bwd_delta_kernel, (cdiv(n_q, rows) * batch * heads,),
         out, grad_out, delta if grad_lse is None else grad_lse.float().contiguous(), delta,
-        width, *strides(grad_out), heads, n_q,
+        width, *grad_layout, heads, n_q,
         **_delta_constexprs(arch, head_dim, grad_lse is not None), **_ROW_LAUNCH,
     )  # fmt: skip
 
     if needs_dk or needs_dv:
         config = _configs.attention_dkdv_config(arch, precision, block_d)
-        programs = triton.cdiv(n_k, config.block_n) * batch * heads
-        splits, chunk = _configs.query_splits(
-            programs, triton.cdiv(n_q, config.block_m), processors
-        )
-        whole = tuple(
-            x if needed else torch.empty(k.shape, dtype=k.dtype, device=k.device)
-            for x, needed in ((dk, needs_dk), (dv, needs_dv))
-        )
+        programs = cdiv(n_k, config.block_n) * batch * heads
+        splits, chunk = _configs.query_splits(programs, cdiv(n_q, config.block_m), processors)
+        whole = dk if needs_dk else empty_like(k), dv if needs_dv else empty_like(v)
         sums = whole
         if splits > 1:
-            partials = torch.empty((2, splits, *k.shape), dtype=torch.float32, device=k.device)
-            sums = partials.unbind()
+            sums = k.new_empty((2, splits, *k.shape), dtype=torch.float32).unbind()
         launch(
             _attention_bwd_dkdv_kernel, (programs, splits),
             q, k, v, grad_out, lse, delta, *sums, *layout, k.numel(), width,
@@ -421,14 +423,14 @@ def attention_bwd(
         )  # fmt: skip
         if splits > 1:
             launch(
-                _attention_bwd_reduce_kernel, (triton.cdiv(k.numel(), _configs.REDUCE_BLOCK),),
+                _attention_bwd_reduce_kernel, (cdiv(k.numel(), _configs.REDUCE_BLOCK),),
                 *sums, *whole, k.numel(), splits, BLOCK=_configs.REDUCE_BLOCK, **_ROW_LAUNCH,
             )  # fmt: skip
 
     if needs_dq:
         config = _configs.attention_dq_config(arch, precision, block_d)
         launch(
-            _attention_bwd_dq_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
+            _attention_bwd_dq_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
             q, k, v, grad_out, lse, delta, dq, *layout, width,
             heads, n_q, n_k, scale, scale * LOG2E,
             **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, config), **config.launch(),

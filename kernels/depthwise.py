@@ -42,13 +42,17 @@ import triton.language as tl
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     offline_entry,
     strides,
     sum_partials_kernel,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 
 @triton.jit
@@ -253,6 +257,7 @@ def _depthwise_bwd_kernel(
         tl.store(p_sums + 9 * C + o_c, tl.sum(b_dbias, 0), mask=m_c)
 
 
+@remembered
 def _block_constexprs(config: _configs.StripConfig, channels: int) -> dict:
     pad = channels % config.block_c != 0
     return {"BLOCK_W": config.block_w, "BLOCK_C": config.block_c, "PAD_C": pad}
@@ -270,16 +275,16 @@ def _programs(
     """How many programs a kernel has, and how many rows each of them walks."""
     batch, _, channels = x.shape
     _, processors = device_facts(x.device)
-    strips = triton.cdiv(channels, config.block_c) * triton.cdiv(width, config.block_w) * batch
+    strips = cdiv(channels, config.block_c) * cdiv(width, config.block_w) * batch
     rows = _configs.strip_rows(strips, height, config.resident * processors)
-    return strips * triton.cdiv(height, rows), rows
+    return strips * cdiv(height, rows), rows
 
 
 def _convolve(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor,
     height: int, width: int, forward: bool,
 ) -> torch.Tensor:  # fmt: skip
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty_like(x)
     channels = x.shape[-1]
     arch, _ = device_facts(x.device)
     config = _configs.depthwise_conv_config(arch, x.element_size(), channels)
@@ -302,7 +307,7 @@ def depthwise_conv_gelu_fwd(
     that are not contiguous are copied.
     """
     if x.numel() == 0:
-        return torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        return empty_like(x)
     x, weight, bias = last_dim_contiguous(x), weight.contiguous(), bias.contiguous()
     return _convolve(x, weight, bias, height, width, forward=True)
 
@@ -316,10 +321,8 @@ def depthwise_conv_gelu_bwd(
     Returns dx, dweight, dbias, contiguous, in the dtype of their input; those not needed are empty,
     [0]. dweight and dbias come from one kernel: needing one of them costs as much as both.
     """
-    du, dweight, dbias = (
-        torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
-        for t, needed in ((x, needs_dx), (weight, needs_dweight), (bias, needs_dbias))
-    )
+    du, dweight = empty_gradient(x, needs_dx), empty_gradient(weight, needs_dweight)
+    dbias = empty_gradient(bias, needs_dbias)
     needs_sums = needs_dweight or needs_dbias
     if x.numel() == 0 or not (needs_dx or needs_sums):
         return du, dweight.zero_(), dbias.zero_()
@@ -329,8 +332,8 @@ def depthwise_conv_gelu_bwd(
     arch, _ = device_facts(x.device)
     config = _configs.depthwise_bwd_config(arch, channels)
     programs, rows = _programs(x, height, width, config)
-    n_sums = programs // triton.cdiv(channels, config.block_c) if needs_sums else 0
-    sums = torch.empty((n_sums, 10, channels), dtype=torch.float32, device=x.device)
+    n_sums = programs // cdiv(channels, config.block_c) if needs_sums else 0
+    sums = x.new_empty((n_sums, 10, channels), dtype=torch.float32)
     launch(
         _depthwise_bwd_kernel, (programs,),
         x, grad_out, weight, bias, du, sums,
@@ -341,10 +344,10 @@ def depthwise_conv_gelu_bwd(
         **_block_constexprs(config, channels),
     )  # fmt: skip
     if needs_sums:
-        whole_dweight = dweight if needs_dweight else torch.empty_like(weight)
-        whole_dbias = dbias if needs_dbias else torch.empty_like(bias)
+        whole_dweight = dweight if needs_dweight else empty_like(weight)
+        whole_dbias = dbias if needs_dbias else empty_like(bias)
         launch(
-            sum_partials_kernel, (triton.cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 10),
+            sum_partials_kernel, (cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 10),
             sums, whole_dweight, whole_dbias, n_sums, channels,
             num_warps=4, num_stages=1, TAPS=9, **_configs.SUMS_TILE,
         )  # fmt: skip

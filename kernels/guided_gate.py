@@ -37,12 +37,16 @@ import triton.language as tl
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     offline_entry,
     strides,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 
 @triton.jit
@@ -184,11 +188,13 @@ def _guided_gate_bwd_logits_kernel(
 
 def _layout(x: torch.Tensor, config: _configs.TokenTile, processors: int) -> tuple[int, int, int]:
     """For tiles of x [M, B, L, C]: how many programs, chunks of tokens, and tokens in a chunk."""
-    rows = x.size(1) * triton.cdiv(x.size(3), config.block_c)
-    chunks, tiles = _configs.token_chunks(rows, triton.cdiv(x.size(2), config.block_l), processors)
+    _, batch, tokens, channels = x.shape
+    rows = batch * cdiv(channels, config.block_c)
+    chunks, tiles = _configs.token_chunks(rows, cdiv(tokens, config.block_l), processors)
     return rows * chunks, chunks, tiles * config.block_l
 
 
+@remembered
 def _constexprs(config: _configs.TokenTile, modalities: int, has_present: bool) -> dict:
     return {
         "BLOCK_M": _configs.padded_modalities(modalities),
@@ -207,8 +213,8 @@ def guided_gate_fwd(
     last stride is not 1 are copied.
     """
     modalities, batch, tokens, channels = x.shape
-    branches = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    fused = torch.empty(x.shape[1:], dtype=x.dtype, device=x.device)
+    branches = empty_like(x)
+    fused = x.new_empty((batch, tokens, channels))
     if x.numel() == 0:
         return branches, fused
     x, logits = last_dim_contiguous(x), logits.contiguous()
@@ -237,9 +243,7 @@ def guided_gate_bwd(
     needed are empty, [0].
     """
     modalities, batch, tokens, channels = x.shape
-    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
-    shape = logits.shape if needs_dlogits else (0,)
-    dlogits = torch.empty(shape, dtype=torch.float32, device=x.device)
+    dx, dlogits = empty_gradient(x, needs_dx), empty_gradient(logits, needs_dlogits)
     if x.numel() == 0 or (grad_branches is None and grad_fused is None):
         return dx.zero_(), dlogits.zero_()
     if not (needs_dx or needs_dlogits):
@@ -254,7 +258,7 @@ def guided_gate_bwd(
     programs, chunks, chunk = _layout(x, config, processors)
     partial = dlogits
     if needs_dlogits:
-        partial = torch.empty((chunks, *logits.shape), dtype=torch.float32, device=x.device)
+        partial = logits.new_empty((chunks, modalities, batch, channels))
     launch(
         _guided_gate_bwd_kernel, (programs,),
         x, logits, mask, grad_branches, grad_fused, dx, partial,
@@ -268,7 +272,7 @@ def guided_gate_bwd(
     if needs_dlogits:
         block_s, block_c = _configs.GATE_SUM_TILE
         launch(
-            _guided_gate_bwd_logits_kernel, (batch * triton.cdiv(channels, block_c),),
+            _guided_gate_bwd_logits_kernel, (batch * cdiv(channels, block_c),),
             partial, logits, mask, dlogits, modalities, batch, channels, chunks,
             num_warps=4, num_stages=1,
             BLOCK_M=_configs.padded_modalities(modalities), BLOCK_S=block_s, BLOCK_C=block_c,

@@ -47,7 +47,14 @@ import triton
 import triton.language as tl
 
 from equiseg_fast.kernels import _configs
-from equiseg_fast.kernels._common import OfflineEntry, device_facts, launch, offline_entry
+from equiseg_fast.kernels._common import (
+    OfflineEntry,
+    cdiv,
+    device_facts,
+    empty_like,
+    launch,
+    offline_entry,
+)
 
 
 @triton.jit
@@ -236,10 +243,7 @@ def _class_rows(logits: torch.Tensor) -> torch.Tensor:
     pitch = -(-classes // _configs.CLASS_PITCH) * _configs.CLASS_PITCH
     if pitch == classes:
         return rows.contiguous()
-    padded = rows.new_empty((*rows.shape[:3], pitch))
-    padded[..., :classes].copy_(rows)
-    padded[..., classes:].zero_()
-    return padded
+    return torch.constant_pad_nd(rows, (0, pitch - classes)).contiguous()
 
 
 def _geometry(
@@ -249,7 +253,7 @@ def _geometry(
     _, classes, h, w = logits.shape
     height, width = labels.shape[1:]
     return (
-        (classes, h, w, height, width, triton.cdiv(height, h), triton.cdiv(width, w)),
+        (classes, h, w, height, width, cdiv(height, h), cdiv(width, w)),
         (0.5 / height, 0.5 / width),
     )
 
@@ -262,9 +266,7 @@ def upsample_cross_entropy_fwd(
     Any strides; copied are logits unless dense and channels-last with K a multiple of 16, and
     labels unless contiguous.
     """
-    loss, lse = (
-        torch.empty(labels.shape, dtype=torch.float32, device=labels.device) for _ in range(2)
-    )
+    loss, lse = empty_like(labels, torch.float32), empty_like(labels, torch.float32)
     if labels.numel() == 0:
         return loss, lse
     rows, labels = _class_rows(logits), labels.contiguous()
@@ -272,10 +274,10 @@ def upsample_cross_entropy_fwd(
     arch, processors = device_facts(logits.device)
     config = _configs.losses_fwd_config(arch, logits.shape[1])
     _, h, w, *_, n_y, _ = sizes
-    programs = triton.cdiv((h + 1) * (w + 1), config.block_m) * len(labels)
+    programs = cdiv((h + 1) * (w + 1), config.block_m) * len(labels)
     lines = _configs.losses_lines(arch, programs, n_y, processors)
     launch(
-        _losses_fwd_kernel, (programs, triton.cdiv(n_y, lines)),
+        _losses_fwd_kernel, (programs, cdiv(n_y, lines)),
         rows, labels, loss, lse, rows.shape[-1], *sizes, lines, ignore_index, *scales,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_M=config.block_m, BLOCK_K=config.block_n,
@@ -292,7 +294,7 @@ def upsample_cross_entropy_bwd(
 ) -> torch.Tensor:
     """d logits [B, K, h, w] in channels-last memory, in the dtype of logits, for grad [B, H, W]."""
     batch, classes, h, w = logits.shape
-    out = torch.empty((batch, h, w, classes), dtype=logits.dtype, device=logits.device)
+    out = logits.new_empty((batch, h, w, classes))
     if labels.numel() == 0 or out.numel() == 0:
         return out.zero_().permute(0, 3, 1, 2)
     rows, labels, lse, grad = (
@@ -304,11 +306,11 @@ def upsample_cross_entropy_bwd(
     sizes, scales = _geometry(logits, labels)
     arch, processors = device_facts(logits.device)
     config = _configs.losses_bwd_config(arch, classes)
-    blocks = triton.cdiv(classes, config.block_n)
+    blocks = cdiv(classes, config.block_n)
     strip = _configs.losses_strip(batch * blocks * w, h, config, processors)
-    columns = triton.cdiv(h, strip) * w
+    columns = cdiv(h, strip) * w
     launch(
-        _losses_bwd_kernel, (triton.cdiv(columns, config.block_m) * batch, blocks),
+        _losses_bwd_kernel, (cdiv(columns, config.block_m) * batch, blocks),
         rows, labels, lse, grad, out, rows.shape[-1], *sizes, strip, ignore_index, *scales,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_M=config.block_m, BLOCK_K=config.block_n,

@@ -40,13 +40,17 @@ import triton.language as tl
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     offline_entry,
     strides,
     sum_partials_kernel,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 
 @triton.jit
@@ -161,6 +165,7 @@ def _add_layer_norm_bwd_kernel(
         tl.store(p_sums + C + o_c, tl.sum(b_db, 0), mask=o_c < C)
 
 
+@remembered
 def _constexprs(config: _configs.TokenTile, channels: int) -> dict:
     return {**config.blocks(), "PAD_C": channels != config.block_c}
 
@@ -169,10 +174,16 @@ def _constexprs(config: _configs.TokenTile, channels: int) -> dict:
 _FAR_APART = 2**31 // 256
 
 
-def _rows(x: torch.Tensor) -> torch.Tensor:
-    """x [..., C] as [R, C] with a last stride of 1; a view where its strides allow that."""
-    x = last_dim_contiguous(x.reshape(-1, x.shape[-1]))
-    return x if x.stride(0) < _FAR_APART else x.contiguous()
+def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """x [..., C], taken as rows [R, C] with a last stride of 1, and their stride (0 for a single
+    row, see `strides`); copied where it is no such thing."""
+    channels = x.shape[-1]
+    if not x.is_contiguous():
+        rows = last_dim_contiguous(x.reshape(-1, channels))
+        if rows.stride(0) < _FAR_APART:
+            return rows, *strides(rows)
+        x = rows.contiguous()
+    return x, channels if x.numel() > channels else 0
 
 
 def add_layer_norm_fwd(
@@ -184,18 +195,21 @@ def add_layer_norm_fwd(
     Features whose leading dimensions cannot be viewed as one or whose last stride is not 1, and
     parameters that are not contiguous, are copied.
     """
-    total, normed = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for _ in range(2))
-    mean, rstd = (torch.empty(x.shape[:-1], dtype=torch.float32, device=x.device) for _ in range(2))
+    total, normed = empty_like(x), empty_like(x)
+    mean = x.new_empty(x.shape[:-1], dtype=torch.float32)
+    rstd = empty_like(mean)
     if x.numel() == 0:
         return total, normed, mean, rstd
-    x, update = _rows(x), _rows(update)
-    rows, channels = x.shape
+    channels = x.shape[-1]
+    rows = x.numel() // channels
+    x, stride_x = _rows(x)
+    update, stride_update = _rows(update)
     arch, _ = device_facts(x.device)
     config = _configs.norm_fwd_config(arch, channels)
     launch(
-        _add_layer_norm_fwd_kernel, (triton.cdiv(rows, config.block_l),),
+        _add_layer_norm_fwd_kernel, (cdiv(rows, config.block_l),),
         x, update, weight.contiguous(), bias.contiguous(), total, normed, mean, rstd,
-        *strides(x), *strides(update), rows, channels, 1.0 / channels, eps,
+        stride_x, stride_update, rows, channels, 1.0 / channels, eps,
         num_warps=config.num_warps, num_stages=1, **_constexprs(config, channels),
     )  # fmt: skip
     return total, normed, mean, rstd
@@ -213,26 +227,26 @@ def add_layer_norm_bwd(
     contiguous; those not needed are empty, [0]. dweight and dbias come from one kernel: needing one
     of them costs as much as both.
     """
-    dx, dweight, dbias = (
-        torch.empty(t.shape if needed else (0,), dtype=t.dtype, device=t.device)
-        for t, needed in ((total, needs_dx), (weight, needs_dweight), (weight, needs_dbias))
-    )
+    dx, dweight = empty_gradient(total, needs_dx), empty_gradient(weight, needs_dweight)
+    dbias = empty_gradient(weight, needs_dbias)
     needs_sums = needs_dweight or needs_dbias
     if total.numel() == 0 or not (needs_dx or needs_sums):
         return dx, dweight.zero_(), dbias.zero_()
-    total, grad_normed = _rows(total.contiguous()), _rows(grad_normed)
+    channels = total.shape[-1]
+    rows = total.numel() // channels
+    total = total.contiguous()
+    grad_normed, stride_dnormed = _rows(grad_normed)
     has_dtotal = grad_total is not None
-    grad_total = _rows(grad_total) if has_dtotal else grad_normed
-    rows, channels = total.shape
+    grad_total, stride_dtotal = _rows(grad_total) if has_dtotal else (grad_normed, stride_dnormed)
     arch, processors = device_facts(total.device)
     config = _configs.norm_bwd_config(arch, total.element_size(), channels)
-    chunks, blocks = _configs.token_chunks(1, triton.cdiv(rows, config.block_l), processors)
+    chunks, blocks = _configs.token_chunks(1, cdiv(rows, config.block_l), processors)
     shape = (chunks, 2, channels) if needs_sums else (0,)
-    sums = torch.empty(shape, dtype=torch.float32, device=total.device)
+    sums = total.new_empty(shape, dtype=torch.float32)
     launch(
         _add_layer_norm_bwd_kernel, (chunks,),
         grad_total, grad_normed, total, weight.contiguous(), mean.contiguous(), rstd.contiguous(),
-        dx, sums, *strides(grad_total), *strides(grad_normed),
+        dx, sums, stride_dtotal, stride_dnormed,
         rows, channels, blocks * config.block_l, 1.0 / channels,
         num_warps=config.num_warps, num_stages=1, max_registers=_configs.NORM_BWD_REGISTERS,
         HAS_DTOTAL=has_dtotal, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums,
@@ -240,9 +254,9 @@ def add_layer_norm_bwd(
     )  # fmt: skip
     if needs_sums:
         launch(
-            sum_partials_kernel, (triton.cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 2),
-            sums, dweight if needs_dweight else torch.empty_like(weight),
-            dbias if needs_dbias else torch.empty_like(weight), chunks, channels,
+            sum_partials_kernel, (cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 2),
+            sums, dweight if needs_dweight else empty_like(weight),
+            dbias if needs_dbias else empty_like(weight), chunks, channels,
             num_warps=4, num_stages=1, TAPS=1, **_configs.SUMS_TILE,
         )  # fmt: skip
     return dx, dweight, dbias

@@ -40,13 +40,17 @@ import triton.language as tl
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     load_tile,
     offline_entry,
     strides,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 _TAPS = 49
 
@@ -299,6 +303,7 @@ def _pooling_mixer_reduce_kernel(
     tl.store(p_dbias + o_c, b.to(p_dbias.dtype.element_ty), mask=m & (o_t == 49))
 
 
+@remembered
 def _blocks(channels: int, tile: _configs.RowTile) -> dict:
     return {
         "BLOCK_W": tile.block_w,
@@ -311,10 +316,10 @@ def _walk(x: torch.Tensor, height: int, width: int, tile: _configs.RowTile, half
     """(strips, channel blocks, rows of a strip) of a kernel that reaches `half` rows beyond."""
     batch, _, channels = x.shape
     arch, processors = device_facts(x.device)
-    across = batch * triton.cdiv(width, tile.block_w)
-    blocks = triton.cdiv(channels, tile.block_c)
+    across = batch * cdiv(width, tile.block_w)
+    blocks = cdiv(channels, tile.block_c)
     rows = _configs.pooling_mixer_rows(arch, across * blocks, height, half, processors)
-    return across * triton.cdiv(height, rows), blocks, rows
+    return across * cdiv(height, rows), blocks, rows
 
 
 def _convolve(
@@ -356,10 +361,6 @@ def _taps(weight: torch.Tensor) -> torch.Tensor:
     return weight.flatten(1).t().contiguous()
 
 
-def _wide_like(x: torch.Tensor) -> torch.Tensor:
-    return torch.empty(x.shape, dtype=torch.float32, device=x.device)
-
-
 def pooling_mixer_fwd(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, height: int, width: int
 ) -> torch.Tensor:
@@ -368,11 +369,11 @@ def pooling_mixer_fwd(
     One dtype, fp32, fp16 or bf16. Returns [B, L, C], contiguous. An x whose last stride is not 1 is
     copied; the weights (a few hundred kilobytes at most) always are.
     """
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    out = empty_like(x)
     if out.numel() == 0:
         return out
     x = last_dim_contiguous(x)
-    y = _convolve(x, _taps(weight), bias.contiguous(), _wide_like(x), height, width)
+    y = _convolve(x, _taps(weight), bias.contiguous(), empty_like(x, torch.float32), height, width)
     return _pool(y, out, height, width, transposed=False)
 
 
@@ -386,17 +387,14 @@ def pooling_mixer_bwd(
     empty, [0]. dweight and dbias share one kernel: needing one of them costs as much as both.
     """
     channels = x.shape[-1]
-    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
-    dweight, dbias = (
-        torch.empty(shape if needed else (0,), dtype=weight.dtype, device=x.device)
-        for shape, needed in ((weight.shape, needs_dweight), ((channels,), needs_dbias))
-    )
+    dx, dweight = empty_gradient(x, needs_dx), empty_gradient(weight, needs_dweight)
+    dbias = weight.new_empty(channels if needs_dbias else 0)
     if x.numel() == 0:
         return dx, dweight.zero_(), dbias.zero_()
     if not (needs_dx or needs_dweight or needs_dbias):
         return dx, dweight, dbias
     x, grad_out = last_dim_contiguous(x), last_dim_contiguous(grad_out)
-    dy = _pool(grad_out, _wide_like(x), height, width, transposed=True)
+    dy = _pool(grad_out, empty_like(x, torch.float32), height, width, transposed=True)
     if needs_dx:
         _convolve(dy, _taps(weight), None, dx, height, width)
     if needs_dweight or needs_dbias:
@@ -404,23 +402,18 @@ def pooling_mixer_bwd(
         tile = _configs.pooling_mixer_dweight_config(arch, channels)
         strips, blocks, rows = _walk(x, height, width, tile, 3)
         programs, chunk = _configs.pooling_mixer_chunks(strips, blocks, processors)
-        partial = torch.empty((programs, _TAPS + 1, channels), dtype=torch.float32, device=x.device)
+        partial = x.new_empty((programs, _TAPS + 1, channels), dtype=torch.float32)
         launch(
             _pooling_mixer_dweight_kernel, (programs, blocks),
             x, dy, partial, *strides(x), channels, height, width, channels, rows, strips, chunk,
             num_warps=tile.num_warps, num_stages=1, **_blocks(channels, tile),
         )  # fmt: skip
         block_p, block = _configs.pooling_mixer_reduce_config(arch)
-        whole = (
-            x if needed else torch.empty(shape, dtype=weight.dtype, device=x.device)
-            for x, needed, shape in (
-                (dweight, needs_dweight, weight.shape),
-                (dbias, needs_dbias, (channels,)),
-            )
-        )
+        whole_dweight = dweight if needs_dweight else empty_like(weight)
+        whole_dbias = dbias if needs_dbias else weight.new_empty(channels)
         launch(
-            _pooling_mixer_reduce_kernel, (triton.cdiv((_TAPS + 1) * channels, block),),
-            partial, *whole, channels, programs,
+            _pooling_mixer_reduce_kernel, (cdiv((_TAPS + 1) * channels, block),),
+            partial, whole_dweight, whole_dbias, channels, programs,
             num_warps=4, num_stages=1, BLOCK_P=block_p, BLOCK=block,
         )  # fmt: skip
     return dx, dweight, dbias

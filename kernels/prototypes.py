@@ -38,6 +38,7 @@ import triton.language as tl
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
     last_dim_contiguous,
     launch,
@@ -190,20 +191,19 @@ def class_prototypes_fwd(
     stride is not 1 are copied.
     """
     modalities, batch, tokens, channels = x.shape
-    device = x.device
     size = (modalities, batch, num_classes, channels)
-    prototypes = torch.empty(size, dtype=torch.float32, device=device)
-    counts = torch.empty((batch, num_classes), dtype=torch.int64, device=device)
+    prototypes = x.new_empty(size, dtype=torch.float32)
+    counts = x.new_empty((batch, num_classes), dtype=torch.int64)
     if x.numel() == 0:
         return prototypes, counts
     x = last_dim_contiguous(x)
     arch, processors = device_facts(x.device)
     block_k = _configs.padded_classes(arch, num_classes)
     config = _configs.class_sums_config(arch, x.element_size(), num_classes, channels)
-    programs = modalities * batch * triton.cdiv(channels, config.block_c)
-    chunks, tiles = _configs.token_chunks(programs, triton.cdiv(tokens, config.block_l), processors)
-    sums = torch.empty((chunks, *size), dtype=torch.float32, device=device)
-    partial_counts = torch.empty((chunks, *counts.shape), dtype=torch.int32, device=device)
+    programs = modalities * batch * cdiv(channels, config.block_c)
+    chunks, tiles = _configs.token_chunks(programs, cdiv(tokens, config.block_l), processors)
+    sums = x.new_empty((chunks, *size), dtype=torch.float32)
+    partial_counts = x.new_empty((chunks, batch, num_classes), dtype=torch.int32)
     launch(
         _class_sums_kernel, (programs * chunks,),
         x, labels, sums, partial_counts, *strides(x), *labels.stride(),
@@ -214,7 +214,7 @@ def class_prototypes_fwd(
     )  # fmt: skip
     block_s, block = _configs.CLASS_MEANS_TILE
     launch(
-        _class_means_kernel, (triton.cdiv(prototypes.numel(), block),),
+        _class_means_kernel, (cdiv(prototypes.numel(), block),),
         sums, partial_counts, prototypes, counts,
         prototypes.numel(), counts.numel(), channels, chunks,
         num_warps=4, num_stages=1, BLOCK_S=block_s, BLOCK=block,
@@ -232,13 +232,13 @@ def class_prototypes_bwd(
     """dx [M, B, L, C] in `dtype`, contiguous, for grad [M, B, K, C] fp32 of any strides."""
     modalities, batch, num_classes, channels = grad.shape
     tokens = labels.size(1) * labels.size(2)
-    dx = torch.empty((modalities, batch, tokens, channels), dtype=dtype, device=grad.device)
+    dx = grad.new_empty((modalities, batch, tokens, channels), dtype=dtype)
     if dx.numel() == 0:
         return dx
     grad = last_dim_contiguous(grad)
     arch, _ = device_facts(grad.device)
     config = _configs.class_gather_config(arch, channels)
-    tiles = triton.cdiv(tokens, config.block_l) * triton.cdiv(channels, config.block_c)
+    tiles = cdiv(tokens, config.block_l) * cdiv(channels, config.block_c)
     launch(
         _class_gather_kernel, (tiles * modalities * batch,),
         grad, labels, counts, dx, *strides(grad), *labels.stride(), batch, tokens, channels,

@@ -44,13 +44,17 @@ from torch import Tensor
 from equiseg_fast.kernels import _configs
 from equiseg_fast.kernels._common import (
     OfflineEntry,
+    cdiv,
     device_facts,
+    empty_gradient,
+    empty_like,
     last_dim_contiguous,
     launch,
     load_tile,
     offline_entry,
     strides,
 )
+from equiseg_fast.kernels._tuned import remembered
 
 
 @triton.jit
@@ -400,6 +404,7 @@ def _constexprs(tile: _Tile, channels: int, has_present: bool, **more: Any) -> d
     return {"CHANNELS": channels, "HAS_PRESENT": has_present, **tile.blocks(), **more}
 
 
+@remembered
 def _options(
     arch: int, tile: _Tile, channels: int, has_present: bool, **more: Any
 ) -> dict[str, Any]:
@@ -421,16 +426,16 @@ def query_hub_fwd(
     absent) and winners [B, L, C] uint8; else two empty tensors [0]. x is copied if its last stride
     is not 1.
     """
-    modalities, batch, _, channels = x.shape
+    modalities, batch, tokens, channels = x.shape
     arch, _ = device_facts(x.device)
     itemsize = x.element_size()
     tile = _configs.query_hub_fwd_config(arch, itemsize, channels)
     inside = tile.block_c >= channels
-    kept = x.shape[:3] if save or not inside else (0,)
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    score = torch.empty(kept, dtype=torch.float32, device=x.device)
-    winner = torch.empty(x.shape[1:] if save else (0,), dtype=torch.uint8, device=x.device)
-    if out.numel():
+    kept = (modalities, batch, tokens) if save or not inside else (0,)
+    out = empty_like(x)
+    score = x.new_empty(kept, dtype=torch.float32)
+    winner = x.new_empty((batch, tokens, channels) if save else 0, dtype=torch.uint8)
+    if out.numel() > 0:
         x, weight, bias = last_dim_contiguous(x), weight.contiguous(), bias.contiguous()
         flags, has_present = _flags(present, bias), present is not None
         if not inside:
@@ -440,7 +445,7 @@ def query_hub_fwd(
                 x, weight, bias, flags, score, *strides(x), batch, height, width,
                 **_options(arch, scores, channels, has_present),
             )  # fmt: skip
-        programs = triton.cdiv(channels, tile.block_c) * tile.count(height, width) * batch
+        programs = cdiv(channels, tile.block_c) * tile.count(height, width) * batch
         launch(
             _query_hub_fwd_kernel, (programs,),
             x, weight, bias, flags, out, score, winner, *strides(x),
@@ -460,27 +465,26 @@ def query_hub_bwd(
     those not needed are empty, [0] (dweight and dbias come together).
     """
     modalities, batch, tokens, channels = x.shape
-    dx = torch.empty(x.shape if needs_dx else (0,), dtype=x.dtype, device=x.device)
-    dweight = torch.zeros(weight.shape if needs_dw else (0,), device=x.device)
-    dbias = torch.zeros(modalities if needs_dw else 0, device=x.device)
+    dx = empty_gradient(x, needs_dx)
     if x.numel() == 0 or not (needs_dx or needs_dw):
-        return dx, dweight, dbias
+        shapes = (weight.shape, modalities) if needs_dw else (0, 0)
+        return dx, *(weight.new_zeros(shape) for shape in shapes)
     x, grad_out = last_dim_contiguous(x), last_dim_contiguous(grad_out)
     weight, score, winner = weight.contiguous(), score.contiguous(), winner.contiguous()
     flags, has_present = _flags(present, weight), present is not None
     arch, processors = device_facts(x.device)
     itemsize = x.element_size()
 
-    dz = torch.empty_like(score)
+    dz = empty_like(score)
     tile = _configs.query_hub_bwd_score_config(arch, itemsize, channels)
     launch(
-        _query_hub_bwd_score_kernel, (triton.cdiv(tokens, tile.block_l) * batch,),
+        _query_hub_bwd_score_kernel, (cdiv(tokens, tile.block_l) * batch,),
         grad_out, x, flags, score, winner, dz, *strides(grad_out), *strides(x),
         modalities, batch, tokens, **_options(arch, tile, channels, has_present, **_BWD_SCORE),
     )  # fmt: skip
     if needs_dx:
         tile = _configs.query_hub_dx_config(arch, itemsize, channels)
-        programs = triton.cdiv(channels, tile.block_c) * triton.cdiv(tokens, tile.block_l) * batch
+        programs = cdiv(channels, tile.block_c) * cdiv(tokens, tile.block_l) * batch
         launch(
             _query_hub_bwd_dx_kernel, (programs,),
             grad_out, weight, flags, score, winner, dz, dx, *strides(grad_out),
@@ -488,17 +492,17 @@ def query_hub_bwd(
         )  # fmt: skip
     if needs_dw:
         tile = _configs.query_hub_dweight_config(arch, itemsize, channels)
-        programs = triton.cdiv(channels, tile.block_c) * modalities
-        blocks = triton.cdiv(tokens, tile.block_l) * batch
+        programs = cdiv(channels, tile.block_c) * modalities
+        blocks = cdiv(tokens, tile.block_l) * batch
         chunks, chunk = _configs.token_chunks(programs, blocks, processors)
-        partial = torch.empty((chunks, *weight.shape), dtype=torch.float32, device=x.device)
+        partial = weight.new_empty((chunks, *weight.shape))
         launch(
             _query_hub_bwd_dweight_kernel, (programs, chunks),
             x, flags, dz, partial, *strides(x), modalities, batch, height, width, chunk,
             **_options(arch, tile, channels, has_present),
         )  # fmt: skip
-        dweight, dbias = partial.sum(0), dz.sum((1, 2))
-    return dx, dweight, dbias
+        return dx, partial.sum(0), dz.sum((1, 2))
+    return dx, weight.new_empty(0), weight.new_empty(0)
 
 
 _BWD_SCORE = {"MAX_M": _configs.QUERY_HUB_MODALITIES}

@@ -98,7 +98,8 @@ class TestParity:
         from equiseg_fast.kernels import _configs
 
         tile = _configs.RowTile(8, 16, 4)
-        monkeypatch.setattr(_configs, "_mixer_tile", lambda *_: tile)
+        for kernel in ("conv", "pool", "dweight"):
+            monkeypatch.setattr(_configs, f"pooling_mixer_{kernel}_config", lambda *_: tile)
         monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 4)
         parity(make(5, 9, 20, dtype=dtype))
 

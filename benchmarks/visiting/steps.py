@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -147,7 +147,9 @@ def _headline(folder: Path, cuda: bool) -> Step:
     return Step("headline", what, 100.0, (own,))
 
 
-def _estimates(suite: str, ops: Sequence[str]) -> list[tuple[str, float]]:
+def _estimates(
+    suite: str, ops: Sequence[str], left_out: Collection[str] = ()
+) -> list[tuple[str, float]]:
     """Of a run, record by record: a guess at what building, checking and timing take on a GPU."""
     found = []
     for case in plan(Options(suite=suite, ops=tuple(ops), device="cuda")):
@@ -158,6 +160,7 @@ def _estimates(suite: str, ops: Sequence[str]) -> list[tuple[str, float]]:
         found += [
             (f"{case.label}: memory of {p}", own * (2 if p.startswith("baseline") else 1))
             for p in case.providers
+            if p not in left_out
         ]
         found += [
             (f"{case.label}: times, {mode}", (1.5 + large / 4) if whole else 0.6)
@@ -210,11 +213,12 @@ def test_processes() -> int:
 
 def _operations(folder: Path, cuda: bool) -> Step:
     ops = core_operations() if cuda else REHEARSED_OPERATIONS
-    quick = [p for p in SUITES["core"].providers if p not in COMPILERS and p != "tuned"]
+    left_out = (*COMPILERS, "tuned")
+    quick = [p for p in SUITES["core"].providers if p not in left_out]
     more = ("--largest-first", "--provider", ",".join(quick)) if cuda else ()
     own = _run(
         "operations", folder, cuda, ops, "core", *more,
-        estimate=(("start", 7.0), *_estimates("core", core_operations())),
+        estimate=(("start", 7.0), *_estimates("core", core_operations(), left_out)),
     )  # fmt: skip
     return Step("operations", "single operations, blocks and a stage", 130.0, (own,))
 

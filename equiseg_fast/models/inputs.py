@@ -56,7 +56,7 @@ def _check_image(label: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{label} must not be empty; got shape {list(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{label} must be on the model's device {like.device}; got {x.device}")
-    if x.dtype != like.dtype and not autocast_is_on(x.device.type):
+    if x.dtype != like.dtype and not autocast_is_on(x):
         raise TypeError(f"{label} must have the model's dtype {like.dtype}; got {x.dtype}")
 
 

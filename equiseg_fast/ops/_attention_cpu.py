@@ -17,7 +17,7 @@ from equiseg_fast import reference
 
 from ._checks import has_values
 from ._layout import conv_weight_gradient, pointwise_conv, to_map, to_tokens
-from ._registry import needs_grad, only_needed, reference_gradients, without_autocast
+from ._registry import Function, needs_grad, only_needed, reference_gradients, without_autocast
 
 _SCORE_BYTES = 4 * 2**20
 """Size of the scores of one block; the backward holds two such tensors."""
@@ -171,7 +171,7 @@ def _backward(
     return dq, dk, dv
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Autograd over blocks; double backward through the reference."""
 
     @staticmethod

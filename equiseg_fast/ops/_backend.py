@@ -10,6 +10,7 @@ An explicit choice never falls back: what it cannot do it refuses, with the reas
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from importlib.util import find_spec
 
 import torch
@@ -49,8 +50,36 @@ def use_backend(backend: str) -> Iterator[None]:
         _default = previous
 
 
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_OLDEST = (8, 0)
+
+
 def triton_reasons(*tensors: Tensor) -> Reasons:
     """Why the Triton kernels cannot take these tensors at all; empty when they can."""
+    first = tensors[0]
+    runs = _is_new(first.device) if first.is_cuda else INTERPRET and first.is_cpu
+    if runs and TRITON_INSTALLED:
+        for x in tensors:
+            if x.dtype not in _DTYPES and x.is_floating_point():
+                break
+        else:
+            return []
+    return _all_reasons(*tensors)
+
+
+@cache
+def _capability(gpu: torch.device) -> tuple[int, int]:
+    # Looked up, it takes as long as all checks of a call.
+    return torch.cuda.get_device_capability(gpu)
+
+
+def _is_new(gpu: torch.device) -> bool:
+    # The compiler warns of caches, and asks once anyway.
+    compiling = torch.compiler.is_compiling()
+    return (torch.cuda.get_device_capability if compiling else _capability)(gpu) >= _OLDEST
+
+
+def _all_reasons(*tensors: Tensor) -> Reasons:
     reasons = []
     if not TRITON_INSTALLED:
         reasons.append("triton is not installed")
@@ -60,13 +89,12 @@ def triton_reasons(*tensors: Tensor) -> Reasons:
             f"the tensors are on {device!r}, the kernels need 'cuda' "
             "(or the CPU with TRITON_INTERPRET=1 set before equiseg_fast is imported)"
         )
-    if device == "cuda" and torch.cuda.get_device_capability(tensors[0].device) < (8, 0):
+    if device == "cuda" and not _is_new(tensors[0].device):
         reasons.append("the GPU is older than compute capability 8.0")
-    allowed = (torch.float32, torch.float16, torch.bfloat16)
     reasons.extend(
         f"dtype {dtype} is not one of float32, float16, bfloat16"
         for dtype in dict.fromkeys(t.dtype for t in tensors if t.is_floating_point())
-        if dtype not in allowed
+        if dtype not in _DTYPES
     )
     return reasons
 

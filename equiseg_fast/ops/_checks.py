@@ -17,14 +17,15 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: str) -> None:
     """x is a tensor of one of the dtypes whose rank is the number of names in `shape`.
 
-    shape: the documented shape, e.g. "[B, L, C]". Raises TypeError or ValueError.
+    shape: the documented shape, e.g. "[B, L, C]", or "[..., C]" for one dimension or more. Raises
+    TypeError or ValueError.
     """
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
-    if x.dim() != shape.count(",") + 1:
+    if x.dim() != shape.count(",") + 1 and not (shape == "[..., C]" and x.dim()):
         raise ValueError(f"{name} must have shape {shape}; got {list(x.shape)}")
 
 
@@ -32,29 +33,29 @@ def check_shape(name: str, x: Tensor, expected: tuple[int, ...], shape: str) -> 
     """x is a tensor of exactly the expected shape; `shape` names it for the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
-    if tuple(x.shape) != expected:
+    if x.shape != expected:
         raise ValueError(f"{name} must have shape {shape} = {list(expected)}; got {list(x.shape)}")
 
 
 def check_same(**tensors: Tensor) -> None:
     """All tensors share the dtype and device of the first."""
-    first_name, first = next(iter(tensors.items()))
-    dtype = first.dtype
-    for name, x in tensors.items():
+    (first_name, first), *others = tensors.items()
+    dtype, device = first.dtype, first.device
+    for name, x in others:
         if x.dtype != dtype:
             raise TypeError(f"{name} must have the dtype of {first_name}, {dtype}; got {x.dtype}")
-    check_same_device(**tensors)
+        if x.device != device:
+            raise ValueError(
+                f"{name} must be on the device of {first_name}, {device}; got {x.device}"
+            )
 
 
-def check_same_device(**tensors: Tensor | None) -> None:
-    """All tensors (None is passed over) are on the device of the first."""
-    first_name, device = "", None
-    for name, x in tensors.items():
-        if x is None:
-            continue
-        if device is None:
-            first_name, device = name, x.device
-        elif x.device != device:
+def check_same_device(**tensors: Tensor) -> None:
+    """All tensors are on the device of the first."""
+    (first_name, first), *others = tensors.items()
+    device = first.device
+    for name, x in others:
+        if x.device != device:
             raise ValueError(
                 f"{name} must be on the device of {first_name}, {device}; got {x.device}"
             )
@@ -62,7 +63,7 @@ def check_same_device(**tensors: Tensor | None) -> None:
 
 def check_integer(name: str, value: object) -> None:
     """value is an integer, of Python, NumPy or the compiler."""
-    if isinstance(value, int | torch.SymInt):
+    if isinstance(value, (int, torch.SymInt)):
         return
     if isinstance(value, Tensor) or not hasattr(value, "__index__"):
         raise TypeError(f"{name} must be an integer; got {value!r}")
@@ -71,7 +72,7 @@ def check_integer(name: str, value: object) -> None:
 def number(name: str, value: Any) -> float:
     """value as a float; TypeError if it is no number."""
     # The compiler knows no attributes of its numbers.
-    if isinstance(value, float | int) or hasattr(value, "__float__"):
+    if isinstance(value, (float, int)) or hasattr(value, "__float__"):
         return float(value)
     raise TypeError(f"{name} must be a number; got {value!r}")
 

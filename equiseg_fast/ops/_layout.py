@@ -44,7 +44,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     backward: it is another library's, which also adds the bias on the way. Any width of the map
     will do but a very small one.
     """
-    stock = x.device.type != "cpu" or x.dtype != torch.float32 or torch.compiler.is_compiling()
+    stock = not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling()
     if stock or x.shape[1] % _WIDTH or not x.is_contiguous():
         return F.linear(x, weight, bias)
     return to_tokens(pointwise_conv(to_map(x, x.shape[1] // _WIDTH, _WIDTH), weight, bias))

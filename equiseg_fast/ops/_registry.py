@@ -6,6 +6,8 @@ compiler, clean under opcheck, and cheaper to call than the decorators built on 
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -24,25 +26,29 @@ def register(
     name: str,
     schema: str,
     *,
-    triton: Callable[..., Any],
+    kernels: str,
     stock: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> Any:
     """Define `equiseg_fast::<name><schema>` and return its callable overload.
 
-    triton launches our kernels; it serves CUDA, and the CPU when Triton interprets. stock is the
-    same computation in stock operators; it serves the CPU otherwise, so that a model exported with
-    the kernels inside still runs there. fake returns empty tensors of exact shape, dtype, strides.
+    kernels is the file of `equiseg_fast.kernels` whose function `name` launches ours; it serves
+    CUDA, and the CPU when Triton interprets. stock is the same computation in stock operators; it
+    serves the CPU otherwise, so that a model exported with the kernels inside still runs there.
+    fake returns empty tensors of exact shape, dtype, strides.
     """
 
+    @cache  # after the first call, for what it imports
+    def launcher() -> Callable[..., Any]:
+        if _backend.INTERPRET:
+            import_module("equiseg_fast._interpreter").install()
+        return getattr(import_module(f"equiseg_fast.kernels.{kernels}"), name)
+
+    def triton(*args: Any) -> Any:
+        return launcher()(*args)
+
     def cpu(*args: Any) -> Any:
-        return (interpreted if _backend.INTERPRET else stock)(*args)
-
-    def interpreted(*args: Any) -> Any:
-        from equiseg_fast import _interpreter
-
-        _interpreter.install()
-        return triton(*args)
+        return (launcher() if _backend.INTERPRET else stock)(*args)
 
     LAUNCHERS[name] = triton
     _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -52,15 +58,49 @@ def register(
     return getattr(torch.ops.equiseg_fast, name).default
 
 
-def autocast_is_on(device: str) -> bool:
-    """Whether autocast is enabled for this type of device."""
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+class Function(torch.autograd.Function):
+    """A `torch.autograd.Function` whose arguments are all given and by position.
+
+    The `apply` of PyTorch looks up the signature of `forward` on every call, to fill in defaults:
+    three times the work of all the rest.
+    """
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if torch._C._are_functorch_transforms_active():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)
+
+
+def as_result(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """x in a dtype, contiguous, as a `Function` returns it: without calls that change nothing.
+
+    The compiler of PyTorch 2.11 takes what those return for another tensor, and the gradient of the
+    result gets lost. So it does after operators that work in place.
+    """
+    if x.dtype != dtype:
+        x = x.to(dtype)
+    return x if x.is_contiguous() else x.contiguous()
+
+
+def _has_autocast(device: str) -> bool:
+    # The question itself is one that the compiler of PyTorch 2.11 cannot trace.
+    return device in ("cuda", "cpu") or torch.amp.is_autocast_available(device)
+
+
+def autocast_is_on(x: Tensor) -> bool:
+    """Whether autocast is enabled for the device of x."""
+    # The string of a device takes longer to make than all the rest of this.
+    device = "cuda" if x.is_cuda else "cpu" if x.is_cpu else x.device.type
+    return _has_autocast(device) and torch.is_autocast_enabled(device)
 
 
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """A context in which nothing is cast, for statistics that are fp32 by definition."""
-    if torch.amp.is_autocast_available(device):
-        return torch.autocast(device, enabled=False)
+    if _has_autocast(device):
+        # A compiled or exported program says so for good; here it would say nothing, slowly.
+        if torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
+            return torch.autocast(device, enabled=False)
     return nullcontext()
 
 
@@ -69,10 +109,9 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
     So does what is no tensor, which the checks behind this report.
     """
-    device = tensors[0].device.type
-    if not autocast_is_on(device):
+    if not autocast_is_on(tensors[0]):
         return tensors
-    dtype = torch.get_autocast_dtype(device)
+    dtype = torch.get_autocast_dtype(tensors[0].device.type)
     stays = (not isinstance(t, Tensor) or t.dtype == torch.float64 for t in tensors)
     return tuple(t if stay else t.to(dtype) for t, stay in zip(tensors, stays, strict=True))
 
@@ -85,7 +124,11 @@ def needs_grad(*tensors: Tensor) -> bool:
     """
     if torch._C._are_functorch_transforms_active():
         return True
-    return torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if torch.is_grad_enabled():
+        for x in tensors:  # a loop costs half of `any` over a generator
+            if x.requires_grad:
+                return True
+    return False
 
 
 def empty_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[Tensor, ...]:
@@ -100,6 +143,8 @@ def only_needed(
     gradients: Sequence[Tensor | None], needs: Sequence[bool]
 ) -> tuple[Tensor | None, ...]:
     """None instead of the gradients that autograd does not need."""
+    if all(needs):
+        return tuple(gradients)
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 

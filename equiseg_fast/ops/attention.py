@@ -11,6 +11,7 @@ from equiseg_fast import reference
 
 from . import _attention_cpu, _backend, _checks
 from ._registry import (
+    Function,
     autocast,
     empty_gradients,
     needs_grad,
@@ -20,7 +21,7 @@ from ._registry import (
 )
 
 MAX_HEAD_DIM = 128
-_KEYS = "[B, Lk, H, D]"
+_QUERIES, _KEYS = "[B, Lq, H, D]", "[B, Lk, H, D]"
 
 
 @overload
@@ -69,8 +70,9 @@ def attention(
     the inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
     input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
-    for name, x, shape in (("q", q, "[B, Lq, H, D]"), ("k", k, _KEYS), ("v", v, _KEYS)):
-        _checks.check_tensor(name, x, _checks.FLOATING, shape)
+    _checks.check_tensor("q", q, _checks.FLOATING, _QUERIES)
+    _checks.check_tensor("k", k, _checks.FLOATING, _KEYS)
+    _checks.check_tensor("v", v, _checks.FLOATING, _KEYS)
     q, k, v = autocast(q, k, v)
     _check(q, k, v)
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
@@ -79,7 +81,7 @@ def attention(
         return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
     if chosen == "torch":
         return _stock(q, k, v, scale, return_lse)
-    allow_tf32 = torch.backends.cuda.matmul.allow_tf32
+    allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
     apply = _Attention.apply if needs_grad(q, k, v) else _FORWARD
     out, lse = apply(q, k, v, scale, allow_tf32)
     return (out, lse) if return_lse else out
@@ -88,12 +90,14 @@ def attention(
 def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     _checks.check_same(q=q, k=k, v=v)
     batch, _, heads, dim = q.shape
+    keys = k.shape[1]
     if heads < 1 or dim < 1:
         raise ValueError(f"q must have at least one head and channel; got shape {list(q.shape)}")
-    if k.shape[1] < 1:
+    if keys < 1:
         raise ValueError(f"k must have at least one key; got shape {list(k.shape)}")
-    _checks.check_shape("k", k, (batch, k.shape[1], heads, dim), _KEYS)
-    _checks.check_shape("v", v, tuple(k.shape), f"{_KEYS} (that of k)")
+    expected = (batch, keys, heads, dim)
+    _checks.check_shape("k", k, expected, _KEYS)
+    _checks.check_shape("v", v, expected, "[B, Lk, H, D] (that of k)")
 
 
 def _reasons(q: Tensor, k: Tensor, v: Tensor, **_: object) -> _backend.Reasons:
@@ -152,18 +156,6 @@ def _matmul_softmax(
     scores = q @ k.transpose(-1, -2)
     out = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
     return (out, scores.logsumexp(dim=-1)) if return_lse else out
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from equiseg_fast.kernels.attention import attention_fwd
-
-    return attention_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.attention import attention_bwd
-
-    return attention_bwd(*args)
 
 
 def _stock_forward(
@@ -240,7 +232,7 @@ def _fake_backward(
 _FORWARD = register(
     "attention_fwd",
     "(Tensor q, Tensor k, Tensor v, float scale, bool allow_tf32) -> (Tensor out, Tensor lse)",
-    triton=_triton_forward,
+    kernels="attention",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -249,13 +241,13 @@ _BACKWARD = register(
     "(Tensor grad_out, Tensor? grad_lse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
     "float scale, bool allow_tf32, bool needs_dq, bool needs_dk, bool needs_dv) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
-    triton=_triton_backward,
+    kernels="attention",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _Attention(torch.autograd.Function):
+class _Attention(Function):
     """Autograd over the two registered operations; double backward through the reference."""
 
     @staticmethod

@@ -11,6 +11,7 @@ from equiseg_fast import reference
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
 from ._registry import (
+    Function,
     autocast,
     empty_gradients,
     needs_grad,
@@ -54,6 +55,11 @@ def depthwise_conv_gelu(
     _checks.check_shape("bias", bias, (x.shape[-1],), "[C]")
     _checks.check_same(x=x, weight=weight, bias=bias)
     chosen = _backend.resolve("depthwise_conv_gelu", backend, x.device, x)
+    return run(chosen, x, weight, bias, height, width)
+
+
+def run(chosen: str, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """`depthwise_conv_gelu` of what was checked, on the backend that was chosen."""
     if chosen == "reference":
         return reference.depthwise_conv_gelu(x, weight, bias, height, width)
     if chosen == "torch":
@@ -109,18 +115,6 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _triton_forward(*args: Any) -> Tensor:
-    from equiseg_fast.kernels.depthwise import depthwise_conv_gelu_fwd
-
-    return depthwise_conv_gelu_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.depthwise import depthwise_conv_gelu_bwd
-
-    return depthwise_conv_gelu_bwd(*args)
-
-
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -144,7 +138,7 @@ def _fake_backward(
 _FORWARD = register(
     "depthwise_conv_gelu_fwd",
     "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
-    triton=_triton_forward,
+    kernels="depthwise",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -153,13 +147,13 @@ _BACKWARD = register(
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width, "
     "bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    triton=_triton_backward,
+    kernels="depthwise",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _DepthwiseConvGelu(torch.autograd.Function):
+class _DepthwiseConvGelu(Function):
     """Autograd over the registered operations; saves the inputs alone. Double backward through the
     reference."""
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import needs_grad, only_needed, reference_gradients, register
+from ._registry import Function, as_result, needs_grad, only_needed, reference_gradients, register
 
 MAX_MODALITIES = 8
 
@@ -67,18 +67,6 @@ def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
 _backend.register_reasons("guided_gate", _reasons)
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from equiseg_fast.kernels.guided_gate import guided_gate_fwd
-
-    return guided_gate_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor]:
-    from equiseg_fast.kernels.guided_gate import guided_gate_bwd
-
-    return guided_gate_bwd(*args)
-
-
 def _weights(
     logits: Tensor, present: Tensor | None, rho: float
 ) -> tuple[Tensor, Tensor, Tensor | float]:
@@ -95,11 +83,13 @@ def _stock_forward(
     g, factor, _ = _weights(logits, present, rho)
     if present is not None:
         x = x.masked_fill(~present[:, :, None, None], 0.0)
-    branches = (x * factor).to(x.dtype).contiguous()
+    branches = as_result(x * factor, x.dtype)
     fused = x[0] * g[0]
+    # For the compiler, which knows better, see `as_result`.
+    add_product = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
     for one, weight in zip(x[1:], g[1:], strict=True):
-        fused = fused.addcmul_(one.to(fused.dtype), weight)
-    return branches, fused.to(x.dtype).contiguous()
+        fused = add_product(fused, one.to(fused.dtype), weight)
+    return branches, as_result(fused, x.dtype)
 
 
 def _stock_backward(
@@ -157,7 +147,7 @@ def _fake_backward(
 _FORWARD = register(
     "guided_gate_fwd",
     "(Tensor x, Tensor logits, Tensor? present, float rho) -> (Tensor branches, Tensor fused)",
-    triton=_triton_forward,
+    kernels="guided_gate",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -165,13 +155,13 @@ _BACKWARD = register(
     "guided_gate_bwd",
     "(Tensor? grad_branches, Tensor? grad_fused, Tensor x, Tensor logits, Tensor? present, "
     "float rho, bool needs_dx, bool needs_dlogits) -> (Tensor dx, Tensor dlogits)",
-    triton=_triton_backward,
+    kernels="guided_gate",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _GuidedGate(torch.autograd.Function):
+class _GuidedGate(Function):
     """Autograd over the registered operations, or (`stock`) over stock operators directly; saves
     only its inputs. Double backward through the reference."""
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import needs_grad, reference_gradients, register, without_autocast
+from ._registry import Function, needs_grad, reference_gradients, register, without_autocast
 
 MAX_CLASSES = 256
 _CHUNK = 32
@@ -222,7 +222,7 @@ def _reference_backward(
     return reference_gradients(lambda x: (function(x, labels),), (logits,), (grad,))[0]
 
 
-class _Chunked(torch.autograd.Function):
+class _Chunked(Function):
     """Saves the logits alone and computes the softmax again, chunk by chunk."""
 
     @staticmethod
@@ -241,18 +241,6 @@ class _Chunked(torch.autograd.Function):
 
 
 # ---- registered operations ----------------------------------------------------------------------
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from equiseg_fast.kernels.losses import upsample_cross_entropy_fwd
-
-    return upsample_cross_entropy_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> Tensor:
-    from equiseg_fast.kernels.losses import upsample_cross_entropy_bwd
-
-    return upsample_cross_entropy_bwd(*args)
 
 
 def _stock_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
@@ -287,20 +275,20 @@ def _fake_backward(
 _FORWARD = register(
     "upsample_cross_entropy_fwd",
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor loss, Tensor lse)",
-    triton=_triton_forward,
+    kernels="losses",
     stock=_stock_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "upsample_cross_entropy_bwd",
     "(Tensor grad, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor",
-    triton=_triton_backward,
+    kernels="losses",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _UpsampleCrossEntropy(torch.autograd.Function):
+class _UpsampleCrossEntropy(Function):
     """Autograd over the two registered operations; double backward through the reference."""
 
     @staticmethod

@@ -10,10 +10,9 @@ from torch import Tensor
 
 from equiseg_fast import reference
 
-from . import _backend, _checks
+from . import _backend, _checks, depthwise
 from ._layout import conv_weight_gradient, linear, pointwise_conv, to_map, to_tokens
-from ._registry import autocast, needs_grad, reference_gradients, without_autocast
-from .depthwise import depthwise_conv_gelu
+from ._registry import Function, autocast, needs_grad, reference_gradients, without_autocast
 
 _HIDDEN_BYTES = 3 * 2**20
 """Size of the hidden features that the CPU works on at a time; they stay in its caches."""
@@ -66,7 +65,7 @@ def mix_ffn(
     fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
     with without_autocast(x.device.type):
         hidden = linear(x, fc1_weight, fc1_bias)
-        hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width, backend=chosen)
+        hidden = depthwise.run(chosen, hidden, dw_weight, dw_bias, height, width)
         return linear(hidden, fc2_weight, fc2_bias)
 
 
@@ -240,7 +239,7 @@ def _backward(
     return dx, *(None if g is None else g.to(x.dtype) for g in grads)
 
 
-class _MixFFN(torch.autograd.Function):
+class _MixFFN(Function):
     """Autograd over bands on the CPU; saves the inputs alone; double backward as the reference."""
 
     forward = staticmethod(_forward)

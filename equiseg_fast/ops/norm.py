@@ -10,6 +10,7 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._registry import (
+    Function,
     autocast_is_on,
     empty_gradients,
     needs_grad,
@@ -51,11 +52,11 @@ def add_layer_norm(
     input. Source: Layer Normalization (arXiv 1607.06450), in the pre-norm residual blocks of
     SegFormer (arXiv 2105.15203).
     """
-    _checks.check_tensor("x", x, _checks.FLOATING, _shape_names(x))
+    _checks.check_tensor("x", x, _checks.FLOATING, "[..., C]")
     channels = x.shape[-1]
     if channels < 1:
         raise ValueError(f"x must have at least one channel; got shape {list(x.shape)}")
-    _checks.check_tensor("update", update, _checks.FLOATING, _shape_names(update))
+    _checks.check_tensor("update", update, _checks.FLOATING, "[..., C]")
     _checks.check_shape("update", update, tuple(x.shape), "of x")
     for name, parameter in (("weight", weight), ("bias", bias)):
         _checks.check_tensor(name, parameter, _checks.FLOATING, "[C]")
@@ -77,14 +78,9 @@ def add_layer_norm(
     return total, normed
 
 
-def _shape_names(x: object) -> str:
-    """The documented shape, with as many dimensions as x has."""
-    return "[" + "..., " * (x.dim() - 1 if isinstance(x, Tensor) else 1) + "C]"
-
-
 def _autocast(x: Tensor, *others: Tensor) -> tuple[Tensor, ...]:
     """Under autocast cast the others to the dtype of x; fp64 stays as it is."""
-    if not autocast_is_on(x.device.type):
+    if not autocast_is_on(x):
         return others
     return tuple(t if t.dtype == torch.float64 else t.to(x.dtype) for t in others)
 
@@ -103,7 +99,7 @@ def _stock(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = (x + update).contiguous()
-    if autocast_is_on(x.device.type):
+    if autocast_is_on(x):
         with without_autocast(x.device.type):  # which would return fp32
             return total, _layer_norm(total, weight, bias, eps)
     return total, _layer_norm(total, weight, bias, eps)
@@ -156,18 +152,6 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.norm import add_layer_norm_fwd
-
-    return add_layer_norm_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.norm import add_layer_norm_bwd
-
-    return add_layer_norm_bwd(*args)
-
-
 def _fake_forward(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -196,7 +180,7 @@ _FORWARD = register(
     "add_layer_norm_fwd",
     "(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)",
-    triton=_triton_forward,
+    kernels="norm",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -205,13 +189,13 @@ _BACKWARD = register(
     "(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
     "Tensor rstd, bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    triton=_triton_backward,
+    kernels="norm",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _AddLayerNorm(torch.autograd.Function):
+class _AddLayerNorm(Function):
     """Autograd over the registered operations; saves total and the statistics of its rows.
 
     Double backward through the reference, from total on: it leads back to x and update itself.

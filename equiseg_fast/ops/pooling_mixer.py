@@ -12,6 +12,8 @@ from equiseg_fast import reference
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
 from ._registry import (
+    Function,
+    as_result,
     autocast,
     needs_grad,
     only_needed,
@@ -136,7 +138,7 @@ def _mix(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Te
     with without_autocast(x.device.type):
         y = to_map(x.to(dtype), height, width)
         y = _add_pools(_convolution(y, weight.to(dtype), bias.to(dtype)))
-    return to_tokens(y).to(x.dtype).contiguous()
+    return as_result(to_tokens(y), x.dtype)
 
 
 def _stock_backward(
@@ -173,18 +175,6 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _triton_forward(*args: Any) -> Tensor:
-    from equiseg_fast.kernels.pooling_mixer import pooling_mixer_fwd
-
-    return pooling_mixer_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.pooling_mixer import pooling_mixer_bwd
-
-    return pooling_mixer_bwd(*args)
-
-
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     return x.new_empty(x.shape)
 
@@ -209,7 +199,7 @@ def _fake_backward(
 _FORWARD = register(
     "pooling_mixer_fwd",
     "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
-    triton=_triton_forward,
+    kernels="pooling_mixer",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -218,13 +208,13 @@ _BACKWARD = register(
     "(Tensor grad_out, Tensor x, Tensor weight, SymInt height, SymInt width, "
     "bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    triton=_triton_backward,
+    kernels="pooling_mixer",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _PoolingMixer(torch.autograd.Function):
+class _PoolingMixer(Function):
     """Autograd over the two registered operations, or with `stock` over what stands in for them
     on the CPU; double backward through the reference."""
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import needs_grad, register, without_autocast
+from ._registry import Function, needs_grad, register, without_autocast
 
 MAX_CLASSES = 256
 
@@ -81,18 +81,6 @@ def _reasons(
 _backend.register_reasons("class_prototypes", _reasons)
 
 
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor]:
-    from equiseg_fast.kernels.prototypes import class_prototypes_fwd
-
-    return class_prototypes_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> Tensor:
-    from equiseg_fast.kernels.prototypes import class_prototypes_bwd
-
-    return class_prototypes_bwd(*args)
-
-
 def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     """The class of every token, `[B, L]` int64; `num_classes` where there is none."""
     classes = labels.flatten(1).long()
@@ -159,20 +147,20 @@ _FORWARD = register(
     "class_prototypes_fwd",
     "(Tensor x, Tensor labels, SymInt num_classes, int ignore_index) "
     "-> (Tensor prototypes, Tensor counts)",
-    triton=_triton_forward,
+    kernels="prototypes",
     stock=_stock_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "class_prototypes_bwd",
     "(Tensor grad, Tensor labels, Tensor counts, int ignore_index, ScalarType dtype) -> Tensor dx",
-    triton=_triton_backward,
+    kernels="prototypes",
     stock=_stock_backward,
     fake=_fake_backward,
 )
 
 
-class _ClassPrototypes(torch.autograd.Function):
+class _ClassPrototypes(Function):
     """Autograd over the registered operations, or (`stock`) over stock operators directly.
 
     The prototypes are linear in x: neither the backward nor its derivative needs x.

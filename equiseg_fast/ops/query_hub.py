@@ -1,7 +1,6 @@
 """Self-query hub of all primaries at once: score, self-gate, leave-one-out maximum."""
 
 from collections.abc import Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -12,6 +11,8 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._registry import (
+    Function,
+    as_result,
     autocast,
     needs_grad,
     only_needed,
@@ -74,10 +75,10 @@ def query_hub(
     chosen = _backend.resolve("query_hub", backend, x.device, x)
     if chosen == "reference":
         return reference.query_hub(*nets, height, width, present=present)
-    weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
     fused = chosen == "triton"
-    if needs_grad(x, weight, bias):
-        return _QueryHub.apply(x, weight, bias, present, height, width, fused)[0]
+    if needs_grad(*nets):
+        return _QueryHub.apply(*nets, present, height, width, fused)[0]
+    weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
     forward = _FORWARD if fused else _stock_forward
     return forward(x, weight, bias, present, height, width, False)[0]
 
@@ -97,32 +98,23 @@ def _merge(
 ) -> tuple[Tensor, Tensor]:
     """The score nets as one 3x3 convolution to one channel: weight `[M, 9, C]`, bias `[M]`.
 
-    A depthwise convolution followed by a 1x1 convolution is linear. In fp32, and differentiable:
-    the gradients of the four parameters follow from those of the two.
+    A depthwise convolution followed by a 1x1 convolution is linear. In fp32: products of a narrow
+    and a wide tensor are wide.
     """
-    dtype = reference.statistics_dtype(dw_weight)
-    factor = pw_weight.to(dtype)
-    weight = dw_weight.to(dtype).flatten(2).transpose(1, 2) * factor[:, None]
-    return weight.contiguous(), (dw_bias.to(dtype) * factor).sum(1) + pw_bias.to(dtype)
+    factor = pw_weight.to(reference.statistics_dtype(pw_weight))
+    taps = dw_weight.flatten(2).transpose(1, 2) * factor[:, None]
+    return taps.contiguous(), (dw_bias * factor).sum(1) + pw_bias
 
 
-def _from_merged(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    *,
-    present: Tensor | None,
-    height: int,
-    width: int,
-) -> tuple[Tensor]:
-    """The reference with merged score nets."""
-    ones = torch.ones_like(weight[:, 0])
-    taps = weight.transpose(1, 2).unflatten(-1, (3, 3))
-    wide = x.to(weight.dtype)
-    hub = reference.query_hub(
-        wide, taps, torch.zeros_like(ones), ones, bias, height, width, present=present
-    )
-    return (hub.to(x.dtype),)
+def _split(
+    dweight: Tensor, dbias: Tensor, dw_weight: Tensor, dw_bias: Tensor, pw_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The gradients of the four parameters of the score nets from those of the merged two."""
+    dtype, factor = pw_weight.dtype, pw_weight.to(dweight.dtype)
+    column = dbias[:, None]
+    d_dw = (dweight * factor[:, None]).transpose(1, 2).unflatten(2, (3, 3))
+    d_pw = (dweight * dw_weight.flatten(2).transpose(1, 2)).sum(1).addcmul_(column, dw_bias)
+    return d_dw.to(dtype), (column * factor).to(dtype), d_pw.to(dtype), dbias.to(dtype)
 
 
 # ---- stock operators ----------------------------------------------------------------------------
@@ -261,7 +253,7 @@ def _stock_forward(
     if not rows:
         out = torch.stack([nodes[node] for node in outcomes])
     out = _masked(out, _others(x, present), 0.0)
-    return out.to(x.dtype), score, x.new_zeros(0, dtype=torch.uint8)
+    return as_result(out, x.dtype), score, x.new_zeros(0, dtype=torch.uint8)
 
 
 def _stock_backward(
@@ -302,18 +294,6 @@ def _stock_backward(
 
 
 # ---- registered operations ----------------------------------------------------------------------
-
-
-def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.query_hub import query_hub_fwd
-
-    return query_hub_fwd(*args)
-
-
-def _triton_backward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
-    from equiseg_fast.kernels.query_hub import query_hub_bwd
-
-    return query_hub_bwd(*args)
 
 
 def _cpu_forward(
@@ -397,7 +377,7 @@ _FORWARD = register(
     "query_hub_fwd",
     "(Tensor x, Tensor weight, Tensor bias, Tensor? present, SymInt height, SymInt width, "
     "bool save) -> (Tensor out, Tensor score, Tensor winner)",
-    triton=_triton_forward,
+    kernels="query_hub",
     stock=_cpu_forward,
     fake=_fake_forward,
 )
@@ -406,14 +386,15 @@ _BACKWARD = register(
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor? present, Tensor score, Tensor winner, "
     "SymInt height, SymInt width, bool needs_dx, bool needs_dw) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    triton=_triton_backward,
+    kernels="query_hub",
     stock=_cpu_backward,
     fake=_fake_backward,
 )
 
 
-class _QueryHub(torch.autograd.Function):
-    """Autograd over merged score nets; double backward through the reference.
+class _QueryHub(Function):
+    """Autograd over the merging of the score nets and the rest; double backward through the
+    reference.
 
     The registered operation remembers who won the maximum; stock operators find out again.
     """
@@ -421,40 +402,45 @@ class _QueryHub(torch.autograd.Function):
     @staticmethod
     def forward(
         x: Tensor,
-        weight: Tensor,
-        bias: Tensor,
+        dw_weight: Tensor,
+        dw_bias: Tensor,
+        pw_weight: Tensor,
+        pw_bias: Tensor,
         present: Tensor | None,
         height: int,
         width: int,
         fused: bool,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
         forward = _FORWARD if fused else _stock_forward
-        return forward(x, weight, bias, present, height, width, True)
+        return *forward(x, weight, bias, present, height, width, True), weight
 
     @staticmethod
-    def setup_context(
-        ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor, Tensor]
-    ) -> None:
-        x, weight, bias, present, ctx.height, ctx.width, ctx.fused = inputs
-        _, score, winner = output
-        ctx.mark_non_differentiable(score, winner)
-        ctx.save_for_backward(x, weight, bias, present, score, winner)
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.height, ctx.width, ctx.fused = inputs
+        ctx.mark_non_differentiable(*output[1:])
+        ctx.save_for_backward(*tensors, *output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
         if grad_out is None:
-            return (None,) * 7
-        x, weight, bias, present, score, winner = ctx.saved_tensors
-        needs_dx, *needs_dw = ctx.needs_input_grad[:3]
+            return (None,) * 9
+        x, *nets, present, score, winner, weight = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:5]
         if torch.is_grad_enabled():
             sizes = {"height": ctx.height, "width": ctx.width}
-            function = partial(_from_merged, present=present, **sizes)
-            grads = reference_gradients(function, (x, weight, bias), (grad_out,))
+            grads = reference_gradients(
+                lambda *inputs: (reference.query_hub(*inputs, **sizes, present=present),),
+                (x, *nets),
+                (grad_out,),
+            )
         else:
+            needs_dw = any(needs[1:])
             backward = _BACKWARD if ctx.fused else _stock_backward
-            grads = backward(
-                grad_out, x, weight, present, score, winner, ctx.height, ctx.width, needs_dx,
-                any(needs_dw),
+            dx, *merged = backward(
+                grad_out, x, weight, present, score, winner, ctx.height, ctx.width, needs[0],
+                needs_dw,
             )  # fmt: skip
-        return *only_needed(grads, ctx.needs_input_grad[:3]), None, None, None, None
+            grads = (dx, *(_split(*merged, *nets[:3]) if needs_dw else (None,) * 4))
+        return *only_needed(grads, needs), None, None, None, None
