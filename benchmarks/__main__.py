@@ -27,21 +27,18 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-<<<<<<< HEAD
 from benchmarks import (  # noqa: E402
     against,
     calibrate,
     compare,
     dry,
+    host,
     predictions,
     profiling,
     resources,
     roofline,
     tune,
 )
-=======
-from benchmarks import against, calibrate, compare, host, profiling, resources, roofline, tune  # noqa: E402
->>>>>>> host
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
 from benchmarks.plan import Case, Options, dry_run, plan, remaining  # noqa: E402
