@@ -124,11 +124,13 @@ def offline_entry(
     dots: str = "none",
     scores: int = 0,
     max_registers: int | None = None,
+    aligned: bool = True,
 ) -> OfflineEntry:
     """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
 
     `pointers` maps arguments to dtypes and may name more than the kernel has. All pointers and all
-    integers that the kernel specialises count as multiples of 16.
+    integers that the kernel specialises count as multiples of 16, or none of them: that is what odd
+    widths come to, and addresses like those of x[1:].
     """
     types = {}
     for parameter in kernel.params:
@@ -143,11 +145,14 @@ def offline_entry(
     if wanted != set(constexprs):
         # On a GPU the launch would fail in the same way; the interpreter does not look.
         raise TypeError(f"{kernel.__name__} takes {sorted(wanted)}, got {sorted(constexprs)}")
-    aligned = frozenset(
-        p.name for p in kernel.params if types[p.name][0] in "*i" and not p.do_not_specialize
+    multiples = frozenset(
+        p.name
+        for p in kernel.params
+        if aligned and types[p.name][0] in "*i" and not p.do_not_specialize
     )
+    case += "" if aligned else " unaligned"
     return OfflineEntry(
-        kernel, case, types, aligned, dict(constexprs), num_warps, num_stages, dots, scores,
+        kernel, case, types, multiples, dict(constexprs), num_warps, num_stages, dots, scores,
         max_registers,
     )  # fmt: skip
 

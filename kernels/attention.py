@@ -439,22 +439,26 @@ def attention_bwd(
 # fp16 has the tiles and instructions of bf16, so two head dimensions stand for it. Tiles depend on
 # the padded head dimension only; 40 is the example of padding.
 _OFFLINE = (
-    ("bf16", _configs.HALF, (16, 32, 64, 128, 40)),
-    ("fp16", _configs.HALF, (32, 64)),
-    ("fp32", _configs.TF32, (16, 32, 64, 128)),
-    ("fp32", _configs.IEEE, (16, 32, 64, 128)),
+    ("bf16", _configs.HALF, (16, 32, 64, 128, 40), True),
+    ("fp16", _configs.HALF, (32, 64), True),
+    ("fp32", _configs.TF32, (16, 32, 64, 128, 40), True),
+    ("fp32", _configs.IEEE, (16, 32, 64, 128, 40), True),
+    ("bf16", _configs.HALF, (128, 33), False),
+    ("fp32", _configs.TF32, (128, 33), False),
+    ("fp32", _configs.IEEE, (128, 33), False),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
     chosen = (
         (_attention_fwd_kernel, _configs.attention_fwd_config, False),
         (_attention_bwd_dq_kernel, _configs.attention_dq_config, False),
         (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, False),
         (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, True),
     )
-    for dtype, precision, head_dims in _OFFLINE:
+    for dtype, precision, head_dims, aligned in _OFFLINE:
         pointers = dict.fromkeys("p_q p_k p_v p_o p_do p_dq p_dk p_dv".split(), dtype)
         pointers |= dict.fromkeys("p_lse p_dlse p_delta p_partial_dk p_partial_dv".split(), "fp32")
         for head_dim in head_dims:
@@ -467,7 +471,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
                     _constexprs(kernel, head_dim, precision, config), **config.launch(),
-                    dots=precision, scores=config.block_m * config.block_n,
+                    dots=precision, scores=config.block_m * config.block_n, aligned=aligned,
                 )  # fmt: skip
             if precision == _configs.TF32:
                 continue  # what follows has no products
@@ -475,7 +479,10 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _attention_bwd_delta_kernel, f"{dtype} D{head_dim}" + " grad_lse" * has_dlse,
                     pointers, _delta_constexprs(arch, head_dim, has_dlse), **_ROW_LAUNCH,
+                    aligned=aligned,
                 )  # fmt: skip
         if precision != _configs.TF32:
             block = {"BLOCK": _configs.REDUCE_BLOCK}
-            yield offline_entry(_attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH)
+            yield offline_entry(
+                _attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH, aligned=aligned
+            )

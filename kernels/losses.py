@@ -318,15 +318,18 @@ def upsample_cross_entropy_bwd(
 
 # Numbers of classes: one for every width of a block; 25 and 150 are DeLiVER's and ADE20K's.
 _OFFLINE = (
-    ("bf16", "u8", (2, 25, 64, 128, 150)),
-    ("fp16", "i64", (25,)),
-    ("fp32", "i64", (2, 25, 64, 128, 150)),
+    ("bf16", "u8", (2, 25, 64, 128, 150), True),
+    ("fp16", "i64", (25,), True),
+    ("fp32", "i64", (2, 25, 64, 128, 150), True),
+    ("bf16", "u8", (2, 25, 150), False),
+    ("fp32", "i64", (2, 25, 150), False),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
-    for dtype, labels, numbers in _OFFLINE:
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
+    for dtype, labels, numbers, aligned in _OFFLINE:
         pointers = {"p_logits": dtype, "p_labels": labels, "p_dlogits": dtype}
         pointers |= dict.fromkeys(("p_loss", "p_lse", "p_grad"), "fp32")
         for kernel, choose in (
@@ -338,4 +341,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     kernel, f"{dtype} {labels} K{config.block_n} M{config.block_m}", pointers,
                     {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n},
                     config.num_warps, config.num_stages, scores=config.block_m * config.block_n,
+                    aligned=aligned,
                 )  # fmt: skip
