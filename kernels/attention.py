@@ -352,7 +352,7 @@ def attention_fwd(
     q, k, v = (last_dim_contiguous(x) for x in (q, k, v))
     arch, _ = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
-    config = _configs.attention_fwd_config(arch, precision, _configs.padded_head_dim(head_dim))
+    config = _configs.attention_fwd_config(arch, precision, _configs.attention_width(head_dim))
     launch(
         _attention_fwd_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
         q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
@@ -386,7 +386,7 @@ def attention_bwd(
     out, lse = out.contiguous(), lse.contiguous()
     arch, processors = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
-    block_d, width = _configs.padded_head_dim(head_dim), heads * head_dim
+    width = heads * head_dim
     layout = (*strides(q), *strides(k), *strides(v), *strides(grad_out))
 
     delta = torch.empty_like(lse)
@@ -399,7 +399,7 @@ def attention_bwd(
     )  # fmt: skip
 
     if needs_dk or needs_dv:
-        config = _configs.attention_dkdv_config(arch, precision, block_d)
+        config = _configs.attention_dkdv_config(arch, precision, _configs.attention_width(head_dim))
         programs = triton.cdiv(n_k, config.block_n) * batch * heads
         splits, chunk = _configs.query_splits(
             programs, triton.cdiv(n_q, config.block_m), processors
@@ -426,7 +426,7 @@ def attention_bwd(
             )  # fmt: skip
 
     if needs_dq:
-        config = _configs.attention_dq_config(arch, precision, block_d)
+        config = _configs.attention_dq_config(arch, precision, _configs.attention_width(head_dim))
         launch(
             _attention_bwd_dq_kernel, (triton.cdiv(n_q, config.block_m) * batch * heads,),
             q, k, v, grad_out, lse, delta, dq, *layout, width,
@@ -437,15 +437,15 @@ def attention_bwd(
 
 
 # fp16 has the tiles and instructions of bf16, so two head dimensions stand for it. Tiles depend on
-# the padded head dimension only; 40 is the example of padding.
+# the padded head dimension, but for odd ones, of which one stands for each half of the rest.
 _OFFLINE = (
-    ("bf16", _configs.HALF, (16, 32, 64, 128, 40), True),
-    ("fp16", _configs.HALF, (32, 64), True),
-    ("fp32", _configs.TF32, (16, 32, 64, 128, 40), True),
-    ("fp32", _configs.IEEE, (16, 32, 64, 128, 40), True),
-    ("bf16", _configs.HALF, (128, 33), False),
-    ("fp32", _configs.TF32, (128, 33), False),
-    ("fp32", _configs.IEEE, (128, 33), False),
+    ("bf16", _configs.HALF, (16, 32, 64, 128), None),
+    ("fp16", _configs.HALF, (32, 64), None),
+    ("fp32", _configs.TF32, (16, 32, 64, 128), None),
+    ("fp32", _configs.IEEE, (16, 32, 64, 128), None),
+    ("bf16", _configs.HALF, (33, 127), ()),
+    ("fp32", _configs.TF32, (33, 127), ()),
+    ("fp32", _configs.IEEE, (33, 127), ()),
 )
 
 
@@ -466,7 +466,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for kernel, choose, partials in chosen:
                 if partials and dtype == "fp32":
                     continue  # the same types as without
-                config = choose(arch, precision, _configs.padded_head_dim(head_dim))
+                config = choose(arch, precision, _configs.attention_width(head_dim))
                 yield offline_entry(
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),

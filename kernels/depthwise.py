@@ -354,11 +354,11 @@ def depthwise_conv_gelu_bwd(
 
 # Whole and padded blocks, wide and narrow; fp16 has the instructions of bf16.
 _OFFLINE = (
-    ("bf16", 2, (64, 96, 32, 16), True),
-    ("fp16", 2, (64,), True),
-    ("fp32", 4, (64, 96, 32), True),
-    ("bf16", 2, (64, 33), False),
-    ("fp32", 4, (64, 33), False),
+    ("bf16", 2, (64, 96, 32, 16), None),
+    ("fp16", 2, (64,), None),
+    ("fp32", 4, (64, 96, 32), None),
+    ("bf16", 2, (33,), ()),
+    ("fp32", 4, (33,), ()),
 )
 
 

@@ -280,10 +280,10 @@ def guided_gate_bwd(
 # The padded number of modalities, the block of channels and the dtype decide what a launcher asks
 # for; fp16 has the instructions of bf16.
 _OFFLINE = (
-    *itertools.product(("bf16", "fp32"), (1, 2, 4, 8), (32, 64), (False,), (True,)),
-    *itertools.product(("bf16", "fp32"), (4, 8), (64,), (True,), (True,)),
-    ("fp16", 4, 64, False, True),
-    *itertools.product(("bf16", "fp32"), (1, 4, 8), (33, 64), (True,), (False,)),
+    *itertools.product(("bf16", "fp32"), (1, 2, 4, 8), (32, 64), (False,), (None,)),
+    *itertools.product(("bf16", "fp32"), (4, 8), (64,), (True,), (None,)),
+    ("fp16", 4, 64, False, None),
+    *itertools.product(("bf16", "fp32"), (4, 8), (33,), (True,), ((),)),
 )
 
 
@@ -318,7 +318,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             )  # fmt: skip
     block_s, block_c = _configs.GATE_SUM_TILE
     for modalities, has_present, aligned in (
-        *itertools.product((1, 2, 4, 8), (False, True), (True,)), (8, True, False),
+        *itertools.product((1, 2, 4, 8), (False, True), (None,)), (8, True, ()),
     ):  # fmt: skip
         blocks = {"BLOCK_M": modalities, "BLOCK_S": block_s, "BLOCK_C": block_c}
         blocks["HAS_PRESENT"] = has_present

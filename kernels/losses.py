@@ -316,13 +316,16 @@ def upsample_cross_entropy_bwd(
     return out.permute(0, 3, 1, 2)
 
 
+# Logits are copied to rows of whole vectors whatever their number of classes.
+_PADDED = ("p_logits", "p_loss", "p_lse", "p_dlogits", "pitch")
+
 # Numbers of classes: one for every width of a block; 25 and 150 are DeLiVER's and ADE20K's.
 _OFFLINE = (
-    ("bf16", "u8", (2, 25, 64, 128, 150), True),
-    ("fp16", "i64", (25,), True),
-    ("fp32", "i64", (2, 25, 64, 128, 150), True),
-    ("bf16", "u8", (2, 25, 150), False),
-    ("fp32", "i64", (2, 25, 150), False),
+    ("bf16", "u8", (2, 25, 64, 128, 150), None),
+    ("fp16", "i64", (25,), None),
+    ("fp32", "i64", (2, 25, 64, 128, 150), None),
+    ("bf16", "u8", (25, 150), _PADDED),
+    ("fp32", "i64", (25, 150), _PADDED),
 )
 
 

@@ -250,11 +250,11 @@ def add_layer_norm_bwd(
 
 # The widths of the Mix Transformer and the limit; fp16 has the instructions of bf16.
 _OFFLINE = (
-    ("bf16", 2, (32, 64, 160, 256, 320, 512, 4096), True),
-    ("fp16", 2, (64,), True),
-    ("fp32", 4, (64, 160, 4096), True),
-    ("bf16", 2, (33, 64, 513, 4095, 4096), False),
-    ("fp32", 4, (33, 64, 513, 4095, 4096), False),
+    ("bf16", 2, (32, 64, 160, 256, 320, 512, 4096), None),
+    ("fp16", 2, (64,), None),
+    ("fp32", 4, (64, 160, 4096), None),
+    ("bf16", 2, (33, 513, 4095), ()),
+    ("fp32", 4, (33, 4095), ()),
 )
 
 
@@ -277,9 +277,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 config.num_warps, 1, aligned=aligned,
             )  # fmt: skip
             config = _configs.norm_bwd_config(arch, itemsize, channels)
-            for left_out in (
-                ("", *flags) if (dtype, channels, aligned) == ("bf16", 64, True) else ("",)
-            ):
+            for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
                 yield offline_entry(
                     _add_layer_norm_bwd_kernel, f"{case} without {left_out}" if left_out else case,
                     types,

@@ -432,8 +432,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     # 256 and 160 channels fill tiles of 64 and of 32, 33 leave a ragged one. The computation does
     # not depend on the dtype, so that the others need fewer examples.
     for dtype, widths, aligned in (
-        ("bf16", (256, 160), True), ("fp16", (256,), True), ("fp32", (256,), True),
-        ("bf16", (256, 33), False), ("fp32", (256, 33), False),
+        ("bf16", (256, 160), None), ("fp16", (256,), None), ("fp32", (256,), None),
+        ("bf16", (33,), ()), ("fp32", (33,), ()),
     ):  # fmt: skip
         for channels in widths:
             case = f"{dtype} C{channels}"

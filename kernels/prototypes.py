@@ -257,8 +257,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
     pointers = {"p_labels": "i64", "p_sums": "fp32", "p_counts": "i32"}
     padded = dict.fromkeys(_configs.padded_classes(arch, n) for n in (16, 32, 64, 128, 256))
-    for dtype, classes, aligned in itertools.product(dtypes, padded, (True, False)):
-        if dtype == "fp16" and (classes != 64 or not aligned):
+    for dtype, classes, aligned in itertools.product(dtypes, padded, (None, ())):
+        if dtype == "fp16" and (classes != 64 or aligned is not None):
             continue  # it has the tiles and the instructions of bf16
         tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in (32, 64))
         for tile in dict.fromkeys(tiles):
@@ -273,8 +273,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     blocks = {"BLOCK_S": block_s, "BLOCK": block}
     yield offline_entry(_class_means_kernel, "fp32", pointers | means, blocks, 4, 1)
     for dtype, channels, aligned in (
-        *itertools.product(dtypes, (32, 64, 128), (True,)),
-        *itertools.product(("bf16", "fp32"), (32, 128), (False,)),
+        *itertools.product(dtypes, (32, 64, 128), (None,)),
+        *itertools.product(("bf16", "fp32"), (32, 128), ((),)),
     ):
         config = _configs.class_gather_config(arch, channels)
         yield offline_entry(

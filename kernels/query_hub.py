@@ -506,11 +506,11 @@ _BWD_SCORE = {"MAX_M": _configs.QUERY_HUB_MODALITIES}
 # 320 stands for all multiples of 64 beyond 128, 33 and 129 are examples of padding. fp16 has the
 # tiles and instructions of bf16. Without `present` a kernel is the same less a branch.
 _OFFLINE = (
-    ("bf16", (32, 64, 128, 160, 320), (False, True), True),
-    ("fp16", (64,), (True,), True),
-    ("fp32", (32, 64, 128, 160), (True,), True),
-    ("bf16", (33, 128, 129, 1024), (False, True), False),
-    ("fp32", (33, 128, 129, 1024), (True,), False),
+    ("bf16", (32, 64, 128, 160, 320), (False, True), None),
+    ("fp16", (64,), (True,), None),
+    ("fp32", (32, 64, 128, 160), (True,), None),
+    ("bf16", (33, 129), (True,), ()),
+    ("fp32", (33, 129), (True,), ()),
 )
 
 
