@@ -229,15 +229,14 @@ def compile_binary(
 
 def adopt(cache: Path) -> None:
     """Make a cache that lay somewhere else usable: Triton lists the files of a binary by absolute
-    paths, and compiles again what it does not find there."""
+    paths, and compiles again what it does not find there. Drops the source, which nobody reads."""
     for path in cache.glob("*/__grp__*.json"):
-        group = json.loads(path.read_text())
-        here = {name: str(path.parent / name) for name in group["child_paths"]}
-        if here != group["child_paths"]:
+        listed = json.loads(path.read_text())["child_paths"]
+        here = {n: str(path.parent / n) for n in listed if not n.endswith(".source")}
+        if here != listed:
             path.write_text(json.dumps({"child_paths": here}))
-        for name in here:
-            if name.endswith(".source"):  # kept by Triton, and read by nobody
-                Path(here[name]).unlink(missing_ok=True)
+            for name in listed.keys() - here.keys():
+                (path.parent / name).unlink(missing_ok=True)
 
 
 def _build_launcher(source: Any) -> None:
@@ -346,7 +345,8 @@ def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) ->
     )
     if compiled:
         spent = sum(b.seconds for b in binaries if not b.hit)
-        text += f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled in {spent:.1f} s of CPU time"
+        text += f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled"
+        text += f" in {spent:.1f} s of CPU time"
     console.print(f"{text}; {seconds:.1f} s in all")
 
 

@@ -393,7 +393,7 @@ def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int)
         return TokenTile(64, 64, 4)
     classes = padded_classes(arch, num_classes)
     many, wide = classes > 64, itemsize == 4
-    block_l = 16 if wide and classes > 128 else 32 if wide or many else 64
+    block_l = 16 if wide and classes > 128 else 32 if wide or many or is_odd(channels) else 64
     return TokenTile(block_l, 32 if wide and many else channel_block(channels), 8 if many else 4)
 
 

@@ -260,7 +260,10 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     for dtype, classes, aligned in itertools.product(dtypes, padded, (None, ())):
         if dtype == "fp16" and (classes != 64 or aligned is not None):
             continue  # it has the tiles and the instructions of bf16
-        tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in (32, 64))
+        if aligned is not None and classes not in (64, 256):
+            continue
+        widths = (32, 64) if aligned is None else (33,)
+        tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in widths)
         for tile in dict.fromkeys(tiles):
             blocks = {"BLOCK_K": classes, "BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c}
             case = f"{dtype} K{classes} C{tile.block_c}"
@@ -274,7 +277,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     yield offline_entry(_class_means_kernel, "fp32", pointers | means, blocks, 4, 1)
     for dtype, channels, aligned in (
         *itertools.product(dtypes, (32, 64, 128), (None,)),
-        *itertools.product(("bf16", "fp32"), (32, 128), ((),)),
+        *itertools.product(("bf16", "fp32"), (33,), ((),)),
     ):
         config = _configs.class_gather_config(arch, channels)
         yield offline_entry(
