@@ -274,7 +274,10 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     means = {"p_partial_counts": "i32", "p_prototypes": "fp32", "p_counts": "i64"}
     block_s, block = _configs.CLASS_MEANS_TILE
     blocks = {"BLOCK_S": block_s, "BLOCK": block}
-    yield offline_entry(_class_means_kernel, "fp32", pointers | means, blocks, 4, 1)
+    for aligned in (None, ()):
+        yield offline_entry(
+            _class_means_kernel, "fp32", pointers | means, blocks, 4, 1, aligned=aligned
+        )
     for dtype, channels, aligned in (
         *itertools.product(dtypes, (32, 64, 128), (None,)),
         *itertools.product(("bf16", "fp32"), (33,), ((),)),

@@ -98,7 +98,8 @@ class TestAwkward:
             "attention far apart bf16", "attention B2 Lq33 Lk17 H3 D1 fp16 x[1:]",
             "query_hub M3 (2, 153, 33) bf16 x[1:]", "add_layer_norm C1 fp32",
             "class_prototypes K256 (1, 1, 1) fp16", "guided_gate M8 (2, 153, 33) bf16",
-            "upsample_cross_entropy K1 (2, 153, 33) bf16", "pooling_mixer (2, 153, 33) far apart bf16",
+            "upsample_cross_entropy K1 (2, 153, 33) bf16", 
+            "pooling_mixer (2, 153, 33) far apart bf16",
             "depthwise_conv_gelu (2, 153, 33) far apart fp32 x[1:]",
         )  # fmt: skip
         for found in traced(pool, *names, what="awkward"):
