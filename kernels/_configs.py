@@ -79,6 +79,11 @@ def _has_mma_sync(arch: int) -> bool:
     return arch < 90 or arch >= 120
 
 
+_FEW_THREADS = (86, 87, 89)
+"""With 1536 threads per SM instead of 2048: the compiler rather spills than gives up a resident
+program, as it does for sm_100 and later."""
+
+
 def is_odd(size: int) -> bool:
     """Whether rows of `size` elements rule out vectors: then every element has an address of its
     own in registers, and tiles have to be smaller not to spill."""
@@ -158,6 +163,8 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     if is_odd(head_dim):
         return _odd_attention(arch, precision, head_dim)
     if precision == IEEE:
+        if head_dim <= 32 and arch in _FEW_THREADS:
+            return TileConfig(32, 32, 4, 1, lean=True)
         return _ieee_config(head_dim)
     if head_dim == 128 and _has_mma_sync(arch):
         if precision == TF32:
@@ -272,9 +279,9 @@ def _hub_elements(channels: int) -> int:
 def query_hub_max_registers(arch: int) -> int | None:
     """Registers per thread that the kernels may take; None leaves it to the compiler.
 
-    For sm_100 and sm_120 the compiler would rather spill than give up a resident program.
+    Some would rather spill than give up a resident program.
     """
-    return 255 if arch >= 100 else None
+    return 255 if arch >= 100 or arch in _FEW_THREADS else None
 
 
 @tunable

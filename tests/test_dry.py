@@ -1,6 +1,7 @@
 """The device that is not there: what it accepts, what it finds, and what EQUISeg compiles on it."""
 
 import argparse
+import re
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -120,11 +121,12 @@ class TestAwkward:
         assert {b.key for b in moved.binaries} == {b.key for b in plain.binaries}
 
     def test_what_is_refused_is_an_error(self, pool: ProcessPoolExecutor) -> None:
-        assert pool.submit(launch_wrongly).result() == [
+        *found, last = pool.submit(launch_wrongly).result()
+        assert found == [
             "sum_partials: the grid (2, 70000, 1) is outside 1 to (2147483647, 65535, 65535)",
             "sum_partials: p_dw is *fp32, but the tensor is on the CPU",
-            "sum_partials_kernel: TypeError: missing a required argument",
         ]
+        assert re.match(r"sum_partials_kernel: TypeError: .* missing 2 required", last)
 
     @pytest.mark.parametrize(
         ("kind", "value", "why"),
