@@ -47,7 +47,13 @@ import triton
 import triton.language as tl
 
 from equiseg_fast.kernels import _configs
-from equiseg_fast.kernels._common import OfflineEntry, device_facts, launch, offline_entry
+from equiseg_fast.kernels._common import (
+    OfflineEntry,
+    device_facts,
+    last_dim_contiguous,
+    launch,
+    offline_entry,
+)
 
 
 @triton.jit
@@ -235,7 +241,7 @@ def _class_rows(logits: torch.Tensor) -> torch.Tensor:
     rows = logits.permute(0, 2, 3, 1)
     pitch = -(-classes // _configs.CLASS_PITCH) * _configs.CLASS_PITCH
     if pitch == classes:
-        return rows.contiguous()
+        return last_dim_contiguous(rows.contiguous())
     padded = rows.new_empty((*rows.shape[:3], pitch))
     padded[..., :classes].copy_(rows)
     padded[..., classes:].zero_()

@@ -120,6 +120,26 @@ class TestAwkward:
         assert moved.errors == []
         assert {b.key for b in moved.binaries} == {b.key for b in plain.binaries}
 
+    @pytest.mark.parametrize(
+        ("x", "copied"),
+        [
+            (torch.empty(3, 64), False),
+            (torch.empty(3, 5, 128)[:, 1:, 64:], False),
+            (torch.empty(1 + 3 * 64)[1:].view(3, 64), True),
+            (torch.empty(3, 72)[:, :64], True),
+            (torch.empty(3, 64)[:, ::2], True),
+            (torch.empty(1 + 3 * 33)[1:].view(3, 33), False),
+            (torch.empty(3, 1)[1:], False),
+        ],
+    )
+    def test_what_is_copied(self, x: torch.Tensor, copied: bool) -> None:
+        from equiseg_fast.kernels._common import last_dim_contiguous
+
+        read = last_dim_contiguous(x)
+        assert (read.data_ptr() != x.data_ptr()) is copied
+        assert read.is_contiguous() or not copied
+        assert torch.equal(read.nan_to_num(), x.nan_to_num())
+
     def test_what_is_refused_is_an_error(self, pool: ProcessPoolExecutor) -> None:
         *found, last = pool.submit(launch_wrongly).result()
         assert found == [
