@@ -100,10 +100,10 @@ def _odd_attention(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Forward and dQ where rows have no vectors."""
     if precision == IEEE:
         return _ieee_config(padded_head_dim(head_dim))
-    wide = head_dim > 64
     if precision == HALF:
-        return TileConfig(64, 32, 8 if wide and _has_mma_sync(arch) else 4, 1 if wide else 2, True)
-    return TileConfig(32 if _has_mma_sync(arch) else 64, 16, 4, 1 if wide else 2, True)
+        stages = 1 if head_dim > 64 else 2
+        return TileConfig(64, 32, 8 if _has_mma_sync(arch) else 4, stages, lean=True)
+    return TileConfig(32 if _has_mma_sync(arch) else 64, 16, 4, 1, lean=True)
 
 
 @tunable
@@ -135,10 +135,12 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
         return TileConfig(64, 64, 4, 1)
     if is_odd(head_dim):
         if precision == IEEE:
-            return TileConfig(16, 32, 8, 1)
+            return TileConfig(16, 16, 8, 1)
         wide = head_dim > 64
         if precision == TF32:
             return TileConfig(16, 32 if _has_mma_sync(arch) else 64, 8 if wide else 4, 1)
+        if _has_mma_sync(arch):
+            return TileConfig(32, 64, 8, 1)
         return TileConfig(32, 64, 4, 1 if wide else 2)
     if precision == IEEE:
         if head_dim <= 64:
@@ -171,6 +173,8 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
             return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 64, 8, 2, lean=True)
     if precision == TF32:
+        if head_dim == 64 and arch in _FEW_THREADS:
+            return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 32, 4, 2)
     return TileConfig(128, 32 if head_dim == 16 and _has_mma_sync(arch) else 64, 8, 2)
 
@@ -316,7 +320,9 @@ def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Token
     if arch == INTERPRETER:
         return TokenTile(128, 128, 4)
     block_c = channel_block(channels)
-    tokens = _hub_elements(channels) // block_c
+    # For sm_80 and its like the compiler spills even with half of the other tiles.
+    halves = 2 if is_odd(channels) and arch < 90 else 1
+    tokens = _hub_elements(channels) // halves // block_c
     return TokenTile(tokens, block_c, _hub_warps(arch, itemsize, channels))
 
 
@@ -332,7 +338,7 @@ def query_hub_dweight_config(arch: int, itemsize: int, channels: int) -> TokenTi
     if arch == INTERPRETER:
         return TokenTile(64, 128, 4)
     block_c = channel_block(channels)
-    return TokenTile(1024 // block_c, block_c, 4)
+    return TokenTile(_hub_elements(channels) // 2 // block_c, block_c, 4)
 
 
 _PROGRAMS_PER_PROCESSOR = 4
@@ -445,7 +451,8 @@ def pooling_mixer_pool_config(arch: int, channels: int) -> RowTile:
 @tunable
 def pooling_mixer_dweight_config(arch: int, channels: int) -> RowTile:
     """Tiles of the gradients of the weights: 50 sums, 7 rows and 7 shifts."""
-    return _mixer_tile(arch, channels, 256, 4)
+    # For sm_90 the compiler spills with one element per thread, not with two.
+    return _mixer_tile(arch, channels, 512 if is_odd(channels) and arch == 90 else 256, 4)
 
 
 def pooling_mixer_reduce_config(arch: int) -> tuple[int, int]:
