@@ -101,9 +101,12 @@ def _odd_attention(arch: int, precision: str, head_dim: int) -> TileConfig:
     if precision == IEEE:
         return _ieee_config(padded_head_dim(head_dim))
     if precision == HALF:
-        stages = 1 if head_dim > 64 else 2
-        return TileConfig(64, 32, 8 if _has_mma_sync(arch) else 4, stages, lean=True)
-    return TileConfig(32 if _has_mma_sync(arch) else 64, 16, 4, 1, lean=True)
+        return TileConfig(64, 32, 8 if _has_mma_sync(arch) else 4, 2, lean=True)
+    return (
+        TileConfig(32, 16, 4, 2, lean=True)
+        if _has_mma_sync(arch)
+        else TileConfig(64, 16, 4, 1, lean=True)
+    )
 
 
 @tunable
