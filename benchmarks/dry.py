@@ -49,13 +49,18 @@ Shown = Callable[[str, int, int], None]
 
 @dataclass(frozen=True)
 class Order:
-    """What to drive on which device; picklable. what: keys of `WHAT`. only: names of operations."""
+    """What to drive on which device; picklable.
+
+    what: keys of `WHAT`. base: what its "model" starts from. only: names of operations, and names:
+    of programs; empty for all.
+    """
 
     what: tuple[str, ...]
     arch: int = 90
     num_sms: int = 132
     base: Model = field(default_factory=Model)
     only: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
 
     def programs(self) -> dict[tuple[str, str], Callable[[], None]]:
         """By part and name."""
@@ -63,6 +68,7 @@ class Order:
             (what, name): program
             for what in self.what
             for name, program in programs(what, self.base, self.only).items()
+            if not self.names or name in self.names
         }
 
 
@@ -107,15 +113,23 @@ def fill(
     progress: Shown | None = None,
     *,
     what: Sequence[str] = ("visit",),
+    only: Sequence[str] = (),
     arch: int = 90,
     num_sms: int = 132,
 ) -> Filled:
     """Put all binaries of the programs into a folder that is, or will be, TRITON_CACHE_DIR.
 
-    What the folder has already, from wherever it came, is kept. num_sms: of the GPU.
+    What the folder has already, from wherever it came, is kept. what: keys of `WHAT`; only: names
+    of operations, empty for all. arch, num_sms: of the GPU.
     """
     start = perf_counter()
-    found = survey(Order(tuple(what), arch, num_sms), cache, processes, progress, inspect=False)
+    found = survey(
+        Order(tuple(what), arch, num_sms, only=tuple(only)),
+        cache,
+        processes,
+        progress,
+        inspect=False,
+    )
     hits, wanted = found.hits, len(found.binaries)
     return Filled(hits, wanted - hits, perf_counter() - start, tuple(found.errors))
 
@@ -215,15 +229,14 @@ def compile_binary(
 
 def adopt(cache: Path) -> None:
     """Make a cache that lay somewhere else usable: Triton lists the files of a binary by absolute
-    paths, and compiles again what it does not find there."""
+    paths, and compiles again what it does not find there. Drops the source, which nobody reads."""
     for path in cache.glob("*/__grp__*.json"):
-        group = json.loads(path.read_text())
-        here = {name: str(path.parent / name) for name in group["child_paths"]}
-        if here != group["child_paths"]:
+        listed = json.loads(path.read_text())["child_paths"]
+        here = {n: str(path.parent / n) for n in listed if not n.endswith(".source")}
+        if here != listed:
             path.write_text(json.dumps({"child_paths": here}))
-        for name in here:
-            if name.endswith(".source"):  # kept by Triton, and read by nobody
-                Path(here[name]).unlink(missing_ok=True)
+            for name in listed.keys() - here.keys():
+                (path.parent / name).unlink(missing_ok=True)
 
 
 def _build_launcher(source: Any) -> None:
@@ -332,7 +345,8 @@ def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) ->
     )
     if compiled:
         spent = sum(b.seconds for b in binaries if not b.hit)
-        text += f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled in {spent:.1f} s of CPU time"
+        text += f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled"
+        text += f" in {spent:.1f} s of CPU time"
     console.print(f"{text}; {seconds:.1f} s in all")
 
 

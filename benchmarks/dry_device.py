@@ -75,7 +75,7 @@ class Binary:
         """What tells it from the other binaries of its kernel, for people."""
         names = list(self.signature)
         values = {names[path[0]]: value for path, value in self.constexprs.items()}
-        aligned = {names[path[0]] for path in self.attrs}
+        aligned = {names[path[0]] for path, facts in self.attrs.items() if facts}
         pointers = Counter(kind for kind in self.signature.values() if kind.startswith("*"))
         words = [f"{kind}x{n}" for kind, n in sorted(pointers.items())]
         words += [f"{name}={value}" for name, value in values.items() if name.isupper()]

@@ -1,14 +1,14 @@
 """Compile every kernel specialisation for several architectures, without a GPU, and read what it
 costs.
 
-    python -m benchmarks resources --arch 80,90,100,120 --kernel attention --out build/resources
+    python -m benchmarks resources --arch 80,89,90,100,120 --kernel attention --out build/resources
 
 Registers, stack (spilled bytes), shared memory, the tensor-core instruction and, on sm_80 and
 sm_90, the machine instructions per score in the hot loop, for everything that a launcher can choose
-(`offline_entries` of each kernel file). Writes `resources.json` and `resources.md`; what a table of
-the same Triton in that folder has of today's source is kept, not compiled again. The exit status
-is 1 if an entry does not compile, spills, needs more shared memory than the architecture has, or
-misses the tensor-core instruction of the architecture.
+(`offline_entries` of each kernel file). Writes `resources.json`; what a table of the same Triton in
+that folder has of today's source is kept, not compiled again. The exit status is 1 if an entry does
+not compile, spills, needs more shared memory than the architecture has, or misses the tensor-core
+instruction of the architecture.
 
 Triton either interprets or compiles for the life of a process, so compiling happens in child
 processes that never inherit `TRITON_INTERPRET`, with a cache of their own that is deleted at the
@@ -333,29 +333,12 @@ def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]
     return track(jobs, description="compiling", total=total)
 
 
-def markdown(results: Sequence[Resources]) -> str:
-    """The results as one table."""
-    lines = [
-        "| entry | sm | registers | stack | shared KiB | products | slots per score | seconds "
-        "| problems |",
-        "|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in results:
-        slots = "" if r.slots is None else f"{r.slots:.1f}"
-        lines.append(
-            f"| {r.label} | {r.arch} | {r.registers} | {r.stack} | {r.shared / KIB:.1f} "
-            f"| {r.products} {r.path} | {slots} | {r.seconds:.1f} | {'; '.join(r.problems())} |"
-        )
-    return "\n".join(lines) + "\n"
-
-
 def write(results: Sequence[Resources], folder: Path) -> None:
-    """`resources.json` and `resources.md` in `folder`, which is created if missing."""
-    version = _triton_version()
+    """`resources.json` in `folder`, which is created if missing: one entry a line."""
     folder.mkdir(parents=True, exist_ok=True)
-    record = {"triton": version, "entries": [asdict(r) for r in results]}
-    (folder / "resources.json").write_text(json.dumps(record, indent=1) + "\n")
-    (folder / "resources.md").write_text(f"Triton {version}\n\n{markdown(results)}")
+    lines = ",\n".join(json.dumps(asdict(r)) for r in results)
+    text = f'{{"triton": "{_triton_version()}", "entries": [\n{lines}\n]}}\n'
+    (folder / "resources.json").write_text(text)
 
 
 def architectures(text: str) -> tuple[int, ...]:
@@ -379,9 +362,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--kernel", default="", help="only entries whose label matches this regular expression"
     )
-    parser.add_argument(
-        "--out", default="build/resources", help="folder for resources.json and resources.md"
-    )
+    parser.add_argument("--out", default="build/resources", help="folder for resources.json")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be compiled")
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import functools
 import math
 import threading
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -85,8 +85,17 @@ def empty_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
 
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
-    """`x`, or a contiguous copy if its last stride is not 1, which all kernels assume."""
-    return x if x.stride(-1) == 1 or x.size(-1) == 1 else x.contiguous()
+    """`x`, or a contiguous copy if its last stride is not 1, which all kernels assume, or if only
+    its place in memory keeps rows of whole vectors from being read as vectors.
+
+    Another kernel would be compiled for that, which takes more registers than there are and is
+    slower than copying.
+    """
+    if x.stride(-1) != 1 and x.size(-1) != 1:
+        return x.contiguous()
+    if x.size(-1) % 16 or (x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides(x))):
+        return x
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def strides(x: torch.Tensor) -> tuple[int, ...]:
@@ -144,11 +153,13 @@ def offline_entry(
     dots: str = "none",
     scores: int = 0,
     max_registers: int | None = None,
+    aligned: Collection[str] | None = None,
 ) -> OfflineEntry:
     """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
 
-    `pointers` maps arguments to dtypes and may name more than the kernel has. All pointers and all
-    integers that the kernel specialises count as multiples of 16.
+    `pointers` maps arguments to dtypes and may name more than the kernel has. `aligned` names the
+    pointers and integers that are multiples of 16: all that the kernel specialises by default, none
+    (or few) with odd widths.
     """
     types = {}
     for parameter in kernel.params:
@@ -163,11 +174,15 @@ def offline_entry(
     if wanted != set(constexprs):
         # On a GPU the launch would fail in the same way; the interpreter does not look.
         raise TypeError(f"{kernel.__name__} takes {sorted(wanted)}, got {sorted(constexprs)}")
-    aligned = frozenset(
-        p.name for p in kernel.params if types[p.name][0] in "*i" and not p.do_not_specialize
-    )
+    multiples = frozenset(
+        p.name
+        for p in kernel.params
+        if types[p.name][0] in "*i" and not p.do_not_specialize
+        and (aligned is None or p.name in aligned)
+    )  # fmt: skip
+    case += "" if aligned is None else " unaligned"
     return OfflineEntry(
-        kernel, case, types, aligned, dict(constexprs), num_warps, num_stages, dots, scores,
+        kernel, case, types, multiples, dict(constexprs), num_warps, num_stages, dots, scores,
         max_registers,
     )  # fmt: skip
 

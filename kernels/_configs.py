@@ -78,6 +78,36 @@ def _has_mma_sync(arch: int) -> bool:
     return arch < 90 or arch >= 120
 
 
+_FEW_THREADS = (86, 87, 89)
+"""With 1536 threads per SM instead of 2048: the compiler rather spills than gives up a resident
+program, as it does for sm_100 and later."""
+
+
+def is_odd(size: int) -> bool:
+    """Whether rows of `size` elements rule out vectors: then every element has an address of its
+    own in registers, and tiles have to be smaller not to spill."""
+    return size % 16 != 0
+
+
+def attention_width(head_dim: int) -> int:
+    """What the configurations of attention depend on: the padded dimension, or, odd ones, each its
+    own."""
+    return head_dim if is_odd(head_dim) else padded_head_dim(head_dim)
+
+
+def _odd_attention(arch: int, precision: str, head_dim: int) -> TileConfig:
+    """Forward and dQ where rows have no vectors."""
+    if precision == IEEE:
+        return _ieee_config(padded_head_dim(head_dim))
+    if precision == HALF:
+        return TileConfig(64, 32, 8 if _has_mma_sync(arch) else 4, 2, lean=True)
+    return (
+        TileConfig(32, 16, 4, 2, lean=True)
+        if _has_mma_sync(arch)
+        else TileConfig(64, 16, 4, 1, lean=True)
+    )
+
+
 @tunable
 def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the forward kernel; the loop runs over keys.
@@ -87,6 +117,8 @@ def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig
     """
     if arch == INTERPRETER:
         return TileConfig(128, 64, 4, 1)
+    if is_odd(head_dim):
+        return _odd_attention(arch, precision, head_dim)
     if precision == IEEE:
         return _ieee_config(head_dim)
     if head_dim == 128 and _has_mma_sync(arch):
@@ -103,6 +135,15 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
     """Tiles of the kernel for dK and dV; the loop runs over queries."""
     if arch == INTERPRETER:
         return TileConfig(64, 64, 4, 1)
+    if is_odd(head_dim):
+        if precision == IEEE:
+            return TileConfig(16, 16, 8, 1)
+        wide = head_dim > 64
+        if precision == TF32:
+            return TileConfig(16, 32 if _has_mma_sync(arch) else 64, 8 if wide else 4, 1)
+        if _has_mma_sync(arch):
+            return TileConfig(32, 64, 8, 1)
+        return TileConfig(32, 64, 4, 1 if wide else 2)
     if precision == IEEE:
         if head_dim <= 64:
             return TileConfig(32, 32, 4 if head_dim <= 32 else 8, 1)
@@ -123,13 +164,19 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the kernel for dQ; the loop runs over keys."""
     if arch == INTERPRETER:
         return TileConfig(128, 64, 4, 1)
+    if is_odd(head_dim):
+        return _odd_attention(arch, precision, head_dim)
     if precision == IEEE:
+        if head_dim <= 32 and arch in _FEW_THREADS:
+            return TileConfig(32, 32, 4, 1, lean=True)
         return _ieee_config(head_dim)
     if head_dim == 128 and _has_mma_sync(arch):
         if precision == TF32:
             return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 64, 8, 2, lean=True)
     if precision == TF32:
+        if head_dim == 64 and arch in _FEW_THREADS:
+            return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 32, 4, 2)
     return TileConfig(128, 32 if head_dim == 16 and _has_mma_sync(arch) else 64, 8, 2)
 
@@ -227,16 +274,21 @@ def _map_tile(tokens: int, block_c: int, num_warps: int) -> MapTile:
 
 
 def _hub_warps(arch: int, itemsize: int, channels: int) -> int:
-    """Warps of a tile of 2048 elements: twice as many where loads in flight take the registers."""
-    return 8 if itemsize == 4 or channels % 16 or arch >= 100 else 4
+    """Warps of a tile: twice as many where loads in flight take the registers."""
+    return 8 if itemsize == 4 or is_odd(channels) or arch >= 100 else 4
+
+
+def _hub_elements(channels: int) -> int:
+    """Tokens times channels of a tile."""
+    return 1024 if is_odd(channels) else 2048
 
 
 def query_hub_max_registers(arch: int) -> int | None:
     """Registers per thread that the kernels may take; None leaves it to the compiler.
 
-    For sm_100 and sm_120 the compiler would rather spill than give up a resident program.
+    Some would rather spill than give up a resident program.
     """
-    return 255 if arch >= 100 else None
+    return 255 if arch >= 100 or arch in _FEW_THREADS else None
 
 
 @tunable
@@ -251,7 +303,8 @@ def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> MapTile:
     if arch == INTERPRETER:
         return MapTile(8, 16, _power_of_two(channels), 4)
     block_c = max(16, _power_of_two(channels))
-    return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
+    tokens = _hub_elements(channels) // block_c
+    return _map_tile(tokens, block_c, _hub_warps(arch, itemsize, channels))
 
 
 @tunable
@@ -260,7 +313,8 @@ def query_hub_score_config(arch: int, itemsize: int, channels: int) -> MapTile:
     if arch == INTERPRETER:
         return MapTile(8, 16, 128, 4)
     block_c = channel_block(channels)
-    return _map_tile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
+    tokens = _hub_elements(channels) // block_c
+    return _map_tile(tokens, block_c, _hub_warps(arch, itemsize, channels))
 
 
 @tunable
@@ -269,7 +323,10 @@ def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Token
     if arch == INTERPRETER:
         return TokenTile(128, 128, 4)
     block_c = channel_block(channels)
-    return TokenTile(2048 // block_c, block_c, _hub_warps(arch, itemsize, channels))
+    # For sm_80 and its like the compiler spills even with half of the other tiles.
+    halves = 2 if is_odd(channels) and arch < 90 else 1
+    tokens = _hub_elements(channels) // halves // block_c
+    return TokenTile(tokens, block_c, _hub_warps(arch, itemsize, channels))
 
 
 @tunable
@@ -284,7 +341,7 @@ def query_hub_dweight_config(arch: int, itemsize: int, channels: int) -> TokenTi
     if arch == INTERPRETER:
         return TokenTile(64, 128, 4)
     block_c = channel_block(channels)
-    return TokenTile(1024 // block_c, block_c, 4)
+    return TokenTile(_hub_elements(channels) // 2 // block_c, block_c, 4)
 
 
 _PROGRAMS_PER_PROCESSOR = 4
@@ -352,7 +409,7 @@ def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int)
         return TokenTile(64, 64, 4)
     classes = padded_classes(arch, num_classes)
     many, wide = classes > 64, itemsize == 4
-    block_l = 16 if wide and classes > 128 else 32 if wide or many else 64
+    block_l = 16 if wide and classes > 128 else 32 if wide or many or is_odd(channels) else 64
     return TokenTile(block_l, 32 if wide and many else channel_block(channels), 8 if many else 4)
 
 
@@ -378,7 +435,8 @@ def _mixer_tile(arch: int, channels: int, elements: int, num_warps: int) -> RowT
     if arch == INTERPRETER:
         return RowTile(32, 64, 4)
     block_c = channel_block(channels)
-    return RowTile(elements // block_c, block_c, num_warps)
+    # Odd widths: half as many, so that the addresses of all fit into registers.
+    return RowTile(elements // (2 if is_odd(channels) else 1) // block_c, block_c, num_warps)
 
 
 @tunable
@@ -396,7 +454,8 @@ def pooling_mixer_pool_config(arch: int, channels: int) -> RowTile:
 @tunable
 def pooling_mixer_dweight_config(arch: int, channels: int) -> RowTile:
     """Tiles of the gradients of the weights: 50 sums, 7 rows and 7 shifts."""
-    return _mixer_tile(arch, channels, 256, 4)
+    # For sm_90 the compiler spills with one element per thread, not with two.
+    return _mixer_tile(arch, channels, 512 if is_odd(channels) and arch == 90 else 256, 4)
 
 
 def pooling_mixer_reduce_config(arch: int) -> tuple[int, int]:
@@ -570,4 +629,6 @@ left alone the compiler takes more, or, for sm_100, rather spills than takes mor
 def norm_bwd_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Rows of one step of its backward; two sums per element stay in registers, on any
     architecture."""
+    if is_odd(channels):
+        return _norm_tile(channels, 512 if channels <= 512 else 1024, 4)
     return _norm_tile(channels, 2048 if itemsize == 2 else 1024, 4)

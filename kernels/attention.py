@@ -361,7 +361,7 @@ def attention_fwd(
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     arch, _ = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
-    config = _configs.attention_fwd_config(arch, precision, _configs.padded_head_dim(head_dim))
+    config = _configs.attention_fwd_config(arch, precision, _configs.attention_width(head_dim))
     launch(
         _attention_fwd_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
         q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
@@ -393,7 +393,7 @@ def attention_bwd(
     grad_out, out, lse = last_dim_contiguous(grad_out), out.contiguous(), lse.contiguous()
     arch, processors = device_facts(q.device)
     precision = _configs.precision_class(q.element_size(), allow_tf32)
-    block_d, width = _configs.padded_head_dim(head_dim), heads * head_dim
+    width = heads * head_dim
     grad_layout = strides(grad_out)
     layout = strides(q) + strides(k) + strides(v) + grad_layout
 
@@ -407,7 +407,7 @@ def attention_bwd(
     )  # fmt: skip
 
     if needs_dk or needs_dv:
-        config = _configs.attention_dkdv_config(arch, precision, block_d)
+        config = _configs.attention_dkdv_config(arch, precision, _configs.attention_width(head_dim))
         programs = cdiv(n_k, config.block_n) * batch * heads
         splits, chunk = _configs.query_splits(programs, cdiv(n_q, config.block_m), processors)
         whole = dk if needs_dk else empty_like(k), dv if needs_dv else empty_like(v)
@@ -428,7 +428,7 @@ def attention_bwd(
             )  # fmt: skip
 
     if needs_dq:
-        config = _configs.attention_dq_config(arch, precision, block_d)
+        config = _configs.attention_dq_config(arch, precision, _configs.attention_width(head_dim))
         launch(
             _attention_bwd_dq_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
             q, k, v, grad_out, lse, delta, dq, *layout, width,
@@ -439,24 +439,28 @@ def attention_bwd(
 
 
 # fp16 has the tiles and instructions of bf16, so two head dimensions stand for it. Tiles depend on
-# the padded head dimension only; 40 is the example of padding.
+# the padded head dimension, or, of odd ones, on themselves.
 _OFFLINE = (
-    ("bf16", _configs.HALF, (16, 32, 64, 128, 40)),
-    ("fp16", _configs.HALF, (32, 64)),
-    ("fp32", _configs.TF32, (16, 32, 64, 128)),
-    ("fp32", _configs.IEEE, (16, 32, 64, 128)),
+    ("bf16", _configs.HALF, (16, 32, 64, 128), None),
+    ("fp16", _configs.HALF, (32, 64), None),
+    ("fp32", _configs.TF32, (16, 32, 64, 128), None),
+    ("fp32", _configs.IEEE, (16, 32, 64, 128), None),
+    ("bf16", _configs.HALF, (33,), ()),
+    ("fp32", _configs.TF32, (33,), ()),
+    ("fp32", _configs.IEEE, (33,), ()),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
     chosen = (
         (_attention_fwd_kernel, _configs.attention_fwd_config, False),
         (_attention_bwd_dq_kernel, _configs.attention_dq_config, False),
         (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, False),
         (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, True),
     )
-    for dtype, precision, head_dims in _OFFLINE:
+    for dtype, precision, head_dims, aligned in _OFFLINE:
         pointers = dict.fromkeys("p_q p_k p_v p_o p_do p_dq p_dk p_dv".split(), dtype)
         pointers |= dict.fromkeys("p_lse p_dlse p_delta p_partial_dk p_partial_dv".split(), "fp32")
         for head_dim in head_dims:
@@ -464,12 +468,12 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for kernel, choose, partials in chosen:
                 if partials and dtype == "fp32":
                     continue  # the same types as without
-                config = choose(arch, precision, _configs.padded_head_dim(head_dim))
+                config = choose(arch, precision, _configs.attention_width(head_dim))
                 yield offline_entry(
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
                     _constexprs(kernel, head_dim, precision, config), **config.launch(),
-                    dots=precision, scores=config.block_m * config.block_n,
+                    dots=precision, scores=config.block_m * config.block_n, aligned=aligned,
                 )  # fmt: skip
             if precision == _configs.TF32:
                 continue  # what follows has no products
@@ -477,7 +481,10 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _attention_bwd_delta_kernel, f"{dtype} D{head_dim}" + " grad_lse" * has_dlse,
                     pointers, _delta_constexprs(arch, head_dim, has_dlse), **_ROW_LAUNCH,
+                    aligned=aligned,
                 )  # fmt: skip
         if precision != _configs.TF32:
             block = {"BLOCK": _configs.REDUCE_BLOCK}
-            yield offline_entry(_attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH)
+            yield offline_entry(
+                _attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH, aligned=aligned
+            )

@@ -356,12 +356,19 @@ def depthwise_conv_gelu_bwd(
 
 
 # Whole and padded blocks, wide and narrow; fp16 has the instructions of bf16.
-_OFFLINE = (("bf16", 2, (64, 96, 32, 16)), ("fp16", 2, (64,)), ("fp32", 4, (64, 96, 32)))
+_OFFLINE = (
+    ("bf16", 2, (64, 96, 32, 16), None),
+    ("fp16", 2, (64,), None),
+    ("fp32", 4, (64, 96, 32), None),
+    ("bf16", 2, (33,), ()),
+    ("fp32", 4, (33,), ()),
+)
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
-    for dtype, itemsize, widths in _OFFLINE:
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
+    for dtype, itemsize, widths, aligned in _OFFLINE:
         names = ("p_x", "p_w", "p_b", "p_y", "p_dy", "p_du", "p_dw", "p_db")
         types = dict.fromkeys(names, dtype) | {"p_sums": "fp32"}
         for channels in widths:
@@ -373,6 +380,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _depthwise_conv_kernel, case + (" gelu" if forward else " dx"), types,
                     blocks | {"FORWARD": forward}, config.num_warps, 1, scores=scores,
+                    aligned=aligned,
                 )  # fmt: skip
             config = _configs.depthwise_bwd_config(arch, channels)
             for needs_du, needs_sums in ((True, True), (True, False), (False, True)):
@@ -380,7 +388,9 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _depthwise_bwd_kernel, case + " du" * needs_du + " sums" * needs_sums, types,
                     blocks | needs, config.num_warps, 1, scores=tile,
-                    max_registers=_configs.depthwise_bwd_max_registers(itemsize),
+                    max_registers=_configs.depthwise_bwd_max_registers(itemsize), aligned=aligned,
                 )  # fmt: skip
         blocks = {"TAPS": 9, **_configs.SUMS_TILE}
-        yield offline_entry(sum_partials_kernel, f"{dtype} x10", types, blocks, 4, 1)
+        yield offline_entry(
+            sum_partials_kernel, f"{dtype} x10", types, blocks, 4, 1, aligned=aligned
+        )

@@ -284,28 +284,32 @@ def guided_gate_bwd(
 # The padded number of modalities, the block of channels and the dtype decide what a launcher asks
 # for; fp16 has the instructions of bf16.
 _OFFLINE = (
-    *itertools.product(("bf16", "fp32"), (1, 2, 4, 8), (32, 64), (False,)),
-    *itertools.product(("bf16", "fp32"), (4, 8), (64,), (True,)),
-    ("fp16", 4, 64, False),
+    *itertools.product(("bf16", "fp32"), (1, 2, 4, 8), (32, 64), (False,), (None,)),
+    *itertools.product(("bf16", "fp32"), (4, 8), (64,), (True,), (None,)),
+    ("fp16", 4, 64, False, None),
+    *itertools.product(("bf16", "fp32"), (8,), (33,), (True,), ((),)),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs.
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples
+    of unaligned ones.
 
     A gradient that is missing or not wanted only leaves work out: one case of each shows it.
     """
     features = ("p_x", "p_branches", "p_fused", "p_dbranches", "p_dfused", "p_dx")
     statistics = dict.fromkeys(("p_logits", "p_partial", "p_dlogits"), "fp32") | {"p_present": "i1"}
     flags = ("HAS_DBRANCHES", "HAS_DFUSED", "NEEDS_DX", "NEEDS_DLOGITS")
-    for dtype, modalities, channels, has_present in _OFFLINE:
+    for dtype, modalities, channels, has_present, aligned in _OFFLINE:
         pointers = dict.fromkeys(features, dtype) | statistics
         case = f"{dtype} M{modalities} C{channels}" + (" present" if has_present else "")
         itemsize = 4 if dtype == "fp32" else 2
         config = _configs.guided_gate_fwd_config(arch, itemsize, modalities, channels)
         constexprs = _constexprs(config, modalities, has_present)
         warps = config.num_warps
-        yield offline_entry(_guided_gate_fwd_kernel, case, pointers, constexprs, warps, 1)
+        yield offline_entry(
+            _guided_gate_fwd_kernel, case, pointers, constexprs, warps, 1, aligned=aligned
+        )
         config = _configs.guided_gate_bwd_config(arch, modalities, channels)
         constexprs = _constexprs(config, modalities, has_present)
         shown = (dtype, modalities, channels, has_present) == ("bf16", 4, 64, False)
@@ -313,11 +317,16 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             kind = f"{case} without {left_out}" if left_out else case
             wanted = constexprs | {flag: flag != left_out for flag in flags}
             yield offline_entry(
-                _guided_gate_bwd_kernel, kind, pointers, wanted, config.num_warps, 1
-            )
+                _guided_gate_bwd_kernel, kind, pointers, wanted, config.num_warps, 1,
+                aligned=aligned,
+            )  # fmt: skip
     block_s, block_c = _configs.GATE_SUM_TILE
-    for modalities, has_present in itertools.product((1, 2, 4, 8), (False, True)):
+    for modalities, has_present, aligned in (
+        *itertools.product((1, 2, 4, 8), (False, True), (None,)), (8, True, ()),
+    ):  # fmt: skip
         blocks = {"BLOCK_M": modalities, "BLOCK_S": block_s, "BLOCK_C": block_c}
         blocks["HAS_PRESENT"] = has_present
         case = f"M{modalities}" + (" present" if has_present else "")
-        yield offline_entry(_guided_gate_bwd_logits_kernel, case, statistics, blocks, 4, 1)
+        yield offline_entry(
+            _guided_gate_bwd_logits_kernel, case, statistics, blocks, 4, 1, aligned=aligned
+        )

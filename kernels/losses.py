@@ -52,6 +52,7 @@ from equiseg_fast.kernels._common import (
     cdiv,
     device_facts,
     empty_like,
+    last_dim_contiguous,
     launch,
     offline_entry,
 )
@@ -242,7 +243,7 @@ def _class_rows(logits: torch.Tensor) -> torch.Tensor:
     rows = logits.permute(0, 2, 3, 1)
     pitch = -(-classes // _configs.CLASS_PITCH) * _configs.CLASS_PITCH
     if pitch == classes:
-        return rows.contiguous()
+        return last_dim_contiguous(rows.contiguous())
     return torch.constant_pad_nd(rows, (0, pitch - classes)).contiguous()
 
 
@@ -318,17 +319,23 @@ def upsample_cross_entropy_bwd(
     return out.permute(0, 3, 1, 2)
 
 
+# Logits are copied to rows of whole vectors whatever their number of classes.
+_PADDED = ("p_logits", "p_loss", "p_lse", "p_dlogits", "pitch")
+
 # Numbers of classes: one for every width of a block; 25 and 150 are DeLiVER's and ADE20K's.
 _OFFLINE = (
-    ("bf16", "u8", (2, 25, 64, 128, 150)),
-    ("fp16", "i64", (25,)),
-    ("fp32", "i64", (2, 25, 64, 128, 150)),
+    ("bf16", "u8", (2, 25, 64, 128, 150), None),
+    ("fp16", "i64", (25,), None),
+    ("fp32", "i64", (2, 25, 64, 128, 150), None),
+    ("bf16", "u8", (150,), _PADDED),
+    ("fp32", "i64", (150,), _PADDED),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
-    for dtype, labels, numbers in _OFFLINE:
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
+    for dtype, labels, numbers, aligned in _OFFLINE:
         pointers = {"p_logits": dtype, "p_labels": labels, "p_dlogits": dtype}
         pointers |= dict.fromkeys(("p_loss", "p_lse", "p_grad"), "fp32")
         for kernel, choose in (
@@ -340,4 +347,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     kernel, f"{dtype} {labels} K{config.block_n} M{config.block_m}", pointers,
                     {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n},
                     config.num_warps, config.num_stages, scores=config.block_m * config.block_n,
+                    aligned=aligned,
                 )  # fmt: skip

@@ -264,28 +264,31 @@ def add_layer_norm_bwd(
 
 # The widths of the Mix Transformer and the limit; fp16 has the instructions of bf16.
 _OFFLINE = (
-    ("bf16", 2, (32, 64, 160, 256, 320, 512, 4096)),
-    ("fp16", 2, (64,)),
-    ("fp32", 4, (64, 160, 4096)),
+    ("bf16", 2, (32, 64, 160, 256, 320, 512, 4096), None),
+    ("fp16", 2, (64,), None),
+    ("fp32", 4, (64, 160, 4096), None),
+    ("bf16", 2, (33, 4095), ()),
+    ("fp32", 4, (33,), ()),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs.
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples
+    of unaligned ones.
 
     A gradient that is missing or not wanted only leaves work out: one case of each shows it.
     """
     names = ("x", "update", "w", "b", "total", "normed", "dtotal", "dnormed", "dx", "dw", "db")
     statistics = dict.fromkeys(("p_mean", "p_rstd", "p_sums"), "fp32")
     flags = ("HAS_DTOTAL", "NEEDS_DX", "NEEDS_SUMS")
-    for dtype, itemsize, widths in _OFFLINE:
+    for dtype, itemsize, widths, aligned in _OFFLINE:
         types = {f"p_{name}": dtype for name in names} | statistics
         for channels in widths:
             case = f"{dtype} C{channels}"
             config = _configs.norm_fwd_config(arch, channels)
             yield offline_entry(
                 _add_layer_norm_fwd_kernel, case, types, _constexprs(config, channels),
-                config.num_warps, 1,
+                config.num_warps, 1, aligned=aligned,
             )  # fmt: skip
             config = _configs.norm_bwd_config(arch, itemsize, channels)
             for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
@@ -294,6 +297,9 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     types,
                     _constexprs(config, channels) | {flag: flag != left_out for flag in flags},
                     config.num_warps, 1, max_registers=_configs.NORM_BWD_REGISTERS,
+                    aligned=aligned,
                 )  # fmt: skip
         blocks = {"TAPS": 1, **_configs.SUMS_TILE}
-        yield offline_entry(sum_partials_kernel, f"{dtype} x2", types, blocks, 4, 1)
+        yield offline_entry(
+            sum_partials_kernel, f"{dtype} x2", types, blocks, 4, 1, aligned=aligned
+        )

@@ -420,10 +420,14 @@ def pooling_mixer_bwd(
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
     # 256 and 160 channels fill tiles of 64 and of 32, 33 leave a ragged one. The computation does
     # not depend on the dtype, so that the others need fewer examples.
-    for dtype, widths in (("bf16", (256, 160, 33)), ("fp16", (256,)), ("fp32", (256, 33))):
+    for dtype, widths, aligned in (
+        ("bf16", (256, 160), None), ("fp16", (256,), None), ("fp32", (256,), None),
+        ("bf16", (33,), ()), ("fp32", (33,), ()),
+    ):  # fmt: skip
         for channels in widths:
             case = f"{dtype} C{channels}"
             outer = dict.fromkeys(("p_x", "p_weight", "p_bias"), dtype) | {"p_y": "fp32"}
@@ -440,6 +444,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     yield offline_entry(
                         kernel, case + (" transposed" if transposed else ""), pointers,
                         _blocks(channels, tile) | {"TRANSPOSED": transposed}, tile.num_warps, 1,
+                        aligned=aligned,
                     )  # fmt: skip
             tile = _configs.pooling_mixer_dweight_config(arch, channels)
             yield offline_entry(
@@ -449,10 +454,11 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 _blocks(channels, tile),
                 tile.num_warps,
                 1,
+                aligned=aligned,
             )
         block_p, block = _configs.pooling_mixer_reduce_config(arch)
         yield offline_entry(
             _pooling_mixer_reduce_kernel, dtype,
             {"p_partial": "fp32", "p_dweight": dtype, "p_dbias": dtype},
-            {"BLOCK_P": block_p, "BLOCK": block}, 4, 1,
+            {"BLOCK_P": block_p, "BLOCK": block}, 4, 1, aligned=aligned,
         )  # fmt: skip

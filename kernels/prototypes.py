@@ -249,32 +249,43 @@ def class_prototypes_bwd(
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs.
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples
+    of unaligned ones.
 
     They depend on the padded number of classes and on the block of channels; the labels are int64.
     """
     dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
     pointers = {"p_labels": "i64", "p_sums": "fp32", "p_counts": "i32"}
     padded = dict.fromkeys(_configs.padded_classes(arch, n) for n in (16, 32, 64, 128, 256))
-    for dtype, classes in itertools.product(dtypes, padded):
-        if dtype == "fp16" and classes != 64:
+    for dtype, classes, aligned in itertools.product(dtypes, padded, (None, ())):
+        if dtype == "fp16" and (classes != 64 or aligned is not None):
             continue  # it has the tiles and the instructions of bf16
-        tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in (32, 64))
+        if aligned is not None and classes not in (64, 256):
+            continue
+        widths = (32, 64) if aligned is None else (33,)
+        tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in widths)
         for tile in dict.fromkeys(tiles):
             blocks = {"BLOCK_K": classes, "BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c}
             case = f"{dtype} K{classes} C{tile.block_c}"
             yield offline_entry(
                 _class_sums_kernel, case, pointers | {"p_x": dtype}, blocks,
-                tile.num_warps, _configs.CLASS_SUMS_STAGES, dots=_configs.HALF,
+                tile.num_warps, _configs.CLASS_SUMS_STAGES, dots=_configs.HALF, aligned=aligned,
             )  # fmt: skip
     means = {"p_partial_counts": "i32", "p_prototypes": "fp32", "p_counts": "i64"}
     block_s, block = _configs.CLASS_MEANS_TILE
     blocks = {"BLOCK_S": block_s, "BLOCK": block}
-    yield offline_entry(_class_means_kernel, "fp32", pointers | means, blocks, 4, 1)
-    for dtype, channels in itertools.product(dtypes, (32, 64, 128)):
+    for aligned in (None, ()):
+        yield offline_entry(
+            _class_means_kernel, "fp32", pointers | means, blocks, 4, 1, aligned=aligned
+        )
+    for dtype, channels, aligned in (
+        *itertools.product(dtypes, (32, 64, 128), (None,)),
+        *itertools.product(("bf16", "fp32"), (33,), ((),)),
+    ):
         config = _configs.class_gather_config(arch, channels)
         yield offline_entry(
             _class_gather_kernel, f"{dtype} C{channels}",
             {"p_grad": "fp32", "p_labels": "i64", "p_counts": "i64", "p_dx": dtype},
             {"BLOCK_L": config.block_l, "BLOCK_C": config.block_c}, config.num_warps, 1,
+            aligned=aligned,
         )  # fmt: skip

@@ -507,24 +507,27 @@ def query_hub_bwd(
 
 _BWD_SCORE = {"MAX_M": _configs.QUERY_HUB_MODALITIES}
 
-# 33 is an example of padding, 320 stands for all multiples of 64 beyond 128. fp16 has the tiles and
-# instructions of bf16. Without `present` a kernel is the same less a branch.
+# 320 stands for all multiples of 64 beyond 128, 33 and 129 are examples of padding. fp16 has the
+# tiles and instructions of bf16. Without `present` a kernel is the same less a branch.
 _OFFLINE = (
-    ("bf16", (32, 64, 128, 160, 320, 33), (False, True)),
-    ("fp16", (64,), (True,)),
-    ("fp32", (32, 64, 128, 160, 33), (True,)),
+    ("bf16", (32, 64, 128, 160, 320), (False, True), None),
+    ("fp16", (64,), (True,), None),
+    ("fp32", (32, 64, 128, 160), (True,), None),
+    ("bf16", (33, 129), (True,), ()),
+    ("fp32", (33, 129), (True,), ()),
 )
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
-    """Every specialisation that the launchers choose on `arch` for aligned inputs."""
+    """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
+    unaligned ones."""
     backward = (
         (_query_hub_bwd_score_kernel, _configs.query_hub_bwd_score_config, _BWD_SCORE),
         (_query_hub_bwd_dx_kernel, _configs.query_hub_dx_config, {}),
         (_query_hub_bwd_dweight_kernel, _configs.query_hub_dweight_config, {}),
     )
     limit = _configs.query_hub_max_registers(arch)
-    for dtype, widths, masks in _OFFLINE:
+    for dtype, widths, masks, aligned in _OFFLINE:
         itemsize = 4 if dtype == "fp32" else 2
         pointers = dict.fromkeys("p_x p_out p_grad p_dx".split(), dtype)
         pointers |= dict.fromkeys("p_weight p_bias p_score p_dz p_partial".split(), "fp32")
@@ -538,7 +541,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     _query_hub_fwd_kernel, case + " save" * save, pointers,
                     _constexprs(tile, channels, has_present, **more), tile.num_warps, 1,
-                    max_registers=limit,
+                    max_registers=limit, aligned=aligned,
                 )  # fmt: skip
             chosen = backward
             if not inside:
@@ -547,5 +550,6 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 tile = choose(arch, itemsize, channels)
                 constexprs = _constexprs(tile, channels, has_present, **more)
                 yield offline_entry(
-                    kernel, case, pointers, constexprs, tile.num_warps, 1, max_registers=limit
-                )
+                    kernel, case, pointers, constexprs, tile.num_warps, 1, max_registers=limit,
+                    aligned=aligned,
+                )  # fmt: skip
