@@ -17,7 +17,6 @@ import contextlib
 import importlib
 import itertools
 import os
-import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,10 +25,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks import resources
+from benchmarks import meta, resources
 from equiseg_fast import use_backend
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
@@ -345,64 +343,9 @@ class _LookInside(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class MadeOnMeta(TorchDispatchMode):
-    """Tensors are made on "meta" whatever device is asked for; random ones take no generator."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = dict(kwargs or {})
-        named = {argument.name for argument in func._schema.arguments}
-        if "device" in named:
-            kwargs["device"] = torch.device("meta")
-        if kwargs.get("generator") is not None:
-            kwargs["generator"] = None
-        return func(*args, **kwargs)
-
-
-_TO_HALF = {
-    "linear", "conv2d", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm",
-    "einsum", "scaled_dot_product_attention",
-}  # fmt: skip
-_TO_SINGLE = {
-    "layer_norm", "group_norm", "softmax", "log_softmax", "exp", "log", "pow", "cumsum", "norm",
-    "cross_entropy", "nll_loss", "mse_loss", "kl_div", "sum", "rsqrt", "reciprocal", "softplus",
-}  # fmt: skip
-
-
-class _Autocast(TorchFunctionMode):
-    """CUDA's autocast on tensors of "meta", which have none of their own."""
-
-    def __init__(self, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.dtype, self.enabled = dtype, True
-
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        name = getattr(func, "__name__", "")
-        chosen = self.enabled and name in _TO_HALF | _TO_SINGLE
-        if not chosen or (name == "sum" and "dtype" in kwargs):
-            return func(*args, **kwargs)
-        wanted = self.dtype if name in _TO_HALF else torch.float32
-
-        def cast(x: Any) -> Any:
-            if isinstance(x, torch.Tensor) and x.dtype in (torch.float32, self.dtype):
-                return x.to(wanted)
-            return type(x)(cast(y) for y in x) if isinstance(x, list | tuple) else x
-
-        with torch._C.DisableTorchFunction():
-            return func(*(cast(a) for a in args), **{k: cast(v) for k, v in kwargs.items()})
-
-    @contextlib.contextmanager
-    def off(self, device: str) -> Iterator[None]:
-        before, self.enabled = self.enabled, False
-        try:
-            yield
-        finally:
-            self.enabled = before
-
-
 @contextlib.contextmanager
 def on_meta(autocast: torch.dtype | None = None, backend: str = "triton") -> Iterator[None]:
-    """Operations of equiseg_fast take tensors on "meta" for tensors on a GPU.
+    """`meta.on_meta`, where operations of equiseg_fast take tensors for those of a GPU.
 
     autocast: as `torch.autocast("cuda", dtype)` would. backend: as in `use_backend`.
     """
@@ -416,18 +359,10 @@ def on_meta(autocast: torch.dtype | None = None, backend: str = "triton") -> Ite
             raise ValueError(f"backend 'triton' cannot run {op}: " + "; ".join(reasons))
         return "torch" if reasons else "triton"
 
-    changes: list[tuple[Any, str, Any]] = [(_backend, "resolve", resolve)]
-    mode = _Autocast(autocast) if autocast else None
-    if mode:
-        dtype_of = torch.get_autocast_dtype
-        changes.append(
-            (torch, "get_autocast_dtype", lambda d: autocast if d == "meta" else dtype_of(d))
-        )
-        for module in [m for n, m in sys.modules.items() if n.startswith("equiseg_fast")]:
-            for name, value in (
-                ("autocast_is_on", lambda device: mode.enabled), ("without_autocast", mode.off),
-            ):  # fmt: skip
-                if hasattr(module, name):
-                    changes.append((module, name, value))
-    with _patched(*changes), use_backend(backend), _LookInside(), mode or contextlib.nullcontext():
+    with (
+        meta.on_meta(autocast),
+        _patched((_backend, "resolve", resolve)),
+        use_backend(backend),
+        _LookInside(),
+    ):
         yield

@@ -4,17 +4,16 @@ All on meta tensors: the full size takes no memory and little time."""
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
-from unittest.mock import patch
 
 import torch
 
-from benchmarks import network
-from benchmarks.dry_device import MadeOnMeta, on_meta
+from benchmarks import meta
+from benchmarks.dry_device import on_meta
+from benchmarks.meta import META
 from benchmarks.plan import Case, Options, plan
 from benchmarks.registry import DTYPES, Shape, operations
 from benchmarks.timing import call_in_mode
@@ -22,7 +21,6 @@ from benchmarks.visiting import exercise
 from equiseg_fast import EQUISeg, ops
 
 Program = Callable[[], None]
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Model:
 
     def run(self) -> None:
         names = [f"m{i}" for i in range(self.modalities)]
-        with MadeOnMeta():
+        with meta.on_meta():
             model = EQUISeg.from_name(
                 self.variant, modalities=names, num_classes=self.classes, drop_path=0.0
             )
@@ -92,13 +90,12 @@ def _case(case: Case) -> None:
     whole = case.op.scope != "operation"  # parameters in fp32, autocast where it is half precision
     dtype = DTYPES[case.dtype]
     autocast = dtype if whole and dtype != torch.float32 else None
-    with patch.object(network, "_autocast", lambda *_: contextlib.nullcontext()):
-        with MadeOnMeta():
-            problem = case.op.build(case.shape, torch.float32 if whole else dtype, META, 0)
-        leaves = list(problem.leaves.values())
-        with on_meta(autocast, backend="auto"), MadeOnMeta():
-            for mode in case.modes:
-                call_in_mode(problem.calls["triton"], leaves, mode)()
+    with meta.on_meta():
+        problem = case.op.build(case.shape, torch.float32 if whole else dtype, META, 0)
+    leaves = list(problem.leaves.values())
+    with on_meta(autocast, backend="auto"):
+        for mode in case.modes:
+            call_in_mode(problem.calls["triton"], leaves, mode)()
 
 
 def core_programs(only: Sequence[str] = ()) -> Iterator[tuple[str, Program]]:

@@ -30,7 +30,7 @@ import json
 import statistics
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from functools import partial
 from pathlib import Path
 from time import perf_counter
@@ -53,6 +53,8 @@ from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
 
 SCHEMA = 1
+FILE = "host.json"
+"""Beside the records of a run, for its report."""
 SHAPE = Shape("b0", 1, 32, 32, modalities=4)
 DTYPE = torch.bfloat16
 MODES = ("fwd", "fwd_train", "bwd")
@@ -94,14 +96,19 @@ def measure(device: torch.device, ops: Sequence[str] = (), repeats: int = 30) ->
 
     Raises ValueError for an unknown name.
     """
-    chosen = ops or (*OPS, *BLOCKS)
-    for name in chosen:
-        if name not in (*OPS, *BLOCKS):
-            raise ValueError(f"--op must be among {', '.join((*OPS, *BLOCKS))}; got {name!r}")
+    names = chosen(ops)
     if not _backend.TRITON_INSTALLED:
         raise ValueError("host times are those of launching kernels; triton is not installed")
     with _ready(device):
-        return [time for name in chosen for time in _measure_one(name, device, repeats)]
+        return [time for name in names for time in _measure_one(name, device, repeats)]
+
+
+def chosen(ops: Sequence[str]) -> Sequence[str]:
+    """These operations and blocks, all without names. Raises ValueError for an unknown one."""
+    known = (*OPS, *BLOCKS)
+    if unknown := [name for name in ops if name not in known]:
+        raise ValueError(f"--op must be among {', '.join(known)}; got {unknown[0]!r}")
+    return ops or known
 
 
 @contextmanager
@@ -231,12 +238,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--repeats", type=int, default=30, help="rounds; default: 30")
     parser.add_argument("--out", type=Path, metavar="FILE", help="the times as JSON")
+    parser.add_argument("--dry-run", action="store_true", help="only list what would be called")
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
     if args.repeats < 1:
         raise ValueError(f"--repeats must be at least 1; got {args.repeats}")
-    device = choose_device(args.device)
+    device = choose_device(args.device, needed=not args.dry_run)
+    if args.dry_run:
+        for name in chosen(args.op):
+            console.print(f"{name}: {', '.join(MODES)}")
+        console.print("nothing was run")
+        return 0
     times = measure(device, args.op, args.repeats)
     console.print(table(times))
     if args.out:
@@ -250,19 +263,38 @@ def as_records(times: Sequence[HostTime]) -> list[dict[str, Any]]:
     return [{**asdict(time), "ratio": time.ratio} for time in times]
 
 
-def table(times: Sequence[HostTime]) -> Table:
-    """A line per operation and mode; all but the median are or come from the least times."""
+def read(path: Path) -> list[HostTime]:
+    """The times of a file that `--out` has written."""
+    known = {field.name for field in fields(HostTime)}
+    rows = json.loads(path.read_text())["times"]
+    return [HostTime(**{k: v for k, v in row.items() if k in known}) for row in rows]
+
+
+COLUMNS = ("call", "made of, us", "median us", "least us", "x torch.add", "floor us")
+
+
+def title(times: Sequence[HostTime]) -> str:
     kind = "with" if times and times[0].launched else "without"
-    found = Table(title=f"Host time of a call, {kind} Triton's launcher", title_justify="left")
-    for name in ("", "median us", "least us", "x torch.add", "floor us", "made of, us"):
-        found.add_column(name, justify="left" if name in ("", "made of, us") else "right")
+    return f"Host time of a call, {kind} Triton's launcher"
+
+
+def cells(time: HostTime) -> tuple[str, ...]:
+    """What `COLUMNS` say of it; all but the median are or come from the least times."""
+    floor = "" if time.floor_us is None else f"{time.floor_us:.0f}"
+    parts = ", ".join(f"{name} {us:.0f}" for name, us in time.parts.items())
+    return (
+        f"{time.op} {time.mode}", parts, f"{time.us:.0f}", f"{time.min_us:.0f}",
+        f"{time.ratio:.0f}", floor,
+    )  # fmt: skip
+
+
+def table(times: Sequence[HostTime]) -> Table:
+    """A line per operation and mode."""
+    found = Table(title=title(times), title_justify="left")
+    for i, name in enumerate(COLUMNS):
+        found.add_column(name, justify="left" if i < 2 else "right")
     for time in times:
-        floor = "" if time.floor_us is None else f"{time.floor_us:.0f}"
-        parts = ", ".join(f"{name} {us:.0f}" for name, us in time.parts.items())
-        found.add_row(
-            f"{time.op} {time.mode}", f"{time.us:.0f}", f"{time.min_us:.0f}", f"{time.ratio:.0f}",
-            floor, parts,
-        )  # fmt: skip
+        found.add_row(*cells(time))
     return found
 
 

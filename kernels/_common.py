@@ -93,8 +93,14 @@ def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """
     if x.stride(-1) != 1 and x.size(-1) != 1:
         return x.contiguous()
-    if x.size(-1) % 16 or (x.data_ptr() % 16 == 0 and not any(s % 16 for s in strides(x))):
+    if x.size(-1) % 16:
         return x
+    if x.data_ptr() % 16 == 0:
+        for stride in strides(x):
+            if stride % 16:
+                break
+        else:
+            return x
     return x.clone(memory_format=torch.contiguous_format)
 
 

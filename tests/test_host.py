@@ -126,7 +126,8 @@ class TestMeasurement:
         ],
     )
     def test_bad_options(self, change: dict[str, Any], message: str) -> None:
-        args = Namespace(**{"op": (), "device": "cpu", "repeats": 1, "out": None, **change})
+        given = {"op": (), "device": "cpu", "repeats": 1, "out": None, "dry_run": False}
+        args = Namespace(**given | change)
         with pytest.raises(ValueError, match=message):
             host.main(args, Console(quiet=True))
 

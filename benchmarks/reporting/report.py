@@ -9,7 +9,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import data
+from benchmarks import data, host
 from benchmarks.record import Record, write_table
 from benchmarks.registry import PROVIDERS, operations
 from benchmarks.reporting import document
@@ -70,7 +70,7 @@ SENSORS = "plots/sensors.png"
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
     """`report.md`, `report.html`, `results.csv` and the plots of the results in a folder, which may
-    also hold `breakdown.json` and the picture of the sensors."""
+    also hold `breakdown.json`, `host.json` and the picture of the sensors."""
     from benchmarks.reporting import html, plots
 
     launches = []
@@ -88,7 +88,9 @@ def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> No
 
         images.append(SENSORS)
         notes.append(sensor_note(STEPS))
-    report = build(records, env, images, notes, launches)
+    path = folder / host.FILE
+    host_times = host.read(path) if path.is_file() else []
+    report = build(records, env, images, notes, launches, host_times)
     (folder / "report.md").write_text(document.markdown(report))
     (folder / "report.html").write_text(html.page(report, folder))
 
@@ -110,9 +112,10 @@ def build(
     images: Sequence[str],
     notes: Sequence[str],
     launches: Sequence[Row] = (),
+    host_times: Sequence[host.HostTime] = (),
 ) -> Document:
     """images: file names next to the report; notes: further paragraphs, behind the pictures;
-    launches: rows of `launches.cross_modal_blocks`."""
+    launches: rows of `launches.cross_modal_blocks`; host_times: of `host`."""
     suites = ", ".join(dict.fromkeys(r.suite for r in records))
     found = contests(records)
     sections = [
@@ -129,6 +132,9 @@ def build(
         sections.append(Section("Pictures", [*pictures, *(Text(note) for note in notes)]))
     if launches:
         sections.append(_launches(launches))
+    if host_times:
+        rows = [[Cell(text) for text in host.cells(time)] for time in host_times]
+        sections.append(Section(host.title(host_times), [Table(host.COLUMNS, rows, names=2)]))
     methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
     how = HOW.format(method="; ".join(methods) or "nothing", ours=", ".join(OURS))
     sections.append(Section("How to read this", [Text(part) for part in how.split("\n\n")]))

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from benchmarks import host
 from benchmarks.plan import Options, plan
 from benchmarks.registry import SUITES, operations
 from benchmarks.visiting.budget import Step, Task
@@ -26,7 +27,7 @@ HOTTEST = (
     "attention", "depthwise", "norm", "mix_ffn", "query_hub", "pooling_mixer", "guided_gate",
     "prototypes", "losses",
 )  # fmt: skip
-ENVIRONMENT, HOST = "environment.json", "host.json"
+ENVIRONMENT = "environment.json"
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 HEADLINE = ("training", "model", "encoder")
@@ -118,7 +119,7 @@ def _kernels(cuda: bool) -> Step:
 
 def _host(folder: Path, cuda: bool) -> Step:
     device, few = ("cuda", ()) if cuda else ("cpu", ("--op", "guided_gate"))
-    command = bench("host", "--device", device, *few, "--out", str(folder / HOST))
+    command = bench("host", "--device", device, *few, "--out", str(folder / host.FILE))
     own = task("host", command, estimate=(("start", 6.0), ("every operation", 5.0)))
     return Step("host", "host time of calls", 12.0, (own,))
 

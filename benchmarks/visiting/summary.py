@@ -14,7 +14,7 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from benchmarks import judgement, record
+from benchmarks import host, judgement, record
 from benchmarks.record import Key, Record
 from benchmarks.registry import operations
 from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
@@ -82,8 +82,7 @@ def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
     if records:
         comparison = judgement.compare(records, _device(folder))
         lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
-    if (folder / "host.json").is_file():
-        lines += ["", "## Host time of a call", ""]
+    lines += _host(folder)
     lines += _trouble(records, folder)
     lines += ["", "## Commands", ""]
     lines += ["| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]
@@ -108,6 +107,8 @@ def merge(folder: Path) -> list[Record]:
         env = env or (path.read_text() if path.is_file() else None)
     if best and env:
         (folder / "results").mkdir(exist_ok=True)
+        if (folder / host.FILE).is_file():
+            (folder / "results" / host.FILE).write_text((folder / host.FILE).read_text())
         record.write_jsonl(best.values(), folder / "results" / "results.jsonl")
         (folder / "results" / "env.json").write_text(env)
     return list(best.values())
@@ -187,6 +188,15 @@ def _operations(records: Sequence[Record]) -> Iterator[str]:
         ratio = times(c.ratio) if c.clear else f"({times(c.ratio)})"
         other, ours = milliseconds(c.other.p50_us), milliseconds(c.ours.p50_us)
         yield f"| {c.label} | {c.other.provider} | {other} | {c.ours.provider} | {ours} | {ratio} |"
+
+
+def _host(folder: Path) -> Iterator[str]:
+    if not (folder / host.FILE).is_file():
+        return
+    found = host.read(folder / host.FILE)
+    yield from ("", f"## {host.title(found)}", "", f"| {' | '.join(host.COLUMNS)} |")
+    yield f"|---|---|{'--:|' * (len(host.COLUMNS) - 2)}"
+    yield from (f"| {' | '.join(host.cells(time))} |" for time in found)
 
 
 def _trouble(records: Sequence[Record], folder: Path) -> Iterator[str]:
