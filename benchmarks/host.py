@@ -252,6 +252,12 @@ def main(args: argparse.Namespace, console: Console) -> int:
         return 0
     times = measure(device, args.op, args.repeats)
     console.print(table(times))
+    for mode in MODES:
+        ratios = [time.ratio for time in times if time.mode == mode and time.op in OPS]
+        if ratios:
+            middle = statistics.median(ratios)
+            shown = f"{min(ratios):.0f} to {max(ratios):.0f}, median {middle:.0f}"
+            console.print(f"{mode}: {shown} times torch.add")
     if args.out:
         content = {"schema": SCHEMA, "env": environment(device), "times": as_records(times)}
         args.out.write_text(json.dumps(content, indent=1) + "\n")

@@ -144,8 +144,9 @@ def _networks(records: Sequence[Record]) -> Iterator[str]:
     groups = [g for g in grouped(records) if operations()[g[0].op].scope != "operation"]
     if not groups:
         return
-    yield from ("", "## Networks", "", "Milliseconds: by CUDA graph, and by events with launches.")
-    yield "Ratios are to the same method; above 1 ours is faster."
+    yield from ("", "## Networks", "")
+    yield "Milliseconds: by replays of a CUDA graph, and by events around"
+    yield "single calls, launches included (on a CPU by wall clock). Ratios are within one method."
     yield ""
     yield "| case | provider | graph | events | eager / this | peak MiB | saved MiB | note |"
     yield "|---|---|--:|--:|--:|--:|--:|---|"
