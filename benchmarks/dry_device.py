@@ -69,20 +69,25 @@ class Binary:
         return self.function.strip("_").removesuffix("_kernel")
 
     @property
+    def unaligned(self) -> list[str]:
+        """Pointers and integers that are no multiples of 16, where Triton asks."""
+        names = list(self.signature)
+        known = {names[path[0]] for path, facts in self.attrs.items() if facts} | self.frozen
+        return [n for n, kind in self.signature.items() if kind[0] in "*iu" and n not in known]
+
+    @property
     def case(self) -> str:
         """What tells it from the other binaries of its kernel, for people."""
         names = list(self.signature)
         values = {names[path[0]]: value for path, value in self.constexprs.items()}
-        aligned = {names[path[0]] for path, facts in self.attrs.items() if facts}
         pointers = Counter(kind for kind in self.signature.values() if kind.startswith("*"))
         words = [f"{kind}x{n}" for kind, n in sorted(pointers.items())]
         words += [f"{name}={value}" for name, value in values.items() if name.isupper()]
         for label, found in (
             ("constant", [n for n in values if not n.isupper()]),
             ("i64", [n for n, kind in self.signature.items() if kind == "i64"]),
-            ("unaligned", [n for n, kind in self.signature.items()
-                           if kind[0] in "*iu" and n not in aligned | self.frozen]),
-        ):  # fmt: skip
+            ("unaligned", self.unaligned),
+        ):
             words += [f"{label}:{','.join(found)}"] if found else []
         return " ".join([*words, f"w{self.options['num_warps']}"])
 

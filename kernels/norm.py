@@ -183,7 +183,7 @@ def _rows(x: torch.Tensor) -> tuple[torch.Tensor, int]:
         if rows.stride(0) < _FAR_APART:
             return rows, *strides(rows)
         x = rows.contiguous()
-    return x, channels if x.numel() > channels else 0
+    return last_dim_contiguous(x), channels if x.numel() > channels else 0
 
 
 def add_layer_norm_fwd(

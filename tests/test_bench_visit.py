@@ -75,7 +75,7 @@ def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
-    count = "echo x >> {0}; echo {0} {{attempt}}".format
+    count = "echo x >> {0}; echo {0} $(wc -l < {0})".format
     tasks = (
         shell("first", count("first")),
         shell("fails", count("fails") + "; exit 3"),

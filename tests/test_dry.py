@@ -111,34 +111,24 @@ class TestAwkward:
             if "x[1:]" in found.name:
                 assert any("unaligned" in b.case for b in found.binaries)
 
-    def test_whole_rows_are_read_as_vectors_wherever_they_lie(
-        self, pool: ProcessPoolExecutor
-    ) -> None:
-        """x[1:] of a whole width is copied: nothing new is compiled for it but for parameters."""
-        name = "attention B4 Lq300 Lk77 H2 D128 bf16"
-        plain, moved = traced(pool, name, f"{name} x[1:]", what="awkward")
-        assert moved.errors == []
-        assert {b.key for b in moved.binaries} == {b.key for b in plain.binaries}
-
     @pytest.mark.parametrize(
-        ("x", "copied"),
+        "name",
         [
-            (torch.empty(3, 64), False),
-            (torch.empty(3, 5, 128)[:, 1:, 64:], False),
-            (torch.empty(1 + 3 * 64)[1:].view(3, 64), True),
-            (torch.empty(3, 72)[:, :64], True),
-            (torch.empty(3, 64)[:, ::2], True),
-            (torch.empty(1 + 3 * 33)[1:].view(3, 33), False),
-            (torch.empty(3, 1)[1:], False),
+            "attention B4 Lq300 Lk77 H2 D128", "depthwise_conv_gelu (2, 9, 160)",
+            "pooling_mixer (2, 9, 160)", "query_hub M3 (2, 9, 160)", "guided_gate M3 (2, 9, 160)",
+            "class_prototypes K25 (2, 9, 160)", "add_layer_norm C160",
         ],
-    )
-    def test_what_is_copied(self, x: torch.Tensor, copied: bool) -> None:
-        from equiseg_fast.kernels._common import last_dim_contiguous
-
-        read = last_dim_contiguous(x)
-        assert (read.data_ptr() != x.data_ptr()) is copied
-        assert read.is_contiguous() or not copied
-        assert torch.equal(read.nan_to_num(), x.nan_to_num())
+    )  # fmt: skip
+    def test_whole_rows_are_read_as_vectors_wherever_they_lie(
+        self, pool: ProcessPoolExecutor, name: str
+    ) -> None:
+        """x[1:] of a whole width is copied; parameters, which are small, stay where they are."""
+        (moved,) = traced(pool, f"{name} bf16 x[1:]", what="awkward")
+        assert moved.errors == []
+        small = {"p_w", "p_b", "p_bias", "p_logits"}
+        assert {n for b in moved.binaries for n in b.unaligned} <= small
+        (odd,) = traced(pool, "add_layer_norm C33 bf16 x[1:]", what="awkward")
+        assert any(set(b.unaligned) - small for b in odd.binaries)
 
     def test_what_is_refused_is_an_error(self, pool: ProcessPoolExecutor) -> None:
         *found, last = pool.submit(launch_wrongly).result()

@@ -36,8 +36,8 @@ LEAST_SHARE = 60.0
 class Task:
     """One command.
 
-    command: "{minutes}" in it becomes what it may plan with, "{attempt}" counts from 1. output: the
-    file, relative to the folder of results, of what it prints. variables: of its environment, None
+    command: "{minutes}" in it becomes what it may plan with. output: the file, relative to the
+    folder of results, of what it prints. variables: of its environment, None
     for one that must not be set. weight: its part of the time of its step. restarts: how often it
     is started again, within its time, if it ends with `AGAIN` or by a signal: for commands that go
     on where they stopped. hopeless: a pattern in its output that means it can bring nothing here.
@@ -188,8 +188,8 @@ class Running:
         self.started = machine.now()
         self.deadline = self.started + limit
         attempt = state.of(task).get("attempts", 0) + 1
-        values = {"{minutes}": f"{USABLE * limit / 60:.2f}", "{attempt}": str(attempt)}
-        self.command = [_filled(word, values) for word in task.command]
+        minutes = f"{USABLE * limit / 60:.2f}"
+        self.command = [word.replace("{minutes}", minutes) for word in task.command]
         chosen = {**os.environ, **visit.environment, **task.variables}
         self.environment = {name: value for name, value in chosen.items() if value is not None}
         self.restarts = task.restarts
@@ -250,12 +250,6 @@ class Running:
             self.task, state=state, rc=self.process.returncode, seconds=seconds, reason=reason,
             pid=None, born=None,
         )  # fmt: skip
-
-
-def _filled(word: str, values: Mapping[str, str]) -> str:
-    for placeholder, value in values.items():
-        word = word.replace(placeholder, value)
-    return word
 
 
 def share(steps: Sequence[Step], remaining: float) -> float:
