@@ -100,7 +100,7 @@ def test_limits_of_a_run_always_have_fp32() -> None:
 
 def test_what_multiplies_slowly_gets_small_matrices(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(calibrate, "SLOW_PRODUCT", 0.0)
-    assert calibrate._product("fp16", torch.float16, 64, CPU).amount == 2 * 16**3
+    assert calibrate._product("fp16", torch.float16, 64, CPU, None).amount == 2 * 16**3
 
 
 def test_time_is_counted_and_not_the_rate() -> None:
