@@ -161,7 +161,7 @@ def _awkward_programs(dtype: torch.dtype, offset: int) -> Iterator[tuple[str, Pr
 
     for b, lq, lk, h, d in (
         (1, 1, 1, 1, 32), (2, 33, 17, 3, 1), (4, 153, 8, 5, 40), (4, 300, 77, 2, 64),
-        (4, 300, 77, 2, 128),
+        (4, 300, 77, 2, 127), (4, 300, 77, 2, 128),
     ):  # fmt: skip
         yield (
             f"attention B{b} Lq{lq} Lk{lk} H{h} D{d}",

@@ -82,7 +82,8 @@ class Resources:
             found.append(
                 f"needs {self.shared / KIB:.1f} KiB of shared memory, sm_{self.arch} has {limit}"
             )
-        expected = {"ieee": "fma", "none": "none"}.get(self.dots, TENSOR_CORE[self.arch])
+        own = {"ieee": "fma", "none": "none", "mma.sync": "mma.sync"}
+        expected = own.get(self.dots, TENSOR_CORE[self.arch])
         if self.path != expected:
             found.append(f"multiplies with {self.path}, expected {expected}")
         return found

@@ -73,7 +73,7 @@ def _operands_in_shared_memory(arch: int) -> bool:
     return arch in (90, 100)
 
 
-def _has_mma_sync(arch: int) -> bool:
+def has_mma_sync(arch: int) -> bool:
     """Whether operands of matrix products pass through registers, as on all but sm_90 to sm_110."""
     return arch < 90 or arch >= 120
 
@@ -99,13 +99,12 @@ def _odd_attention(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Forward and dQ where rows have no vectors."""
     if precision == IEEE:
         return _ieee_config(padded_head_dim(head_dim))
+    in_registers = has_mma_sync(arch)
+    if head_dim > 64 and not in_registers:
+        return TileConfig(64, 16, 8, 1, lean=True)
     if precision == HALF:
-        return TileConfig(64, 32, 8 if _has_mma_sync(arch) else 4, 2, lean=True)
-    return (
-        TileConfig(32, 16, 4, 2, lean=True)
-        if _has_mma_sync(arch)
-        else TileConfig(64, 16, 4, 1, lean=True)
-    )
+        return TileConfig(64, 32, 8 if in_registers else 4, 2, lean=True)
+    return TileConfig(32, 16, 4, 2, True) if in_registers else TileConfig(64, 16, 4, 1, True)
 
 
 @tunable
@@ -121,7 +120,7 @@ def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig
         return _odd_attention(arch, precision, head_dim)
     if precision == IEEE:
         return _ieee_config(head_dim)
-    if head_dim == 128 and _has_mma_sync(arch):
+    if head_dim == 128 and has_mma_sync(arch):
         if precision == TF32:
             return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 64, 8, 2, lean=True)
@@ -138,12 +137,12 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
     if is_odd(head_dim):
         if precision == IEEE:
             return TileConfig(16, 16, 8, 1)
-        wide = head_dim > 64
+        wide, in_registers = head_dim > 64, has_mma_sync(arch)
         if precision == TF32:
-            return TileConfig(16, 32 if _has_mma_sync(arch) else 64, 8 if wide else 4, 1)
-        if _has_mma_sync(arch):
+            return TileConfig(16, 32 if wide or in_registers else 64, 8 if wide else 4, 1)
+        if in_registers:
             return TileConfig(32, 64, 8, 1)
-        return TileConfig(32, 64, 4, 1 if wide else 2)
+        return TileConfig(16, 64, 8, 1) if wide else TileConfig(32, 64, 4, 2)
     if precision == IEEE:
         if head_dim <= 64:
             return TileConfig(32, 32, 4 if head_dim <= 32 else 8, 1)
@@ -151,10 +150,10 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
     if precision == TF32:
         if head_dim <= 32:
             return TileConfig(32, 64, 4, 2)
-        if _has_mma_sync(arch):
+        if has_mma_sync(arch):
             return TileConfig(32, 32, 4 if head_dim == 64 else 8, 2)
         return TileConfig(32 if head_dim == 64 else 16, 64, 4, 2)
-    if _has_mma_sync(arch) and head_dim >= 64:
+    if has_mma_sync(arch) and head_dim >= 64:
         return TileConfig(32, 128, 8, 2) if head_dim == 64 else TileConfig(64, 64, 8, 2)
     return TileConfig(64 if head_dim <= 64 else 32, 128, 8, 2)
 
@@ -165,12 +164,15 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     if arch == INTERPRETER:
         return TileConfig(128, 64, 4, 1)
     if is_odd(head_dim):
+        if head_dim > 64 and not has_mma_sync(arch) and precision != IEEE:
+            half = precision == HALF
+            return TileConfig(128, 16, 8, 1, True) if half else TileConfig(32, 16, 4, 2, True)
         return _odd_attention(arch, precision, head_dim)
     if precision == IEEE:
         if head_dim <= 32 and arch in _FEW_THREADS:
             return TileConfig(32, 32, 4, 1, lean=True)
         return _ieee_config(head_dim)
-    if head_dim == 128 and _has_mma_sync(arch):
+    if head_dim == 128 and has_mma_sync(arch):
         if precision == TF32:
             return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 64, 8, 2, lean=True)
@@ -178,7 +180,7 @@ def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
         if head_dim == 64 and arch in _FEW_THREADS:
             return TileConfig(32, 32, 4, 2, lean=True)
         return TileConfig(64, 32, 4, 2)
-    return TileConfig(128, 32 if head_dim == 16 and _has_mma_sync(arch) else 64, 8, 2)
+    return TileConfig(128, 32 if head_dim == 16 and has_mma_sync(arch) else 64, 8, 2)
 
 
 def _ieee_config(head_dim: int) -> TileConfig:

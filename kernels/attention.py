@@ -445,10 +445,18 @@ _OFFLINE = (
     ("fp16", _configs.HALF, (32, 64), None),
     ("fp32", _configs.TF32, (16, 32, 64, 128), None),
     ("fp32", _configs.IEEE, (16, 32, 64, 128), None),
-    ("bf16", _configs.HALF, (33,), ()),
-    ("fp32", _configs.TF32, (33,), ()),
-    ("fp32", _configs.IEEE, (33,), ()),
+    ("bf16", _configs.HALF, (33, 127), ()),
+    ("fp32", _configs.TF32, (33, 127), ()),
+    ("fp32", _configs.IEEE, (33, 127), ()),
 )
+
+
+def _dots(kernel: Any, arch: int, precision: str, config: _configs.TileConfig) -> str:
+    """What multiplies: fewer than 64 rows, the keys for dK and dV, are too few for wgmma."""
+    rows = config.block_n if kernel is _attention_bwd_dkdv_kernel else config.block_m
+    if rows < 64 and precision != _configs.IEEE and not _configs.has_mma_sync(arch):
+        return "mma.sync"
+    return precision
 
 
 def offline_entries(arch: int) -> Iterator[OfflineEntry]:
@@ -473,7 +481,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
                     _constexprs(kernel, head_dim, precision, config), **config.launch(),
-                    dots=precision, scores=config.block_m * config.block_n, aligned=aligned,
+                    dots=_dots(kernel, arch, precision, config), aligned=aligned,
+                    scores=config.block_m * config.block_n,
                 )  # fmt: skip
             if precision == _configs.TF32:
                 continue  # what follows has no products
