@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import nn
 
-from benchmarks import breakdown
+from benchmarks import breakdown, host
 from benchmarks.launches import Row
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import PROVIDERS, Shape
@@ -398,3 +398,18 @@ def test_launches_are_a_section_of_their_own() -> None:
     built = report.build([record(1.0)], {}, [], [], rows)
     assert "Kernels per cross-modal block" in [section.title for section in built.sections]
     assert "| 1 | block | ours | 5 | 26 | 31 |" in document.markdown(built)
+
+
+def test_host_times_beside_the_records_are_a_section(tmp_path: Path) -> None:
+    times = [
+        host.HostTime("norm", "fwd", 12.4, 10.2, 1.1, 1.0, 4.0, False, {"checks": 6.0}),
+        host.HostTime("mix_ffn", "bwd", 300.0, 280.0, 2.2, 2.0, None, False),
+    ]
+    content = {"times": host.as_records(times)}
+    (tmp_path / host.FILE).write_text(json.dumps(content))
+    assert host.read(tmp_path / host.FILE) == times
+    report.write(some_records(), {}, tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Host time of a call, without Triton's launcher" in text
+    assert "| norm fwd | checks 6 | 12 | 10 | 10 | 4 |" in text
+    assert "| mix_ffn bwd |  | 300 | 280 | 140 |  |" in text
