@@ -212,15 +212,16 @@ class Prepared:
             try:
                 calls = self.calls(mode, correct)
                 correct = list(calls)
-                timings = self.measure(mode, calls) if calls else {}
+                if not calls:
+                    return
+                timings = self.measure(mode, calls)
             except Again:
                 raise
             except Exception as error:
                 self._again_if_sticky(error)
                 self.fail(correct, error)
                 return
-        if timings:
-            self.fill(mode, timings)
+        self.fill(mode, timings)
 
     def measure(self, mode: str, calls: dict[str, list[timing.Call]]) -> Timings:
         """Times of what `calls` returned."""

@@ -219,10 +219,14 @@ def broken(): raise KeyError("fixture")
 def test_of_broken_fixture(broken): pass
 """
 STICKY = """
-import pathlib
+import os, pathlib
+def note():
+    with pathlib.Path("processes").open("a") as file:
+        file.write(f"{os.getpid()}\\n")
 def test_error():
+    note()
     raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-def test_after(): pass
+def test_after(): note()
 """
 
 
@@ -307,6 +311,7 @@ def test_an_error_of_the_device_ends_one_of_several_processes(tmp_path: Path) ->
     found = Outcomes.read(tmp_path / "out.jsonl")
     assert dict(found.counts()) == {"failed": 1, "passed": 1}
     assert "illegal memory access" in found.ended["test_some.py::test_error"]["reason"]
+    assert len({*(tmp_path / "processes").read_text().split()}) == 2
 
 
 def test_half_a_line_is_no_outcome(tmp_path: Path) -> None:
