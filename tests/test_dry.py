@@ -130,6 +130,13 @@ class TestAwkward:
         (odd,) = traced(pool, "add_layer_norm C33 bf16 x[1:]", what="awkward")
         assert any(set(b.unaligned) - small for b in odd.binaries)
 
+    def test_a_single_channel_compiles_without_spills(self) -> None:
+        """The narrowest width, which the table of resources does not have."""
+        names = tuple(f"query_hub M1 (1, 1, 1) {dtype}" for dtype in ("bf16", "fp32"))
+        found = dry.survey(dry.Order(("awkward",), names=names), processes=1)
+        assert found.errors == []
+        assert len(found.programs) == 2
+
     def test_what_is_refused_is_an_error(self, pool: ProcessPoolExecutor) -> None:
         *found, last = pool.submit(launch_wrongly).result()
         assert found == [
