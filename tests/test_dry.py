@@ -132,7 +132,7 @@ class TestAwkward:
 
     def test_a_single_channel_compiles_without_spills(self) -> None:
         """The narrowest width, which the table of resources does not have."""
-        names = tuple(f"query_hub M1 (1, 1, 1) {dtype}" for dtype in ("bf16", "fp32"))
+        names = tuple(f"query_hub M8 (1, 1, 1) {dtype}" for dtype in ("bf16", "fp32"))
         found = dry.survey(dry.Order(("awkward",), names=names), processes=1)
         assert found.errors == []
         assert len(found.programs) == 2
