@@ -38,9 +38,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from rich.table import Table
 
 from benchmarks import resources
-from benchmarks.dry_device import Binary, DryDevice, active_driver, dry_device, finish, said
+from benchmarks.dry_device import Binary, DryDevice, active_driver, dry_device, finish
 from benchmarks.dry_programs import WHAT, Model, programs
 from benchmarks.options import names
+from benchmarks.resume import said
 from equiseg_fast.models.config import VARIANTS
 
 Shown = Callable[[str, int, int], None]

@@ -23,11 +23,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import meta, resources
+from benchmarks.resume import said
 from equiseg_fast import use_backend
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
@@ -199,31 +201,6 @@ class _Driver:
 
 
 @contextlib.contextmanager
-def _patched(*changes: tuple[Any, str, Any]) -> Iterator[None]:
-    before = [(owner, name, getattr(owner, name)) for owner, name, _ in changes]
-    try:
-        for owner, name, value in changes:
-            setattr(owner, name, value)
-        yield
-    finally:
-        for owner, name, value in reversed(before):
-            setattr(owner, name, value)
-
-
-@contextlib.contextmanager
-def _environment(**values: str) -> Iterator[None]:
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name, None)
-            if value is not None:
-                os.environ[name] = value
-
-
-@contextlib.contextmanager
 def active_driver(device: DryDevice, cache: str | Path | None) -> Iterator[_Driver]:
     """Triton compiles for `device`, into the folder `cache` (None: one that is deleted at the end),
     and keeps of a binary what is needed to launch it."""
@@ -232,9 +209,8 @@ def active_driver(device: DryDevice, cache: str | Path | None) -> Iterator[_Driv
     active, before = _Driver(device), driver._active
     with contextlib.ExitStack() as stack:
         folder = cache or stack.enter_context(tempfile.TemporaryDirectory())
-        stack.enter_context(
-            _environment(TRITON_CACHE_DIR=str(folder), TRITON_STORE_BINARY_ONLY="1")
-        )
+        kept = {"TRITON_CACHE_DIR": str(folder), "TRITON_STORE_BINARY_ONLY": "1"}
+        stack.enter_context(patch.dict(os.environ, kept))
         driver.set_active(active)
         try:
             yield active
@@ -261,11 +237,6 @@ def finish(
             binary.registers, binary.spills = active.usage
     finally:
         triton.knobs.compilation.listener = listener
-
-
-def said(error: Exception) -> str:
-    """Type and first line of what went wrong."""
-    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:200]}"
 
 
 @contextlib.contextmanager
@@ -318,20 +289,16 @@ def dry_device(
         importlib.import_module(f"equiseg_fast.kernels.{stem}")
         for stem in ("_common", *resources.kernel_stems())
     ]
-    changes = [
-        (module, "device_facts", lambda device: (arch, num_sms))
-        for module in modules
-        if hasattr(module, "device_facts")
-    ]
     with (
         active_driver(device, cache) as active,
-        _patched(
-            (JITFunction, "run", run),
-            (JITFunction, "_do_compile", do_compile),
-            (torch.cuda, "device_of", lambda x: contextlib.nullcontext()),
-            *changes,
-        ),
+        patch.object(JITFunction, "run", run),
+        patch.object(JITFunction, "_do_compile", do_compile),
+        contextlib.ExitStack() as stack,
     ):
+        for module in modules:
+            if hasattr(module, "device_facts"):
+                facts = patch.object(module, "device_facts", lambda device: (arch, num_sms))
+                stack.enter_context(facts)
         try:
             yield device
         finally:
@@ -366,7 +333,7 @@ def on_meta(autocast: torch.dtype | None = None, backend: str = "triton") -> Ite
 
     with (
         meta.on_meta(autocast),
-        _patched((_backend, "resolve", resolve)),
+        patch.object(_backend, "resolve", resolve),
         use_backend(backend),
         _LookInside(),
     ):

@@ -30,6 +30,11 @@ def is_sticky(message: str) -> bool:
     return any(word in message for word in STICKY)
 
 
+def said(error: BaseException) -> str:
+    """Type and first line of what went wrong."""
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
+
+
 class Again(Exception):
     """This process can measure no more; the message says why."""
 

@@ -32,7 +32,7 @@ from benchmarks import parity, timing
 from benchmarks.options import choose_device, names
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
-from benchmarks.resume import AGAIN, is_sticky
+from benchmarks.resume import AGAIN, is_sticky, said
 from equiseg_fast.kernels import _tuned
 
 if TYPE_CHECKING:
@@ -125,7 +125,7 @@ class Search:
                 gradients = self.gate.gradients(outputs, list(problem.leaves.values()))
             self.gate.check(parity.Result(tuple(x.detach() for x in outputs), gradients))
         except Exception as error:  # whatever a compiler, a driver or the gate has against it
-            return f"{type(error).__name__}: {first_line(error)}"
+            return said(error)
         return ""
 
     def time(self, trials: dict[str, dict], mode: str) -> dict[str, timing.Timing]:
@@ -179,7 +179,7 @@ class Search:
         try:
             timings = self.time(trials, choice.mode)
         except RuntimeError as error:  # an error of the device, or a capture that failed
-            return entry | {"broken": f"{type(error).__name__}: {first_line(error)}"}
+            return entry | {"broken": said(error)}
         fastest = min(timings, key=lambda name: timings[name].p50_us)
         before, after = timings["default"], timings[fastest]
         wins = after.p50_us < (1 - GAIN) * before.p50_us and after.p80_us < before.p20_us
@@ -192,10 +192,6 @@ class Search:
             "tuned_us": timings[winner].p50_us,
             "tried_us": {n: t.p50_us for n, t in timings.items()},
         }
-
-
-def first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [""])[0]
 
 
 def _differing(default: Any, config: Any) -> str:
@@ -250,7 +246,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 choices = search.choices()
             except Exception as error:  # the other cases are worth more than this one
                 traceback.print_exc()
-                console.print(f"skipped: {op.name} {shape.label}: {first_line(error)}")
+                console.print(f"skipped: {op.name} {shape.label}: {said(error)}")
                 if is_sticky(str(error)):
                     return AGAIN
                 continue

@@ -14,6 +14,7 @@ from rich.console import Console
 
 from benchmarks.options import choose_device, names
 from benchmarks.registry import DTYPES, Op, Shape, operations
+from benchmarks.resume import said
 from benchmarks.timing import call_in_mode
 from equiseg_fast.ops import _backend
 
@@ -74,4 +75,4 @@ def _wrong(op: Op, shape: Shape, dtype: str, device: torch.device) -> str:
         return "" if all(bool(x.isfinite().all()) for x in results) else "not finite"
     except Exception as error:  # the others are still worth their call
         traceback.print_exc()
-        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
+        return said(error)
