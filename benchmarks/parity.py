@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 import torch
 from torch import Tensor
@@ -26,6 +26,11 @@ class Accuracy:
     max_ratio: float | None
     budget: float
 
+    def worse(self, other: Accuracy) -> Accuracy:
+        """Of both, number by number."""
+        pairs = zip(astuple(self), astuple(other), strict=True)
+        return Accuracy(*(max((x for x in pair if x is not None), default=None) for pair in pairs))
+
 
 @dataclass(frozen=True)
 class Result:
@@ -40,20 +45,29 @@ class Gate:
 
     Operations are held to the tolerance policy of `equiseg_fast.testing`, with the reference in
     fp64 as oracle; models to `Problem.agreement`, with the reference in fp32. If that is itself a
-    provider, its result is taken: check "reference" first.
+    provider, its result is taken: check "reference" first. backward: whether there are gradients
+    to be checked; forwards alone need none.
     """
 
-    def __init__(self, problem: Problem, seed: int = 0, *, fp32_reference: bool = False) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        seed: int = 0,
+        *,
+        backward: bool = True,
+        fp32_reference: bool = False,
+    ) -> None:
         self.problem = problem
-        self.leaves = list(problem.leaves.values())
+        self.leaves = dict(problem.leaves) if backward else {}
         self.seed = seed
         self.dtypes: list[torch.dtype] | None = None
         self.oracle: Result | None = None
         if problem.agreement is None:
-            outputs = problem.calls["reference"]()
+            with torch.set_grad_enabled(bool(self.leaves)):
+                outputs = problem.calls["reference"]()
             self.dtypes = [x.dtype for x in outputs]
-            self.eager = self._result(outputs, self.leaves)
-            half = any(x.dtype in HALF for x in self.leaves)
+            self.eager = self._result(outputs, list(self.leaves.values()))
+            half = any(x.dtype in HALF for x in problem.leaves.values())
             self.eager32 = self._cast(torch.float32) if half else self.eager
             self.oracle = self._cast(torch.float64)
         elif not fp32_reference:
@@ -73,40 +87,36 @@ class Gate:
 
     def _cast(self, dtype: torch.dtype) -> Result:
         call, leaves = self.problem.cast(dtype)
+        leaves = leaves if self.leaves else []
         with torch.set_grad_enabled(bool(leaves)):
             return self._result(call(), leaves)
 
     def _result(self, outputs: Outputs, leaves: Sequence[Tensor]) -> Result:
         return Result(tuple(x.detach() for x in outputs), self.gradients(outputs, leaves))
 
-    def check(self, actual: Result) -> Accuracy:
-        """Raises AssertionError, saying what is wrong, unless the results are good enough."""
-        if self.problem.agreement is not None:
-            self.oracle = self.oracle or actual
-            return self._agree(actual, *self.problem.agreement)
-        names = self.problem.output_names
-        records = [
-            self._hold(name, "forward", i, actual, "outputs") for i, name in enumerate(names)
-        ]
-        records += [
-            self._hold(f"d{name}", "gradient", i, actual, "gradients")
-            for i, name in enumerate(self.problem.leaves)
-        ]
-        checks = [check for record in records for check in record.checks]
-        ratios = {
-            metric: [c.ratio for c in checks if c.metric == metric and c.yardstick > 0]
-            for metric in ("rms", "amax")
-        }
-        return Accuracy(
-            max(ratios["rms"], default=None),
-            max(ratios["amax"], default=None),
-            max(record.budget_used for record in records),
-        )
+    def check(self, actual: Result, part: str) -> Accuracy:
+        """Of the "outputs" or of the "gradients". Raises AssertionError, saying what is wrong,
+        unless they are good enough."""
+        problem, forward = self.problem, part == "outputs"
+        names = problem.output_names if forward else [f"d{name}" for name in problem.leaves]
+        if problem.agreement is None:
+            return _worst([self._hold(name, i, actual, part) for i, name in enumerate(names)])
+        if self.oracle is None or not getattr(self.oracle, part):
+            self.oracle = actual
+        error = _relative(getattr(actual, part), getattr(self.oracle, part))
+        allowed = problem.agreement[0 if forward else 1]
+        if not error <= allowed:
+            raise AssertionError(
+                f"{', '.join(names) if forward else part}: relative RMS error {error:.3g} against "
+                f"the fp32 reference, allowed {allowed:.3g}"
+            )
+        return Accuracy(error, None, error / allowed)
 
-    def _hold(self, name: str, default: str, i: int, actual: Result, part: str) -> Parity:
+    def _hold(self, name: str, i: int, actual: Result, part: str) -> Parity:
         got, oracle, eager, eager32 = (
             getattr(r, part)[i] for r in (actual, self.oracle, self.eager, self.eager32)
         )
+        default = "forward" if part == "outputs" else "gradient"
         kind = self.problem.kinds.get(name, default if got.is_floating_point() else "exact")
         # What is summed in fp32 whatever came in has no yardstick in half precision.
         wide = default == "forward" and kind in ("statistic", "parameter")
@@ -123,20 +133,18 @@ class Gate:
             chain=problem.chain,
         )
 
-    def _agree(self, actual: Result, forward: float, gradient: float) -> Accuracy:
-        names = ", ".join(self.problem.output_names)
-        errors = [(names, _relative(actual.outputs, self.oracle.outputs), forward)]
-        if self.leaves:
-            error = _relative(actual.gradients, self.oracle.gradients)
-            errors.append(("gradients", error, gradient))
-        for name, error, allowed in errors:
-            if not error <= allowed:
-                raise AssertionError(
-                    f"{name}: relative RMS error {error:.3g} against the fp32 reference, "
-                    f"allowed {allowed:.3g}"
-                )
-        budget = max(error / allowed for _, error, allowed in errors)
-        return Accuracy(max(error for _, error, _ in errors), None, budget)
+
+def _worst(records: Sequence[Parity]) -> Accuracy:
+    checks = [check for record in records for check in record.checks]
+    ratios = {
+        metric: [c.ratio for c in checks if c.metric == metric and c.yardstick > 0]
+        for metric in ("rms", "amax")
+    }
+    return Accuracy(
+        max(ratios["rms"], default=None),
+        max(ratios["amax"], default=None),
+        max(record.budget_used for record in records),
+    )
 
 
 def _relative(actual: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:

@@ -46,9 +46,10 @@ class Record:
     the declared minimal FLOPs and bytes, roofline_pct from those and what the device was seen to
     do. cpu_us: CPU time of all threads, for calls timed by wall clock; host_us: what the host needs
     to enqueue a call on a GPU. peak_mib: allocated above the state before the call; saved_mib: kept
-    for the backward by the forward. first_call_s: the first call for this case, compilation
-    included. graph_us, events_us: medians by replays of a CUDA graph and by events around single
-    calls, of which method is one; uncaptured: why there is no graph.
+    for the backward by the forward, nothing in "fwd". first_call_s: the first forward without a
+    graph, or else the first step, compilation included. graph_us, events_us: medians by replays of
+    a CUDA graph and by events around single calls, of which method is one; uncaptured: why there is
+    no graph.
     rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: the launches of our kernels, for
     single operations, as `launches.recorded` saw them.
     """

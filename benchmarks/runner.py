@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, astuple, dataclass, field, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -98,7 +98,9 @@ class Prepared:
                         self.problem = self._build(options.seed)
                     with runner.phases.phase("oracle"):
                         own = case.dtype == "fp32" and "reference" in case.providers
-                        self.gate = parity.Gate(self.problem, options.seed, fp32_reference=own)
+                        self.gate = parity.Gate(
+                            self.problem, options.seed, backward=self._backward, fp32_reference=own
+                        )
         except Exception as error:
             self._again_if_sticky(error)
             self.fail(case.providers, error, "inputs or oracle: ")
@@ -288,13 +290,37 @@ class Prepared:
         case = self.case
         return case.op.build(case.shape, DTYPES[case.dtype], self.runner.device, seed)
 
+    @property
+    def _backward(self) -> bool:
+        """Whether there are gradients to be looked at."""
+        return any(mode != "fwd" for mode in self.case.modes)
+
     def _probe(self, provider: str) -> None:
-        """The first call: results for the gate, memory, compilation and warm-up at once."""
+        """The first calls: results for the gate, memory, compilation and warm-up at once.
+
+        What infers is judged by a forward without a graph, what trains by outputs and gradients.
+        """
+        assert self.problem is not None
+        leaves = list(self.problem.leaves.values())
+        with configured(provider):
+            for training in (False, True):
+                modes = [m for m in self.case.modes if (m != "fwd") is training]
+                modes = [m for m in modes if self.rows[provider, m].status == "ok"]
+                try:
+                    if modes:
+                        self._first(provider, modes, leaves if training else [])
+                except Exception as error:
+                    if is_sticky(str(error)):
+                        raise
+                    for mode in modes:
+                        self.fail([provider], error, mode=mode)
+
+    def _first(self, provider: str, modes: Sequence[str], leaves: Sequence[Tensor]) -> None:
+        """leaves: what gradients are taken for, none for a forward without a graph."""
         problem, gate, device = self.problem, self.gate, self.runner.device
         assert problem is not None
         assert gate is not None
         forward = problem.calls[provider]
-        leaves = list(problem.leaves.values())
         saved: list[int] = []
 
         def step() -> parity.Result:
@@ -304,31 +330,30 @@ class Prepared:
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
-        with configured(provider):
-            started = perf_counter()
-            with self._launches(provider) as launches:
-                step_peak, result = memory.peak_bytes(step, device)
-            first = perf_counter() - started
-            accuracy = gate.check(result)
-            del result
-            if self._compiles:
-                step_peak, _ = memory.peak_bytes(step, device)
-            peaks = {"step" if leaves else "fwd": step_peak}
-            for mode in self.case.modes:
-                if mode not in peaks:
-                    try:
-                        peaks[mode] = self._peak(forward, leaves, mode)
-                    except Exception as error:
-                        self.fail([provider], error, mode=mode)
-        for mode in self.case.modes:
-            if mode not in peaks:
-                continue
-            row, peak = self.rows[provider, mode], peaks[mode]
+        started = perf_counter()
+        with self._launches(provider) as launches:
+            step_peak, result = memory.peak_bytes(step, device)
+        first = perf_counter() - started
+        accuracy = gate.check(result, "outputs")
+        if leaves:
+            accuracy = accuracy.worse(gate.check(result, "gradients"))
+        del result
+        if self._compiles:
+            step_peak, _ = memory.peak_bytes(step, device)
+        for mode in modes:
+            row, peak = self.rows[provider, mode], step_peak
+            if mode in ("fwd_train", "bwd"):
+                try:
+                    peak = self._peak(forward, leaves, mode)
+                except Exception as error:
+                    if is_sticky(str(error)):
+                        raise
+                    self.fail([provider], error, mode=mode)
+                    continue
             row.first_call_s = first
             row.peak_mib = peak / memory.MIB
             row.saved_mib = saved[0] / memory.MIB if leaves else None
-            row.rms_ratio, row.max_ratio = accuracy.rms_ratio, accuracy.max_ratio
-            row.budget = accuracy.budget
+            row.rms_ratio, row.max_ratio, row.budget = astuple(accuracy)
             row.config = "; ".join(launches)
 
     @property

@@ -16,7 +16,6 @@ rehearsal, whose times mean nothing.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
@@ -123,7 +122,9 @@ class Search:
             with _tuned.use(trial):
                 outputs = problem.calls["triton"]()
                 gradients = self.gate.gradients(outputs, list(problem.leaves.values()))
-            self.gate.check(parity.Result(tuple(x.detach() for x in outputs), gradients))
+            result = parity.Result(tuple(x.detach() for x in outputs), gradients)
+            for part in ("outputs", "gradients"):
+                self.gate.check(result, part)
         except Exception as error:  # whatever a compiler, a driver or the gate has against it
             return said(error)
         return ""
@@ -229,8 +230,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     until = monotonic() + 60 * args.minutes
     longest = 0.0
     made_on = _made_on(device, interpreting)
-    entries = _earlier(args.out / "search.json", made_on)
-    table = {_key(e): replace(_tuned.default(_key(e)), **e["config"]) for e in entries}
+    entries, table = _earlier(args.out / "search.json", made_on)
     late = 0
     stream = nullcontext() if interpreting else torch.cuda.stream(torch.cuda.Stream(device))
     with stream:
@@ -280,13 +280,22 @@ def _made_on(device: torch.device, rehearsal: bool) -> dict[str, Any]:
     return found | {"rehearsal": rehearsal}
 
 
-def _earlier(path: Path, made_on: dict[str, Any]) -> list[dict[str, Any]]:
-    """What an earlier search of the same source on the same device has decided."""
+def _earlier(
+    path: Path, made_on: dict[str, Any]
+) -> tuple[list[dict[str, Any]], dict[_tuned.Key, Any]]:
+    """What an earlier search of the same source on the same device has decided, entries and table.
+    Raises ValueError naming the file and what is wrong with it."""
     if not path.is_file():
-        return []
-    content = json.loads(path.read_text())
-    same = all(content["made_on"][key] == made_on[key] for key in made_on if key != "utc")
-    return content["configs"] if same else []
+        return [], {}
+    content = _tuned.content(path)
+    before = content.get("made_on")
+    if type(before) is not dict or any(before.get(k) != made_on[k] for k in made_on if k != "utc"):
+        return [], {}
+    table = _tuned.read(path)
+    for i, entry in enumerate(content["configs"], start=1):
+        if "default" not in entry:
+            raise ValueError(f"{path.name} entry {i}: it must have 'default', as `tune` writes it")
+    return content["configs"], table
 
 
 def _line(entry: dict[str, Any]) -> str:

@@ -28,8 +28,8 @@ class Tolerance:
     With `y` the error of the yardstick, `o` the oracle and `T` the longest sequential chain of the
     kernel, the error `e` of the tested result has to satisfy
 
-        rms(e)  <= rms * rms(y)   + (rms_eps * eps  + chain_eps * eps32 * sqrt(T)) * rms(o)
-        amax(e) <= amax * amax(y) + (amax_eps * eps + chain_eps * eps32 * sqrt(T)) * amax(o)
+        rms(e)  <= rms * rms(y)   + (rms_eps * eps  + chain_eps * eps32 * sqrt(T))     * rms(o)
+        amax(e) <= amax * amax(y) + (amax_eps * eps + 3 * chain_eps * eps32 * sqrt(T)) * amax(o)
 
     where a factor of `None` asserts nothing. The yardstick "oracle" takes `o` itself for `y`;
     "equal" asks for equal values. `contraction` is the shortest sum a result may come from for the
@@ -69,7 +69,9 @@ FWD, GRAD, PARAM, STAT = ("forward",), ("gradient",), ("parameter",), ("statisti
 # Tier A starts at 4096 elements and sums of 64 terms: below, cancellation puts a correct kernel
 # anywhere between 1 and 30 floors. An operation without a sum of rounded products rounds once, at
 # its store, and sits on the floor. Tier B adds a whole eps in fp32, where a quarter gave false
-# alarms on single rows. Sums grow by about 0.16 eps sqrt(chain): tier D allows 0.2.
+# alarms on single rows. Errors of sums walk at random: their RMS grows by 0.11 to 0.16 eps
+# sqrt(chain), where tier D allows 0.2, and the worst of hundreds of sums lies up to 0.5 away, where
+# it allows 0.6.
 # fmt: off
 POLICY: tuple[Tolerance, ...] = (
     Tolerance("A floor", FWD,  HALF, "floor", rms=1.15, numel=LARGE, contraction=0),
@@ -265,12 +267,12 @@ def assert_parity(
                 row = replace(row, **dict(made.constants))
         chained = row.chain_eps * EPS[torch.float32] * math.sqrt(chain)
         for metric, norm, factor, slack in (
-            ("rms", _rms, row.rms, row.rms_eps),
-            ("amax", _amax, row.amax, row.amax_eps),
+            ("rms", _rms, row.rms, row.rms_eps * eps + chained),
+            ("amax", _amax, row.amax, row.amax_eps * eps + 3 * chained),
         ):
             if factor is not None:
                 yardstick = norm(yardsticks[row.yardstick])
-                allowed = factor * yardstick + (slack * eps + chained) * norm(truth)
+                allowed = factor * yardstick + slack * norm(truth)
                 checks.append(Check(row.tier, metric, norm(error), yardstick, allowed))
     failed = [check for check in checks if not check.ok]
     if failed:

@@ -14,9 +14,11 @@ loops be exercised by short inputs.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
-from equiseg_fast.kernels._tuned import remembered, tunable
+from equiseg_fast.kernels._tuned import at_least, remembered, tunable
 
 INTERPRETER = 0
 
@@ -26,6 +28,9 @@ PRECISIONS = (HALF, TF32, IEEE)
 
 HEAD_DIMS = (16, 32, 64, 128)
 """Padded head dimensions."""
+
+LEAST_PRODUCT = 16
+"""Terms of a sum of products on tensor cores; Triton refuses fewer."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +67,31 @@ def padded_head_dim(head_dim: int) -> int:
         if 1 <= head_dim <= padded:
             return padded
     raise ValueError(f"head_dim must be between 1 and {HEAD_DIMS[-1]}, got {head_dim}")
+
+
+_ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arch": (
+        "0 for the interpreter, or 10 * major + minor of a compute capability from 8.0 on",
+        lambda x: x == INTERPRETER or 80 <= x < 200,
+    ),
+    "precision": (f"one of {', '.join(PRECISIONS)}", lambda x: x in PRECISIONS),
+    "head_dim": (
+        f"one of {', '.join(map(str, HEAD_DIMS))}, or less than 128 and no multiple of 16",
+        lambda x: 1 <= x <= HEAD_DIMS[-1] and attention_width(x) == x,
+    ),
+    "itemsize": ("2 or 4", lambda x: x in (2, 4)),
+    **dict.fromkeys(
+        ("channels", "classes", "num_classes", "modalities"),
+        ("a positive integer", lambda x: x > 0),
+    ),
+}
+
+
+def argument_problem(name: str, value: Any) -> str:
+    """What an argument of the functions below must be, if the value is no such thing; else ""."""
+    allowed, fits = _ARGUMENTS[name]
+    kind = str if name == "precision" else int
+    return "" if type(value) is kind and fits(value) else allowed
 
 
 def _operands_in_shared_memory(arch: int) -> bool:
@@ -108,6 +138,7 @@ def _odd_attention(arch: int, precision: str, head_dim: int) -> TileConfig:
 
 
 @tunable
+@at_least(lambda *_: {"block_n": LEAST_PRODUCT})
 def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the forward kernel; the loop runs over keys.
 
@@ -130,6 +161,7 @@ def attention_fwd_config(arch: int, precision: str, head_dim: int) -> TileConfig
 
 
 @tunable
+@at_least(lambda *_: {"block_m": LEAST_PRODUCT})
 def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the kernel for dK and dV; the loop runs over queries."""
     if arch == INTERPRETER:
@@ -159,6 +191,7 @@ def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> TileConfi
 
 
 @tunable
+@at_least(lambda *_: {"block_n": LEAST_PRODUCT})
 def attention_dq_config(arch: int, precision: str, head_dim: int) -> TileConfig:
     """Tiles of the kernel for dQ; the loop runs over keys."""
     if arch == INTERPRETER:
@@ -407,6 +440,7 @@ def padded_classes(arch: int, num_classes: int) -> int:
 
 
 @tunable
+@at_least(lambda *_: {"block_l": LEAST_PRODUCT})
 def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int) -> TokenTile:
     """Tiles of the kernel that adds up the features of every class; the loop runs over tokens."""
     if arch == INTERPRETER:
@@ -512,6 +546,7 @@ def _class_tile(arch: int, block_k: int, elements: int) -> TileConfig:
 
 
 @tunable
+@at_least(lambda arch, classes: {"block_n": classes})
 def losses_fwd_config(arch: int, classes: int) -> TileConfig:
     """`block_m` cells by all classes (`block_n`)."""
     block_k = max(CLASS_PITCH, 1 << (classes - 1).bit_length())
@@ -618,6 +653,7 @@ def _norm_tile(channels: int, elements: int, num_warps: int) -> TokenTile:
 
 
 @tunable
+@at_least(lambda arch, channels: {"block_c": channels})
 def norm_fwd_config(arch: int, channels: int) -> TokenTile:
     """Rows that a program adds and normalises: 16 elements of either input per thread, on any
     architecture."""
@@ -630,6 +666,7 @@ left alone the compiler takes more, or, for sm_100, rather spills than takes mor
 
 
 @tunable
+@at_least(lambda arch, itemsize, channels: {"block_c": channels})
 def norm_bwd_config(arch: int, itemsize: int, channels: int) -> TokenTile:
     """Rows of one step of its backward; two sums per element stay in registers, on any
     architecture."""

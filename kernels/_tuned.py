@@ -11,16 +11,21 @@ from __future__ import annotations
 
 import functools
 import importlib
+import inspect
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 VARIABLE = "EQUISEG_FAST_TUNED"
 SCHEMA = 1
+
+WARPS = (1, 2, 4, 8, 16)
+LARGEST_TILE = 2**20
+"""Elements; Triton has none that are larger."""
 
 Key = tuple[str, tuple[Any, ...]]
 """Name of a function in `_configs` and its arguments."""
@@ -28,6 +33,7 @@ Table = Mapping[Key, Any]
 _Choose = TypeVar("_Choose", bound=Callable[..., Any])
 
 _functions: dict[str, Callable[..., Any]] = {}
+_least: dict[str, Callable[..., Mapping[str, int]]] = {}
 
 
 class _Choices:
@@ -75,16 +81,30 @@ def tunable(choose: _Choose) -> _Choose:
             config = choices.table.get(key)
             if config is None:
                 config = choose(*arguments)
+            else:
+                _check_once(key, config)
             choices.made[key] = config
         return config
 
     return chosen  # type: ignore[return-value]
 
 
+def at_least(least: Callable[..., Mapping[str, int]]) -> Callable[[_Choose], _Choose]:
+    """What the kernel cannot do without, whoever chooses: the least values of some fields, from
+    the arguments of the function. Goes under `tunable`."""
+
+    def named(choose: _Choose) -> _Choose:
+        _least[choose.__name__] = least
+        return choose
+
+    return named
+
+
 def default(key: Key) -> Any:
     """What is launched without any table."""
     name, arguments = key
-    return _functions[name](*arguments)
+    with use({}):  # functions call one another, also while the file that decides is being read
+        return _functions[name](*arguments)
 
 
 @contextmanager
@@ -105,43 +125,104 @@ def from_environment() -> Table:
     return read(Path(path)) if path else {}
 
 
+def check(key: Key, config: Any) -> None:
+    """Raises TypeError or ValueError, naming function and field, unless the kernel can be launched
+    with this configuration and is right with it."""
+    name, arguments = key
+    what = f"{name}{list(arguments)}"
+    expected = _functions[name].__annotations__["return"]
+    if type(config).__name__ != expected:
+        raise TypeError(f"{what} must be a {expected}; got {config!r}")
+    least = _least[name](*arguments) if name in _least else {}
+    tile = 1
+    for field in fields(config):
+        name, value = field.name, getattr(config, field.name)
+        whole = type(value) is int and value > 0
+        if field.type == "bool":
+            allowed, fits = "a bool", type(value) is bool
+        elif name == "num_warps":
+            allowed, fits = f"one of {', '.join(map(str, WARPS))}", whole and value in WARPS
+        elif name.startswith("block_"):
+            allowed, fits = "a power of two", whole and value.bit_count() == 1
+            tile *= value if fits else 1
+        else:
+            allowed, fits = "a positive integer", whole
+        if not fits:
+            raise ValueError(f"{what}: {name} must be {allowed}; got {value!r}")
+        if name in least and value < least[name]:
+            raise ValueError(f"{what}: {name} must be at least {least[name]}; got {value}")
+    if tile > LARGEST_TILE:
+        raise ValueError(f"{what}: blocks must hold at most {LARGEST_TILE} elements; got {tile}")
+
+
+_check_once = functools.lru_cache(check)
+
+
 def read(path: Path) -> dict[Key, Any]:
-    """The table of a file. Raises ValueError naming the file and the entry that is wrong."""
-    # Only what is imported has said that it is tunable.
-    importlib.import_module("equiseg_fast.kernels._configs")
+    """The table of a file. Raises ValueError naming the file, and the entry and field that are
+    wrong."""
+    table: dict[Key, Any] = {}
+    places: dict[Key, int] = {}
+    for i, entry in enumerate(content(path)["configs"], start=1):
+        try:
+            key, config = _entry(entry)
+            if key in table:
+                what = f"{key[0]}{list(key[1])}"
+                raise ValueError(f"{what} must be there once; is also entry {places[key]}")
+        except ValueError as error:
+            raise ValueError(f"{path.name} entry {i}: {error}") from error
+        table[key], places[key] = config, i
+    return table
+
+
+def content(path: Path) -> dict[str, Any]:
+    """The object in a file, whose "configs" are a list of what nobody has looked at yet. Raises
+    ValueError naming the file, and what is wrong with it."""
     try:
-        content = json.loads(path.read_text())
-        schema, entries = content["schema"], content["configs"]
-    except (OSError, TypeError, KeyError, json.JSONDecodeError) as error:
+        found = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
         raise ValueError(
             f"{VARIABLE} must name a file of `python -m benchmarks tune`; {path.name} is none "
-            f"({type(error).__name__}: {error})"
+            f"({type(error).__name__}: {getattr(error, 'strerror', None) or error})"
         ) from error
-    if schema != SCHEMA:
-        raise ValueError(f"{path.name}: schema must be {SCHEMA}; got {schema!r}")
-    return dict(_entry(path.name, entry) for entry in entries)
+    if _member(found, "schema", int, path.name) != SCHEMA:
+        raise ValueError(f"{path.name}: schema must be {SCHEMA}; got {found['schema']!r}")
+    _member(found, "configs", list, path.name)
+    return found
 
 
-def _entry(file: str, entry: Mapping[str, Any]) -> tuple[Key, Any]:
-    name, arguments = entry["function"], tuple(entry["arguments"])
+def _member(of: Any, name: str, kind: type, what: str) -> Any:
+    if type(of) is not dict:
+        raise ValueError(f"{what} must be an object; got {type(of).__name__}")
+    if name not in of:
+        raise ValueError(f"{what} must have {name!r}; got {', '.join(map(repr, of)) or 'nothing'}")
+    if type(of[name]) is not kind:
+        raise ValueError(f"{what}: {name} must be of type {kind.__name__}; got {of[name]!r}")
+    return of[name]
+
+
+def _entry(entry: Any) -> tuple[Key, Any]:
+    # Only what is imported has said that it is tunable.
+    configs = importlib.import_module("equiseg_fast.kernels._configs")
+    name = _member(entry, "function", str, "it")
+    arguments = _member(entry, "arguments", list, "it")
+    changes = _member(entry, "config", dict, "it")
     if name not in _functions:
-        raise ValueError(f"{file}: function must be one of {sorted(_functions)}; got {name!r}")
-    try:
-        known = asdict(default((name, arguments)))
-    except (TypeError, KeyError, ValueError) as error:
-        raise ValueError(
-            f"{file}: {name} takes no arguments {list(arguments)} ({error})"
-        ) from error
-    for field, value in entry["config"].items():
-        if field not in known:
-            raise ValueError(f"{file}: {name} has {', '.join(known)}; got {field!r}")
-        if type(known[field]) is bool:
-            kind, fits = "a bool", type(value) is bool
-        else:
-            kind, fits = "a positive integer", type(value) is int and value > 0
-        if not fits:
-            raise ValueError(f"{file}: {field} of {name} must be {kind}; got {value!r}")
-    return (name, arguments), replace(default((name, arguments)), **entry["config"])
+        raise ValueError(f"function must be one of {sorted(_functions)}; got {name!r}")
+    wanted = list(inspect.signature(_functions[name]).parameters)
+    if len(arguments) != len(wanted):
+        raise ValueError(f"arguments of {name} must be {wanted}; got {arguments}")
+    for argument, value in zip(wanted, arguments, strict=True):
+        if allowed := configs.argument_problem(argument, value):
+            raise ValueError(f"{argument} of {name} must be {allowed}; got {value!r}")
+    key = name, tuple(arguments)
+    chosen = default(key)
+    known = [field.name for field in fields(chosen)]
+    if unknown := [field for field in changes if field not in known]:
+        raise ValueError(f"{name} has {', '.join(known)}; got {unknown[0]!r}")
+    config = replace(chosen, **changes)
+    check(key, config)
+    return key, config
 
 
 def write(path: Path, configs: list[dict[str, Any]], made_on: Mapping[str, Any]) -> None:

@@ -31,6 +31,7 @@ from benchmarks.registry import (
 from benchmarks.reporting import analysis, report
 from benchmarks.reporting.plots import sensors as sensor_plot
 from benchmarks.runner import Runner
+from equiseg_fast import add_layer_norm
 from equiseg_fast.models import EQUISeg
 
 CPU = torch.device("cpu")
@@ -221,7 +222,6 @@ def _fails(x: Tensor) -> Tensor:
         (lambda x: x * 1.001, "incorrect", "error"),
         (lambda x: x[:, :-1], "incorrect", "shape"),
         (lambda x: torch.where(x == x.max(), float("nan"), x), "incorrect", "not finite"),
-        (_WrongGradient.apply, "incorrect", "dx"),
         (_fails, "error", "RuntimeError: no such kernel image"),
     ],
 )
@@ -234,6 +234,62 @@ def test_what_is_wrong_is_not_timed(spoil, status: str, reason: str) -> None:
         assert row.p50_us is row.peak_mib is row.tflops is None
         assert row.n == 0
         assert rows["baseline", mode].status == "ok"
+
+
+class _OneInTenThousand(_WrongGradient):
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        return 1.0001 * grad
+
+
+class _NoGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> Tensor:
+        raise RuntimeError("no backward here")
+
+
+@pytest.mark.parametrize("name", ["depthwise", "encoder"])
+@pytest.mark.parametrize(
+    ("spoil", "status"), [(_WrongGradient.apply, "incorrect"), (_NoGradient.apply, "error")]
+)
+def test_a_gradient_refuses_no_forward(name: str, spoil, status: str) -> None:
+    case = case_of(with_wrong(operations()[name], spoil))
+    rows = run_case(replace(case, providers=("reference", "torch")))
+    forward, step = rows["torch", "fwd"], rows["torch", "step"]
+    assert (forward.status, step.status) == ("ok", status)
+    assert forward.p50_us > 0
+    assert forward.budget < 1
+    assert step.p50_us is None
+    # Who runs forwards alone asks for no gradient, not even of the reference.
+    alone = replace(case, modes=("fwd",), providers=("torch",))
+    (row,) = run_case(alone).values()
+    assert (row.status, row.saved_mib) == ("ok", None)
+
+
+def test_long_chains_of_one_thread_pass_and_what_is_wrong_does_not() -> None:
+    """PyTorch's LayerNorm then adds 16,560 terms one after the other."""
+    torch.set_num_threads(1)
+    op, shape = operations()["norm"], Shape("b0", 2, 480, 736)
+    case = Case(op, shape, "fp32", ("fwd", "step"), ("baseline", "torch"))
+    assert {row.status for row in run_case(case).values()} == {"ok"}
+
+    def build(*arguments: object) -> Problem:
+        problem = op.build(*arguments)
+
+        def wrong() -> tuple[Tensor, ...]:
+            weight = _OneInTenThousand.apply(problem.inputs["weight"])
+            return add_layer_norm(**{**problem.inputs, "weight": weight}, backend="torch")
+
+        problem.calls["torch"] = wrong
+        return problem
+
+    step = replace(case, op=replace(op, build=build), modes=("step",), providers=("torch",))
+    (row,) = run_case(step).values()
+    assert (row.status, row.reason[:7]) == ("incorrect", "dweight")
 
 
 @pytest.mark.parametrize("name", ["model", "training"])

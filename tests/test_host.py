@@ -161,7 +161,7 @@ class TestConfigurations:
 
     def test_threads_that_ask_while_tables_come_and_go(self) -> None:
         allowed = {_configs.norm_fwd_config(90, c) for c in range(1, 200)}
-        other = _configs.TokenTile(1, 1, 1)
+        other = _configs.TokenTile(1, 64, 1)
         wrong: list[Any] = []
         done = threading.Event()
 

@@ -279,6 +279,24 @@ def test_parameter_sums_may_grow_with_the_chain() -> None:
         check(chain=1)
 
 
+@pytest.mark.parametrize("mean", [0.0, 0.7, 3.0])
+def test_errors_of_long_sums_walk_at_random(mean: float) -> None:
+    """Terms that are added one after the other pass in every column; one lost term does not."""
+    terms = mean + random_normal((16560, 128), seed=0)
+    oracle, eager = terms.double().sum(0), terms.sum(0)
+    total = torch.zeros(128)
+    for row in terms:
+        total += row
+    for columns in (slice(None), slice(64)):
+        check = partial(
+            assert_parity, oracle=oracle[columns], eager=eager[columns], kind="parameter",
+            chain=len(terms),
+        )  # fmt: skip
+        check(total[columns])
+        with pytest.raises(AssertionError, match="D tiny, amax"):
+            check((total - terms[0])[columns])
+
+
 def test_tf32() -> None:
     x, w = (random_normal((64, 64), seed=i) for i in range(2))
     eager, oracle = x @ w, x.double() @ w.double()

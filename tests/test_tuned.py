@@ -1,5 +1,7 @@
 """Tuned launch configurations: the file, its use, and the search that writes it."""
 
+import inspect
+import itertools
 import json
 import subprocess
 import sys
@@ -17,11 +19,11 @@ from rich.console import Console
 from benchmarks import tune
 from benchmarks.__main__ import main as benchmark_main
 from benchmarks.timing import Timing
-from equiseg_fast import guided_gate
+from equiseg_fast import add_layer_norm, guided_gate
 from equiseg_fast.testing import random_normal
 
 pytest.importorskip("triton", reason="needs triton")
-from equiseg_fast.kernels import _configs, _tuned
+from equiseg_fast.kernels import _common, _configs, _tuned
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = ("attention_fwd_config", (90, "half", 32))
@@ -81,35 +83,102 @@ class TestFile:
         ("text", "message"),
         [
             ("{", r"must name a file of `python -m benchmarks tune`; t\.json is none"),
-            ("[]", "t.json is none"),
-            ('{"schema": 1}', r"t\.json is none \(KeyError: 'configs'\)"),
+            ("\xe9", r"t\.json is none \(UnicodeDecodeError"),
+            ("[]", r"t\.json must be an object; got list"),
+            ("{}", r"t\.json must have 'schema'; got nothing"),
+            ('{"schema": 1, "x": {}}', r"t\.json must have 'configs'; got 'schema', 'x'"),
+            ('{"schema": 1, "configs": {}}', r"t\.json: configs must be of type list; got \{\}"),
+            ('{"schema": true, "configs": []}', r"t\.json: schema must be of type int; got True"),
             ('{"schema": 9, "configs": []}', r"t\.json: schema must be 1; got 9"),
+            ('{"schema": 1, "configs": ["x"]}', r"t\.json entry 1: it must be an object; got str"),
+            ('{"schema": 1, "configs": [{}]}', r"t\.json entry 1: it must have 'function'; got"),
         ],
     )
     def test_what_is_no_such_file(self, tmp_path: Path, text: str, message: str) -> None:
         path = tmp_path / "t.json"
-        path.write_text(text)
+        path.write_text(text, encoding="latin-1")
         with pytest.raises(ValueError, match=message):
             _tuned.read(path)
 
     def test_missing(self, tmp_path: Path) -> None:
-        with pytest.raises(ValueError, match=r"t\.json is none \(FileNotFoundError"):
+        with pytest.raises(ValueError, match=r"t\.json is none \(FileNotFoundError: No such"):
             _tuned.read(tmp_path / "t.json")
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"function": "exec"}, r"function must be one of \[.*got 'exec'"),
-            ({"arguments": [90]}, r"attention_fwd_config takes no arguments \[90\]"),
+            ({"function": None}, "function must be of type str; got None"),
+            ({"arguments": "90"}, "arguments must be of type list; got '90'"),
+            ({"arguments": [90]}, r"must be \['arch', 'precision', 'head_dim'\]; got \[90\]"),
+            ({"arguments": [9.0, "half", 32]}, "arch of attention_fwd_config .*; got 9.0"),
+            ({"arguments": [75, "half", 32]}, "capability from 8.0 on; got 75"),
+            ({"arguments": [True, "half", 32]}, "arch of attention_fwd_config .*; got True"),
+            ({"arguments": [90, "bf16", 32]}, "must be one of half, tf32, ieee; got 'bf16'"),
+            ({"arguments": [90, "half", 48]}, "no multiple of 16; got 48"),
+            ({"config": []}, r"config must be of type dict; got \[\]"),
             ({"config": {"block_x": 1}}, "attention_fwd_config has .*got 'block_x'"),
-            ({"config": {"block_m": "64"}}, "block_m of attention_fwd_config must be a positive"),
-            ({"config": {"block_m": 0}}, "block_m of attention_fwd_config must be a positive"),
-            ({"config": {"lean": 1}}, "lean of attention_fwd_config must be a bool; got 1"),
+            ({"config": {"block_m": "64"}}, "block_m must be a power of two; got '64'"),
+            ({"config": {"block_m": [64]}}, r"block_m must be a power of two; got \[64\]"),
+            ({"config": {"block_m": 0}}, "block_m must be a power of two; got 0"),
+            ({"config": {"block_m": -64}}, "block_m must be a power of two; got -64"),
+            ({"config": {"block_m": 96}}, "block_m must be a power of two; got 96"),
+            ({"config": {"block_m": 64.0}}, "block_m must be a power of two; got 64.0"),
+            ({"config": {"block_m": 2**21}}, "blocks must hold at most 1048576 elements; got "),
+            ({"config": {"block_n": 8}}, "block_n must be at least 16; got 8"),
+            ({"config": {"num_warps": 3}}, "num_warps must be one of 1, 2, 4, 8, 16; got 3"),
+            ({"config": {"num_warps": True}}, "num_warps must be one of 1, 2, 4, 8, 16; got True"),
+            ({"config": {"num_stages": 0}}, "num_stages must be a positive integer; got 0"),
+            ({"config": {"lean": 1}}, "lean must be a bool; got 1"),
         ],
     )
     def test_bad_entries(self, tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+        good = {**ENTRY, "arguments": [80, "half", 32]}
+        with pytest.raises(ValueError, match=message) as error:
+            _tuned.read(write(tmp_path / "t.json", good, {**ENTRY, **changes}))
+        assert str(error.value).startswith("t.json entry 2: ")
+
+    @pytest.mark.parametrize(
+        ("function", "arguments", "field", "least"),
+        [
+            ("norm_fwd_config", (90, 48), "block_c", 64),
+            ("norm_bwd_config", (90, 2, 64), "block_c", 64),
+            ("losses_fwd_config", (90, 25), "block_n", 32),
+            ("class_sums_config", (90, 2, 25, 64), "block_l", 16),
+            ("attention_dkdv_config", (90, "half", 64), "block_m", 16),
+            ("attention_dq_config", (90, "half", 64), "block_n", 16),
+        ],
+    )
+    def test_what_a_kernel_holds_whole(
+        self, tmp_path: Path, function: str, arguments: tuple[Any, ...], field: str, least: int
+    ) -> None:
+        """Rows and classes that do not fit would be wrong without a word."""
+        entry = {"function": function, "arguments": list(arguments)}
+        path = tmp_path / "t.json"
+        good = _tuned.read(write(path, entry | {"config": {field: least}}))
+        assert getattr(good[function, arguments], field) == least
+        message = rf"entry 1: {function}\[.*\]: {field} must be at least .*; got {least // 2}"
         with pytest.raises(ValueError, match=message):
-            _tuned.read(write(tmp_path / "t.json", {**ENTRY, **changes}))
+            _tuned.read(write(path, entry | {"config": {field: least // 2}}))
+
+    def test_no_entry_twice(self, tmp_path: Path) -> None:
+        path = write(tmp_path / "t.json", ENTRY, ENTRY)
+        with pytest.raises(ValueError, match=r"entry 2: .* must be there once; is also entry 1"):
+            _tuned.read(path)
+
+    def test_every_default_passes(self) -> None:
+        values = {
+            "arch": (0, 80, 86, 89, 90, 100, 120), "precision": _configs.PRECISIONS,
+            "head_dim": (1, 16, 17, 64, 100, 128), "itemsize": (2, 4), "modalities": (1, 3, 8),
+            "channels": (1, 15, 32, 64, 160, 320, 4096), "classes": (1, 25, 256),
+            "num_classes": (1, 25, 256),
+        }  # fmt: skip
+        for name, choose in _tuned._functions.items():
+            names = inspect.signature(choose).parameters
+            for arguments in itertools.product(*(values[n] for n in names)):
+                allowed = map(_configs.argument_problem, names, arguments)
+                assert not any(allowed), (name, arguments)
+                _tuned.check((name, arguments), _tuned.default((name, arguments)))
 
 
 def _environment() -> dict[str, str]:
@@ -124,6 +193,35 @@ def gate_problem() -> dict[str, Any]:
 
 
 class TestUse:
+    def test_what_a_table_holds_is_checked_too(self) -> None:
+        for config, message in (
+            (replace(chosen(), block_n=48), r"attention_fwd_config\[90, .*: block_n must"),
+            (_configs.TokenTile(64, 64, 4), r"must be a TileConfig; got TokenTile\("),
+        ):
+            with _tuned.use({KEY: config}), pytest.raises((TypeError, ValueError), match=message):
+                chosen()
+
+    def test_too_narrow_for_a_row(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        """Silently wrong before: half of a row was normalised."""
+        arch = _common.device_facts(torch.device(DEVICE))[0]
+        entry = {"function": "norm_fwd_config", "arguments": [arch, 32], "config": {"block_c": 16}}
+        monkeypatch.setenv(_tuned.VARIABLE, str(write(tmp_path / "t.json", entry)))
+        _tuned.from_environment.cache_clear()
+        x = torch.randn(1, 8, 32, device=DEVICE)
+        with pytest.raises(ValueError, match=r"t.json entry 1: norm.*at least 32; got 16"):
+            add_layer_norm(x, x, x[0, 0], x[0, 1], backend="triton")
+        _tuned.from_environment.cache_clear()
+
+    def test_a_file_may_name_what_asks_others(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        entry = {"function": "query_hub_dx_config", "arguments": [90, 2, 64]}
+        path = write(tmp_path / "t.json", entry | {"config": {"block_l": 8}})
+        monkeypatch.setenv(_tuned.VARIABLE, str(path))
+        _tuned.from_environment.cache_clear()
+        assert _configs.query_hub_dx_config(90, 2, 64).block_l == 8
+        _tuned.from_environment.cache_clear()
+
     def test_the_kernel_is_launched_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
         from equiseg_fast.kernels import guided_gate as kernels
 
@@ -345,4 +443,4 @@ class TestProvider:
         path = write(tmp_path / "t.json", {**ENTRY, "function": "f"})
         with pytest.raises(SystemExit, match="2"):
             benchmark_main(["run", "--dry-run", "--tuned", str(path)])
-        assert "t.json: function must be one of" in capsys.readouterr().err
+        assert "t.json entry 1: function must be one of" in capsys.readouterr().err
