@@ -22,9 +22,9 @@ from benchmarks.plan import Options, plan
 from benchmarks.record import Record, read_jsonl, write_jsonl
 from benchmarks.registry import Problem, Shape, operations
 from benchmarks.resume import AGAIN
-from benchmarks.visiting import steps, summary, visit
+from benchmarks.visiting import orphans, steps, summary, visit
 from benchmarks.visiting.archive import LOG_BYTES, pack
-from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, born, share
+from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, share
 from benchmarks.visiting.outcomes import Outcomes
 from benchmarks.visiting.simulate import simulate
 
@@ -39,7 +39,6 @@ def shell(name: str, script: str, **options: object) -> Task:
 
 def carry_out(folder: Path, steps: list[Step], seconds: float = 20.0) -> State:
     state = State(folder / "visit.json")
-    state.end_orphans()
     Visit(steps, state, folder, folder, time.monotonic() + seconds).run()
     return State(folder / "visit.json")
 
@@ -104,26 +103,56 @@ def test_what_was_running_when_everything_was_killed_is_run_again(tmp_path: Path
     assert (state.tasks["task"]["state"], state.tasks["task"]["attempts"]) == ("done", 2)
 
 
-def test_orphans_of_a_killed_visit_are_ended_first(tmp_path: Path) -> None:
-    """With their children; a stranger that was given the number later is left alone."""
-    tree = subprocess.Popen(
-        ("bash", "-c", f"sleep 300 & echo $! > {tmp_path}/child; wait"), start_new_session=True
-    )
-    stranger = subprocess.Popen(("sleep", "300"), start_new_session=True)
-    while not (tmp_path / "child").is_file() or not (tmp_path / "child").read_text().strip():
+def started(path: Path) -> int:
+    """The number of the process that writes it to this file."""
+    until = time.monotonic() + 60
+    while not path.is_file() or not path.read_text().endswith("\n"):
+        assert time.monotonic() < until
+        time.sleep(0.02)
+    return int(path.read_text())
+
+
+def gone(pid: int) -> bool:
+    until = time.monotonic() + 20
+    while alive(pid) and time.monotonic() < until:
         time.sleep(0.05)
-    running = {"state": "running", "attempts": 1}
-    tasks = {
-        "tree": running | {"pid": tree.pid, "born": born(tree.pid)},
-        "other": running | {"pid": stranger.pid, "born": born(stranger.pid) - 1},
-    }
-    (tmp_path / "visit.json").write_text(json.dumps({"tasks": tasks}))
+    return not alive(pid)
+
+
+VISIT = """
+import sys, time
+from pathlib import Path
+from benchmarks.visiting import orphans
+from benchmarks.visiting.budget import State, Step, Task, Visit
+folder = Path(sys.argv[1])
+script = "setsid sleep 300 & echo $! > child; echo $$ > leader; wait"
+step = Step("t", "", 1.0, (Task("t", ("bash", "-c", script), "t.log"),))
+with orphans.ended_with_this_process(str(folder)):
+    Visit((step,), State(folder / "visit.json"), folder, folder, time.monotonic() + 99).run()
+"""
+
+
+def test_a_visit_that_is_killed_takes_along_what_it_has_started(tmp_path: Path) -> None:
+    """Also what has left its session, and what runs on when its own parent has ended."""
+    visit = subprocess.Popen((sys.executable, "-c", VISIT, str(tmp_path)), cwd=ROOT)
+    pids = [started(tmp_path / name) for name in ("child", "leader")]
+    visit.kill()
+    visit.wait()
+    assert all(map(gone, pids))
+    assert State(tmp_path / "visit.json").tasks["t"]["state"] == "cut off"
+
+
+def test_the_next_visit_ends_what_is_left_and_no_stranger(tmp_path: Path) -> None:
+    env = {**os.environ, orphans.MARK: str(tmp_path)}
+    script = f"sleep 300 & echo $! > {tmp_path}/child; exit"
+    subprocess.run(("bash", "-c", script), env=env, start_new_session=True, check=True)
+    stranger = subprocess.Popen(("sleep", "300"), env={**env, orphans.MARK: f"{tmp_path}/other"})
     try:
-        assert State(tmp_path / "visit.json").end_orphans() == ["tree"]
-        assert tree.wait(timeout=10) == -signal.SIGKILL
-        assert not alive(int((tmp_path / "child").read_text()))
+        child = started(tmp_path / "child")
+        assert orphans.end(str(tmp_path)) == 1
+        assert gone(child)
         assert stranger.poll() is None
-        assert {v["state"] for v in State(tmp_path / "visit.json").tasks.values()} == {"cut off"}
+        assert orphans.end(str(tmp_path)) == 0
     finally:
         stranger.kill()
         stranger.wait()
@@ -279,7 +308,10 @@ def test_parity_first_and_nothing_left_is_no_failure(tmp_path: Path) -> None:
     assert pytest_with_outcomes(tmp_path, ORDERED) == 0
     names = [test.split("::")[-1] for test in Outcomes.read(tmp_path / "out.jsonl").ended]
     assert names == ["test_a", "test_b", "test_export"]
-    assert pytest_with_outcomes(tmp_path, ORDERED) == 0
+    # Finished by whoever went on when the visit was killed.
+    pytest.importorskip("xdist")
+    for options in ((), ("-p", "xdist", "-n", "1", "--dist", "load")):
+        assert pytest_with_outcomes(tmp_path, ORDERED, *options) == 0
 
 
 def test_outcomes_of_several_processes(tmp_path: Path) -> None:
@@ -298,7 +330,7 @@ def test_outcomes_of_several_processes(tmp_path: Path) -> None:
 def test_an_error_of_the_device_starts_a_new_process(tmp_path: Path) -> None:
     assert pytest_with_outcomes(tmp_path, STICKY) == AGAIN
     assert list(Outcomes.read(tmp_path / "out.jsonl").ended) == ["test_some.py::test_error"]
-    assert pytest_with_outcomes(tmp_path, STICKY) == 0
+    assert pytest_with_outcomes(tmp_path, STICKY) == 1  # what is left passes, what has failed stays
     counts = Outcomes.read(tmp_path / "out.jsonl").counts()
     assert dict(counts) == {"failed": 1, "passed": 1}
 
@@ -596,13 +628,10 @@ def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
     running = subprocess.Popen(
         command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
-    waited = time.monotonic()
-    while not (tmp_path / "pid").is_file() or not (tmp_path / "pid").read_text().strip():
-        assert time.monotonic() - waited < 60
-        time.sleep(0.1)
+    pid = started(tmp_path / "pid")
     running.send_signal(signal.SIGTERM)
     assert running.wait(timeout=30) != 0
-    assert not alive(int((tmp_path / "pid").read_text()))
+    assert not alive(pid)
     assert State(tmp_path / "visit.json").tasks["t"]["state"] == "cut off"
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from benchmarks.resume import AGAIN
+from benchmarks.visiting import orphans
 
 POLL_SECONDS = 0.05
 TICK_SECONDS = 10.0
@@ -109,8 +110,8 @@ class State:
     """What became of every task, in `visit.json`.
 
     Per task: state ("running", "done", "cut off", "hopeless", "not started" or "not possible"),
-    started (UTC), seconds, rc (the exit status), attempts, reason, and while it runs pid and born,
-    which name its process. One that is found "running" lost its visit.
+    started (UTC), seconds, rc (the exit status), attempts, reason. One that is found "running" was
+    cut off together with its visit.
     """
 
     def __init__(self, path: Path, changed: Callable[[], None] = lambda: None) -> None:
@@ -119,6 +120,9 @@ class State:
         self.tasks: dict[str, dict[str, Any]] = {}
         if path.is_file():
             self.tasks = json.loads(path.read_text())["tasks"]
+        for values in self.tasks.values():
+            if values["state"] == "running":
+                values["state"] = "cut off"
 
     def of(self, task: Task) -> dict[str, Any]:
         return self.tasks.get(task.name, {})
@@ -132,51 +136,11 @@ class State:
         self.tasks[task.name] = {name: value for name, value in kept.items() if value is not None}
         self._write()
 
-    def end_orphans(self) -> list[str]:
-        """Kill what a visit that was killed has left running; the names of the tasks."""
-        ended = []
-        for name, values in self.tasks.items():
-            if values.get("state") != "running":
-                continue
-            pid = values.pop("pid", None)
-            if pid is not None and born(pid) == values.pop("born", None):
-                with suppress(ProcessLookupError):
-                    os.killpg(pid, signal.SIGKILL)
-                # What it held of the GPU is free only once it is gone.
-                until = time.monotonic() + GRACE_SECONDS
-                while _lives(pid) and time.monotonic() < until:
-                    time.sleep(POLL_SECONDS)
-                ended.append(name)
-            values["state"] = "cut off"
-        self._write()
-        return ended
-
     def _write(self) -> None:
         whole = self.path.with_suffix(".new")
         whole.write_text(json.dumps({"tasks": self.tasks}, indent=1) + "\n")
         whole.replace(self.path)
         self.changed()
-
-
-def _fields(stat: Path) -> list[str]:
-    """Of a process that runs: state, parent, group and so on; empty of one that has ended."""
-    try:
-        fields = stat.read_text().rsplit(")", 1)[1].split()
-    except OSError:
-        return []
-    return [] if fields[0] == "Z" else fields
-
-
-def born(pid: int) -> int | None:
-    """When a process was started, in ticks since boot, which tells it from a later one of the same
-    number; None if there is none."""
-    fields = _fields(Path(f"/proc/{pid}/stat"))
-    return int(fields[19]) if fields else None
-
-
-def _lives(group: int) -> bool:
-    stats = map(_fields, Path("/proc").glob("[0-9]*/stat"))
-    return any(int(fields[2]) == group for fields in stats if fields)
 
 
 class Running:
@@ -190,7 +154,8 @@ class Running:
         attempt = state.of(task).get("attempts", 0) + 1
         minutes = f"{USABLE * limit / 60:.2f}"
         self.command = [word.replace("{minutes}", minutes) for word in task.command]
-        chosen = {**os.environ, **visit.environment, **task.variables}
+        mark = {orphans.MARK: str(visit.folder)}
+        chosen = {**os.environ, **visit.environment, **task.variables, **mark}
         self.environment = {name: value for name, value in chosen.items() if value is not None}
         self.restarts = task.restarts
         self.cwd = visit.cwd
@@ -207,8 +172,7 @@ class Running:
         self.process = self.machine.start(
             self.task, self.command, self.environment, self.cwd, self.output, how
         )
-        pid = self.process.pid
-        self.state.set(self.task, state="running", pid=pid, born=born(pid))
+        self.state.set(self.task, state="running")
 
     def finished(self) -> bool:
         """Whether it has ended, also because its time is up or it is hopeless."""
@@ -248,7 +212,6 @@ class Running:
         seconds = round(self.machine.now() - self.started, 1)
         self.state.set(
             self.task, state=state, rc=self.process.returncode, seconds=seconds, reason=reason,
-            pid=None, born=None,
         )  # fmt: skip
 
 

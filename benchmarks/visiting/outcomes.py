@@ -6,8 +6,8 @@ FILE gets one JSON line when a test starts and one when it has ended. What has e
 again with the same FILE; what was under way when the run was killed comes last, so that a test that
 hangs or crashes does not keep the others from being run. Parity comes first; compilers and exports
 say little about kernels and come late. After an error of the device, which spoils every later call
-of the process, pytest exits with `resume.AGAIN`. With nothing left to run the exit status is that
-of what was run before. With pytest-xdist the process that starts the others reads and writes FILE.
+of the process, pytest exits with `resume.AGAIN`. The exit status is that of all that is in
+FILE, whoever ran it: with nothing left to run, too, and with what has failed before. With pytest-xdist the process that starts the others reads and writes FILE.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def pytest_configure(config: pytest.Config) -> None:
         before = Outcomes.read(path)
         config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
         alone = not config.getoption("numprocesses", None)
-        config.pluginmanager.register(_Writer(path, before, alone), "outcomes-writer")
+        config.pluginmanager.register(_Writer(path, alone), "outcomes-writer")
         if config.pluginmanager.hasplugin("xdist"):
             config.pluginmanager.register(_Sharer(before), "outcomes-sharer")
 
@@ -134,9 +134,8 @@ class _Worker:
 class _Writer:
     """alone: whether the tests run in this process, which an error of the device ends."""
 
-    def __init__(self, path: Path, before: Outcomes, alone: bool) -> None:
+    def __init__(self, path: Path, alone: bool) -> None:
         self.path = path
-        self.before = before
         self.alone = alone
         self.sticky: set[str] = set()
         if path.is_file():
@@ -144,9 +143,9 @@ class _Writer:
         self._write(device=_device())
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        if exitstatus == 5 and self.before.ended:  # no test was left
-            failed = any(line["outcome"] == "failed" for line in self.before.ended.values())
-            session.exitstatus = int(failed)
+        counts = Outcomes.read(self.path).counts()
+        if exitstatus in (0, 5) and counts:  # all has passed here, or no test was left
+            session.exitstatus = int(counts["failed"] > 0)
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(test=nodeid)

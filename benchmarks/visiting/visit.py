@@ -23,6 +23,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.options import ROOT, choose_device
+from benchmarks.visiting import orphans
 from benchmarks.visiting.archive import pack
 from benchmarks.visiting.budget import State, Step, Visit, share
 from benchmarks.visiting.simulate import simulate
@@ -99,8 +100,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 console.print(f"no {what}: {type(error).__name__}: {error}", markup=False)
 
     state.changed = keep
-    for name in state.end_orphans():
-        console.print(f"{name}: ended what an earlier visit had left running")
+    if ended := orphans.end(str(folder)):
+        console.print(f"ended {ended} processes that an earlier visit had left running")
 
     def said(text: str) -> None:
         console.print(f"{time.monotonic() - started:5.0f} s  {text}", markup=False)
@@ -109,7 +110,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         planned, state, folder, ROOT, started + 60 * minutes, progress=said, tick=keep,
         environment={"TRITON_CACHE_DIR": str(cache), "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
-    with _terminable():
+    with _terminable(), orphans.ended_with_this_process(str(folder)):
         visit.run()
     keep()
     console.print(table(planned, state, folder))
