@@ -6,8 +6,9 @@ FILE gets one JSON line when a test starts and one when it has ended. What has e
 again with the same FILE; what was under way when the run was killed comes last, so that a test that
 hangs or crashes does not keep the others from being run. Parity comes first; compilers and exports
 say little about kernels and come late. After an error of the device, which spoils every later call
-of the process, pytest exits with `resume.AGAIN`. The exit status is that of all that is in
-FILE, whoever ran it: with nothing left to run, too, and with what has failed before. With pytest-xdist the process that starts the others reads and writes FILE.
+of the process, pytest exits with `resume.AGAIN`. The exit status is that of all that is in FILE,
+whoever ran it: with nothing left to run, too, and with what has failed before. With pytest-xdist
+the process that starts the others reads and writes FILE.
 """
 
 from __future__ import annotations
