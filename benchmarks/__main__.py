@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from time import perf_counter, process_time
 
@@ -41,7 +40,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments  # noqa: E402
-from benchmarks.plan import Case, Options, dry_run, plan, remaining  # noqa: E402
+from benchmarks.plan import EXTRAS, Case, Options, dry_run, extras, plan, remaining  # noqa: E402
 from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.reporting import readme, report, terminal  # noqa: E402
@@ -100,7 +99,9 @@ def _parser() -> argparse.ArgumentParser:
         "--no-report", action="store_true", help="records only: no report, plots, sensors"
     )
     run.add_argument(
-        "--dry-run", action="store_true", help="only list cases, providers and why some are skipped"
+        "--dry-run",
+        action="store_true",
+        help="only say what would run, and who is left out and why",
     )
     run.set_defaults(run=_run)
 
@@ -166,7 +167,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     device = choose_device(args.device, needed=not args.dry_run)
     options = Options(
         args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-        args.seed, args.shape,
+        args.seed, args.shape, args.at,
     )  # fmt: skip
     if args.tuned:
         _tuned.read(Path(args.tuned))  # what is wrong with it is said before anything runs
@@ -174,8 +175,13 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     cases = plan(options)
     if args.largest_first:
         cases.sort(key=_bytes, reverse=True)
+    wanted = {} if args.no_report else extras(options, cases)
+    chosen = [name for name, reason in wanted.items() if not reason]
+    skipped = [f"skipped: {name}: {reason}" for name, reason in wanted.items() if reason]
     if args.dry_run:
-        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        further = skipped + [f"then: {name}: {EXTRAS[name]}" for name in chosen]
+        further += [] if args.no_report else ["then: report and plots"]
+        console.print("\n".join(dry_run(cases, device, further)), markup=False, soft_wrap=True)
         return 0
     if args.resume and not args.out:
         raise ValueError("--resume needs --out, the folder of the run that ended")
@@ -213,9 +219,8 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         results.add(rows)
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    sensors = args.suite == "quick" and not args.no_report
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(waiting) + sensors)
+        task = progress.add_task("", total=len(waiting) + len(chosen))
         for case in waiting:
             try:
                 runner.run(case, lambda text: progress.update(task, description=text), keep)
@@ -233,20 +238,21 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         if args.no_report:
             console.print(_closing(phases, out))
             return 1 if broken else 0
-        progress.update(task, description="parts of the model")
-        try:
-            _breakdown(rows, device, out, args.seed, phases)
-        except RuntimeError as error:  # out of memory, for one; the rows are worth their report
-            console.print(f"no breakdown of the model: {error}", markup=False)
-        if sensors and not find_spec("skimage"):
-            console.print("no picture of the sensors: scikit-image is not installed")
-        elif sensors:
-            progress.update(task, description="sensors: training and blanking")
-            _sensors(out, args.seed, phases)
+        for name in chosen:
+            progress.update(task, description=EXTRAS[name])
+            try:
+                if name == "breakdown":
+                    _breakdown(rows, device, out, args.seed, phases)
+                else:
+                    _sensors(out, args.seed, phases)
+            except RuntimeError as error:  # out of memory, for one; the rows are worth their report
+                console.print(f"no {name}: {error}", markup=False)
             progress.advance(task)
     with phases.phase("report and plots"):
         report.write(rows, env, out)
     terminal.show(rows, console)
+    for line in skipped:
+        console.print(line)
     console.print(_closing(phases, out))
     return 1 if broken else 0
 

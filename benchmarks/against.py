@@ -28,16 +28,13 @@ from benchmarks import compare
 from benchmarks.alternate import Side, Task, measure
 from benchmarks.options import (
     ROOT,
-    cases_at,
     choose_device,
     selection_arguments,
-    shape_argument,
     verdict_arguments,
 )
-from benchmarks.plan import Options, dry_run
+from benchmarks.plan import Options, dry_run, plan
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import SUITES
-from benchmarks.reporting.analysis import contention
 
 OURS = ("torch", "triton")
 BLOCK_SECONDS = 0.1
@@ -49,7 +46,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="REV", help="any revision git knows")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
     selection_arguments(parser)
-    shape_argument(parser)
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
@@ -72,10 +68,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
     options = Options(
         suite=args.suite, ops=args.op, providers=args.provider or OURS, dtypes=args.dtype,
         modes=args.mode, device=str(device), method=args.method, seed=args.seed,
-        shape=args.shape,
+        shape=args.shape, at=args.at,
     )  # fmt: skip
     suite = replace(SUITES[args.suite], seconds=BLOCK_SECONDS, rounds=BLOCK_ROUNDS)
-    cases = cases_at(options, args.at)
+    cases = plan(options)
     tasks = [
         Task(replace(case, modes=(mode,)), options, suite) for case in cases for mode in case.modes
     ]
@@ -109,7 +105,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
     console.print(compare.table(changes, title))
     notes = (
         *_without_base(*rows),
-        *contention([*rows[0], *rows[1]]),
+        *compare.lost(changes),
+        *compare.busy(*rows),
         *compare.hidden(changes, args.threshold),
     )
     for line in notes:

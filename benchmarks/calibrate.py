@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import gpus
 from benchmarks.cost import Limits
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.timing import Timing
 
 if TYPE_CHECKING:
@@ -276,14 +277,15 @@ def published(name: str, gpu: gpus.Gpu | None) -> float | None:
     return {"copy": gpu.bandwidth, "exps": gpu.exps, **gpu.peak}.get(name)
 
 
-def table(measurements: list[Measurement], device: str, gpu: gpus.Gpu | None) -> Any:
+def table(measurements: list[Measurement], device: str, gpu: gpus.Gpu | None) -> FittedTable:
     """A table for the terminal, the datasheet beside what was measured."""
-    from rich.table import Table
-
-    shown = Table(title=f"measured on {device}", title_justify="left")
-    shown.add_column("what")
-    for column in ("best", "median", "spread", "n", "datasheet", "of it"):
-        shown.add_column(column, justify="right")
+    shown = FittedTable(
+        ("what", "best", "median", "spread", "n", "datasheet", "of it"),
+        words=("what",),
+        spare=("n", "spread", "median"),
+        title=f"measured on {device}",
+        caption=f"datasheet: {gpu.source}" if gpu else "",
+    )
     for m in measurements:
         paper = published(m.name, gpu)
         shown.add_row(
@@ -295,8 +297,6 @@ def table(measurements: list[Measurement], device: str, gpu: gpus.Gpu | None) ->
             "" if paper is None else _rate(paper, m.unit),
             "" if paper is None else f"{100 * m.rate / paper:.0f} %",
         )
-    if gpu is not None:
-        shown.caption = f"datasheet: {gpu.source}"
     return shown
 
 

@@ -8,15 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import record
 from benchmarks.options import verdict_arguments
 from benchmarks.record import Record
 from benchmarks.reporting import analysis
+from benchmarks.reporting.fitted import FittedTable
 
 MATTERS = (
     "torch", "triton", "cuda", "cudnn", "python", "cores", "threads", "tf32", "variables",
@@ -72,13 +71,12 @@ def compare(
     return sorted(changes, key=lambda c: float("-inf") if c.ratio is None else -c.ratio)
 
 
-def table(changes: Sequence[Change], title: str) -> Table:
+COLUMNS = ("verdict", "op", "case", "mode", "provider", "base ms", "new ms", "change")
+
+
+def table(changes: Sequence[Change], title: str) -> FittedTable:
     """Medians with their bands, in milliseconds."""
-    shown = Table(title=title, title_justify="left", header_style="bold", box=SIMPLE_HEAD)
-    for name in ("verdict", "op", "case", "mode", "provider"):
-        shown.add_column(name, no_wrap=name != "case")
-    for name in ("base ms", "new ms", "change"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    shown = FittedTable(COLUMNS, words=COLUMNS[:5], spare=("base ms", "new ms"), title=title)
     for change in changes:
         shown.add_row(*map(escape, _cells(change)), style=STYLES[change.verdict])
     return shown
@@ -86,7 +84,7 @@ def table(changes: Sequence[Change], title: str) -> Table:
 
 def _cells(change: Change) -> list[str]:
     new = change.new
-    after = f"{new.status}: {new.reason}" if change.ratio is None else _band(new)
+    after = new.status if change.ratio is None else _band(new)
     difference = "" if change.ratio is None else f"{100 * (change.ratio - 1):+.1f} %"
     case = f"{new.shape.label} {new.dtype}"
     return [
@@ -104,10 +102,11 @@ def markdown(changes: Sequence[Change], title: str) -> str:
     lines = [
         f"# {title}",
         "",
-        "| verdict | op | case | mode | provider | base ms | new ms | change |",
+        f"| {' | '.join(COLUMNS)} |",
         "|---|---|---|---|---|--:|--:|--:|",
         *(f"| {' | '.join(_cells(change))} |" for change in changes),
         "",
+        *(f"- {line}" for line in lost(changes)),
         summary(changes),
         "",
     ]
@@ -119,6 +118,24 @@ def summary(changes: Sequence[Change]) -> str:
     verdicts = [change.verdict for change in changes]
     counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("slower", "lost", "faster", "same"))
     return f"{len(changes)} compared: {counts}"
+
+
+def lost(changes: Sequence[Change]) -> list[str]:
+    """Why the new run has no numbers where base has."""
+    return [
+        f"lost: {row.op} {row.shape.label} {row.dtype} {row.mode} {row.provider}: {row.status}, "
+        f"{row.reason}"
+        for row in (change.new for change in changes if change.verdict == "lost")
+    ]
+
+
+def busy(base: Sequence[Record], new: Sequence[Record]) -> list[str]:
+    """A warning for each run during which others had the CPU."""
+    return [
+        f"{name}: {line}"
+        for name, rows in (("base", base), ("new", new))
+        for line in analysis.contention(rows)
+    ]
 
 
 def hidden(changes: Sequence[Change], threshold: float) -> list[str]:
@@ -178,7 +195,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     shown = changes if args.all else [c for c in changes if c.verdict != "same"]
     if shown:
         console.print(table(shown, "median per call (p20 to p80)"))
-    for line in hidden(changes, args.threshold):
-        console.print(line)
+    for line in (*lost(changes), *busy(*rows), *hidden(changes, args.threshold)):
+        console.print(line, markup=False)
     console.print(summary(changes))
     return 1 if args.fail and failed(changes) else 0

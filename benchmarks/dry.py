@@ -35,12 +35,12 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-from rich.table import Table
 
 from benchmarks import resources
 from benchmarks.dry_device import Binary, DryDevice, active_driver, dry_device, finish
 from benchmarks.dry_programs import WHAT, Model, programs
 from benchmarks.options import names
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.resume import said
 from equiseg_fast.models.config import VARIANTS
 
@@ -351,8 +351,9 @@ def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) ->
     console.print(f"{text}; {seconds:.1f} s in all")
 
 
-def _programs_table(found: Survey) -> Table:
-    table = Table("part", "program", "launches", "binaries", "new", "of kernels")
+def _programs_table(found: Survey) -> FittedTable:
+    columns = ("part", "program", "launches", "binaries", "new", "of kernels")
+    table = FittedTable(columns, words=("part", "program", "of kernels"), spare=("launches",))
     seen: dict[str, set[str]] = {}
     for program in found.programs:
         # A model is compared with the first of its part, the others with all before them.
@@ -370,10 +371,11 @@ def _programs_table(found: Survey) -> Table:
     return table
 
 
-def _kernels_table(binaries: Iterable[Binary]) -> Table:
-    table = Table(
-        "kernel", "binaries", "most registers", "most spilled", "most shared KiB", "seconds"
-    )
+def _kernels_table(binaries: Iterable[Binary]) -> FittedTable:
+    columns = (
+        "kernel", "binaries", "most registers", "most spilled", "most shared KiB", "seconds",
+    )  # fmt: skip
+    table = FittedTable(columns, words=("kernel",), spare=("seconds",))
     kernels: dict[str, list[Binary]] = {}
     for binary in binaries:
         kernels.setdefault(binary.kernel, []).append(binary)

@@ -38,7 +38,6 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -46,6 +45,7 @@ from benchmarks.options import choose_device, names
 from benchmarks.problem import Outputs, Shape
 from benchmarks.record import environment
 from benchmarks.registry import operations
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.resources import kernel_stems
 from benchmarks.timing import call_in_mode
 from equiseg_fast import EQUISeg, use_backend
@@ -294,11 +294,9 @@ def cells(time: HostTime) -> tuple[str, ...]:
     )  # fmt: skip
 
 
-def table(times: Sequence[HostTime]) -> Table:
+def table(times: Sequence[HostTime]) -> FittedTable:
     """A line per operation and mode."""
-    found = Table(title=title(times), title_justify="left")
-    for i, name in enumerate(COLUMNS):
-        found.add_column(name, justify="left" if i < 2 else "right")
+    found = FittedTable(COLUMNS, words=COLUMNS[:2], title=title(times))
     for time in times:
         found.add_row(*cells(time))
     return found

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from benchmarks.plan import MODEL_COMPILED, PARTS, SHAPE_FIELDS, Case, Options, plan
+from benchmarks.plan import MODEL_COMPILED, PARTS, SHAPE_FIELDS, Pairs
 from benchmarks.registry import DTYPES, PROVIDERS, SCOPES, operations
-from equiseg_fast.models.config import VARIANTS
 
 ROOT = Path(__file__).resolve().parent.parent
-Pairs = tuple[tuple[str, str], ...]
 
 MODE_HELP = (
     "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
@@ -25,7 +21,7 @@ MODE_HELP = (
 
 
 def selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases of the suite, for `run` and `against`."""
+    """Which cases of the suite, and at which other shape, for `run` and `against`."""
     for name, values in (
         ("op", tuple(operations())), ("provider", tuple(PROVIDERS)), ("dtype", tuple(DTYPES)),
     ):  # fmt: skip
@@ -41,16 +37,18 @@ def selection_arguments(parser: argparse.ArgumentParser) -> None:
         help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
         f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
     )
+    shape_argument(parser)
 
 
 def shape_argument(parser: argparse.ArgumentParser) -> None:
-    """Other shapes than those of the suite, for `against` and `profile`."""
+    """Another shape than those of the suite."""
     parser.add_argument(
         "--at",
         type=pairs,
         default=(),
         metavar="K=V,..",
-        help="every case at this shape, as in height=64,width=96; what is not given stays",
+        help="every case at a shape of your own, as in batch=4,height=720,width=1280; what is not "
+        f"given stays as the suite has it; of {', '.join(SHAPE_FIELDS)}",
     )
 
 
@@ -97,34 +95,3 @@ def choose_device(name: str | None, needed: bool = True) -> torch.device:
     if needed and device.type == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device is cuda, but torch sees no GPU here")
     return device
-
-
-def cases_at(options: Options, at: Pairs) -> list[Case]:
-    """The plan with the values of `--at` in place of the suite's, every case once."""
-    values = {name: _field(name, value) for name, value in at}
-    cases: dict[str, Case] = {}
-    for case in plan(options):
-        # A whole model has no stage, and a single operation is always that of one.
-        fitting = {
-            n: v for n, v in values.items() if n != "stage" or bool(v) == bool(case.shape.stage)
-        }
-        changed = replace(case, shape=replace(case.shape, **fitting))
-        cases.setdefault(changed.label, changed)
-    return list(cases.values())
-
-
-def _field(name: str, value: str) -> str | int:
-    _one_of("--at", name, SHAPE_FIELDS)
-    if name == "variant":
-        return _one_of("--at variant", value, tuple(VARIANTS))
-    if name == "stage":
-        return int(_one_of("--at stage", value, ("0", "1", "2", "3", "4")))
-    if not value.isdecimal() or not int(value):
-        raise ValueError(f"--at {name} must be a positive integer; got {value!r}")
-    return int(value)
-
-
-def _one_of(what: str, value: str, allowed: Sequence[str]) -> str:
-    if value not in allowed:
-        raise ValueError(f"{what} must be among {', '.join(allowed)}; got {value!r}")
-    return value

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 
@@ -21,12 +23,14 @@ from benchmarks.registry import (
     operations,
     unavailable,
 )
+from equiseg_fast.models.config import VARIANTS
 
 PARTS = tuple(scope for scope in SCOPES if scope != "operation")
 MODEL_COMPILED = "model_compiled"
 """As a mode: the whole model, its compiled providers beside the baseline."""
 SELECTORS = (*MODES, *PARTS, MODEL_COMPILED)
 SHAPE_FIELDS = tuple(field.name for field in fields(Shape))
+Pairs = tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
@@ -36,7 +40,7 @@ class Options:
     modes: of `MODES`, and parts of the model (`PARTS`, "model_compiled"), which are then all that
     is run. method: how a GPU is timed, "graph" (replays of a CUDA graph) or "eager" (single calls).
     shape: (field of `Shape`, value), only cases that have it; several values of one field are
-    alternatives.
+    alternatives. at: (field of `Shape`, value), which every case then has instead of its own.
     """
 
     suite: str = "quick"
@@ -47,7 +51,13 @@ class Options:
     device: str = "cpu"
     method: str = "graph"
     seed: int = 0
-    shape: tuple[tuple[str, str], ...] = ()
+    shape: Pairs = ()
+    at: Pairs = ()
+
+    @property
+    def narrowed(self) -> bool:
+        """Whether less than the whole suite was asked for."""
+        return any((self.ops, self.providers, self.dtypes, self.modes, self.shape, self.at))
 
 
 @dataclass(frozen=True)
@@ -73,17 +83,36 @@ def plan(options: Options) -> list[Case]:
     _check("mode", options.modes, SELECTORS)
     _check("provider", options.providers, tuple(PROVIDERS))
     modes = [m for m in options.modes if m in MODES] or suite.modes
+    values = {name: _at(name, value) for name, value in options.at}
     cases = [
         Case(op, shape, dtype, own, _providers(op, options, suite))
         for op, shapes in _chosen(options, suite)
         for own in [tuple(m for m in modes if m in op.modes)]
         if own
-        for shape in _filtered(shapes, options.shape)
+        for shape in dict.fromkeys(_moved(s, values) for s in _filtered(shapes, options.shape))
         for dtype in options.dtypes or suite.dtypes
     ]
     if not cases:
         raise ValueError(f"nothing to run: {_why_nothing(options, suite)}")
     return cases
+
+
+def _moved(shape: Shape, values: Mapping[str, Any]) -> Shape:
+    # A whole model has no stage, and a single operation is always that of one.
+    kept = {n: v for n, v in values.items() if n != "stage" or bool(v) == bool(shape.stage)}
+    return replace(shape, **kept)
+
+
+def _at(name: str, value: str) -> str | int:
+    _check("at", [name], SHAPE_FIELDS)
+    if name == "variant":
+        _check("at variant", [value], tuple(VARIANTS))
+        return value
+    if name == "stage":
+        _check("at stage", [value], ("0", "1", "2", "3", "4"))
+    elif not value.isdecimal() or not int(value):
+        raise ValueError(f"--at {name} must be a positive integer; got {value!r}")
+    return int(value)
 
 
 def _check(what: str, wanted: Sequence[str], allowed: Sequence[str]) -> None:
@@ -114,7 +143,7 @@ def _providers(op: Op, options: Options, suite: Suite) -> tuple[str, ...]:
     return tuple(p for p in suite.providers if p in op.providers)
 
 
-def _filtered(shapes: Sequence[Shape], wanted: Sequence[tuple[str, str]]) -> list[Shape]:
+def _filtered(shapes: Sequence[Shape], wanted: Pairs) -> list[Shape]:
     _check("shape", [name for name, _ in wanted], SHAPE_FIELDS)
     allowed: dict[str, set[str]] = {}
     for name, value in wanted:
@@ -133,7 +162,7 @@ def _why_nothing(options: Options, suite: Suite) -> str:
         if value not in known:
             return (
                 f"--shape {name} must be among {', '.join(known)} in suite {options.suite}; "
-                f"got {value}"
+                f"got {value}. --at {name}={value} puts that value into every case"
             )
     return "no operation has all that was asked for"
 
@@ -157,8 +186,29 @@ def remaining(cases: Sequence[Case], records: Iterable[Record]) -> list[Case]:
     return left
 
 
-def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:
-    """What a run would do, in lines: cases with modes and providers, and who is left out and why.
+EXTRAS = {
+    "breakdown": "times of the parts of the model",
+    "sensors": "a short training, then the picture of what the gate makes of blank sensors",
+}
+"""What a run does beside its cases."""
+
+
+def extras(options: Options, cases: Sequence[Case]) -> dict[str, str]:
+    """Which of `EXTRAS` belong to a run, with the reason against those that cannot be done here.
+
+    They belong to whole suites, not to what was picked from one.
+    """
+    found = {}
+    if not options.narrowed and any(case.op.name == "model" for case in cases):
+        found["breakdown"] = ""
+    if not options.narrowed and options.suite == "quick":
+        found["sensors"] = "" if find_spec("skimage") else "scikit-image is not installed"
+    return found
+
+
+def dry_run(cases: Sequence[Case], device: torch.device, further: Sequence[str] = ()) -> list[str]:
+    """What a run would do, in lines: cases with modes and providers, who is left out and why, and
+    `further` steps.
 
     Nothing is built. For a GPU on a machine without one it says what is known.
     """
@@ -184,6 +234,7 @@ def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:
             "torch sees no GPU here: what a GPU's capability or memory would refuse is not known, "
             "and packages are those of this machine"
         )
+    lines.extend(further)
     timings = sum(len(case.modes) for case in cases)
     lines.append(f"{len(cases)} cases, {timings} with their modes; nothing was run")
     return lines

@@ -14,16 +14,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from benchmarks.options import cases_at, choose_device, pairs, shape_argument
-from benchmarks.plan import Case, Options, dry_run
+from benchmarks.options import choose_device, pairs, shape_argument
+from benchmarks.plan import Case, Options, dry_run, plan
 from benchmarks.registry import SUITES
 from benchmarks.reporting.analysis import significant
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.runner import Runner
 
 WARM_UP = 3
@@ -89,10 +88,10 @@ def _chosen(args: argparse.Namespace, device: torch.device) -> tuple[Case, int]:
     wanted = {"modes": args.mode, "dtypes": args.dtype}
     options = Options(
         suite=args.suite, ops=(args.op,), providers=(provider,), device=str(device),
-        seed=args.seed, shape=args.shape,
+        seed=args.seed, shape=args.shape, at=args.at,
         **{name: (value,) for name, value in wanted.items() if value},
     )  # fmt: skip
-    cases = cases_at(options, args.at)
+    cases = plan(options)
     return replace(cases[0], modes=cases[0].modes[:1]), len(cases) - 1
 
 
@@ -139,20 +138,19 @@ def _profile(
     console.print(f"trace for chrome://tracing or ui.perfetto.dev: {out.name}/trace.json")
 
 
-def table(prof: profile, calls: int, top: int, cuda: bool) -> Table:
+def table(prof: profile, calls: int, top: int, cuda: bool) -> FittedTable:
     """Kernels of the GPU, or operators of the CPU, by their own time without what they call."""
     kind = DeviceType.CUDA if cuda else DeviceType.CPU
     time = "self_device_time_total" if cuda else "self_cpu_time_total"
     events = [e for e in prof.key_averages() if e.device_type == kind and getattr(e, time) > 0]
     events.sort(key=lambda e: -getattr(e, time))
     total = sum(getattr(e, time) for e in events)
-    shown = Table(
+    who = "kernel" if cuda else "operator"
+    shown = FittedTable(
+        (who, "us", "share", "cumulative", "times"),
+        words=(who,),
         title=f"self time per call, {significant(total / calls)} us in {len(events)} kinds",
-        title_justify="left", header_style="bold", box=SIMPLE_HEAD,
-    )  # fmt: skip
-    shown.add_column("kernel" if cuda else "operator", overflow="fold")
-    for name in ("us", "share", "cumulative", "times"):
-        shown.add_column(name, justify="right", no_wrap=True)
+    )
     reached = 0.0
     for event in events[:top]:
         own = getattr(event, time)

@@ -22,6 +22,7 @@ import equiseg_fast
 from benchmarks.providers import TUNED
 from benchmarks.registry import Shape
 from benchmarks.resume import drop_half_a_line
+from benchmarks.timing import FEWEST, WIDEST
 
 SCHEMA = 1
 UNTIMED = "not timed: the run ended before"
@@ -44,12 +45,13 @@ class Record:
 
     Times are per call, in microseconds; method is how they were taken. tflops and gbps come from
     the declared minimal FLOPs and bytes, roofline_pct from those and what the device was seen to
-    do. cpu_us: CPU time of all threads, for calls timed by wall clock; host_us: what the host needs
-    to enqueue a call on a GPU. peak_mib: allocated above the state before the call; saved_mib: kept
-    for the backward by the forward, nothing in "fwd". first_call_s: the first forward without a
-    graph, or else the first step, compilation included. graph_us, events_us: medians by replays of
-    a CUDA graph and by events around single calls, of which method is one; uncaptured: why there is
-    no graph.
+    do. For calls timed by wall clock, cpu_us: CPU time of all threads; cpu_share: how much of the
+    CPU time of all threads the process got beside them (`timing.cpu_share`). host_us: what the host
+    needs to enqueue a call on a GPU. peak_mib: allocated above the state before the call;
+    saved_mib: kept for the backward by the forward, nothing in "fwd". first_call_s: the first
+    forward without a graph, or else the first step, compilation included. graph_us, events_us:
+    medians by replays of a CUDA graph and by events around single calls, of which method is one;
+    uncaptured: why there is no graph.
     rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: the launches of our kernels, for
     single operations, as `launches.recorded` saw them.
     """
@@ -80,6 +82,7 @@ class Record:
     events_us: float | None = None
     uncaptured: str = ""
     cpu_us: float | None = None
+    cpu_share: float | None = None
     rms_ratio: float | None = None
     max_ratio: float | None = None
     budget: float | None = None
@@ -98,8 +101,17 @@ class Record:
 
     @property
     def contended(self) -> bool:
-        """Whether others had the CPU: a call that only computes uses no less CPU than wall time."""
+        """Whether others had the CPU: seen beside the call, or in it, which only computes and so
+        uses no less CPU than wall time."""
+        if self.cpu_share is not None and self.cpu_share < 0.9:
+            return True
         return self.cpu_us is not None and self.cpu_us < 0.9 * self.p50_us
+
+    @property
+    def settled(self) -> bool:
+        """Whether its median may stand alone: enough samples that agree, on a quiet machine."""
+        band = self.p80_us - self.p20_us
+        return self.n >= FEWEST and band <= WIDEST * self.p50_us and not self.contended
 
     @property
     def group(self) -> Key:

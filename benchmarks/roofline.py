@@ -15,12 +15,13 @@ import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks import calibrate, gpus, model_cost
 from benchmarks.cost import Limits, Work, total
 from benchmarks.model_cost import Part
 from benchmarks.registry import DTYPES, Shape, operations
+from benchmarks.reporting.fitted import FittedTable
 from equiseg_fast.models.config import check_variant
 
 if TYPE_CHECKING:
@@ -111,13 +112,15 @@ def main(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Any:
-    from rich.table import Table
-
-    table = Table(title=f"peaks of {gpu.title}", title_justify="left", caption_justify="left")
-    table.add_column("limit")
-    for name in ("published", "used here") if calibrated else ("published, used here",):
-        table.add_column(name, justify="right")
+def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> FittedTable:
+    doubts = f"; unconfirmed: {gpu.unconfirmed}" if gpu.unconfirmed else ""
+    measured = "; used here: calibration file" if calibrated else ""
+    table = FittedTable(
+        ("limit", "published", "used here") if calibrated else ("limit", "published, used here"),
+        words=("limit",),
+        title=f"peaks of {gpu.title}",
+        caption=f"published: {gpu.source}{doubts}{measured}",
+    )
     rows = [
         ("memory, TB/s", gpu.bandwidth, limits.bandwidth),
         (f"matrix products {dtype}, TFLOP/s", gpu.peak[dtype], limits.peak[dtype]),
@@ -135,27 +138,19 @@ def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Any:
         ("L2, MB", l2),
     ):
         table.add_row(name, value)
-    doubts = f"; unconfirmed: {gpu.unconfirmed}" if gpu.unconfirmed else ""
-    measured = "; used here: calibration file" if calibrated else ""
-    table.caption = f"published: {gpu.source}{doubts}{measured}"
     return table
 
 
 NUMBERS = ("calls", "MB", "GFLOP", "G exps", "floor ms", "share")
 
 
-def _table(title: str, names: Sequence[str], left_out: Sequence[str]) -> Any:
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
-    table = Table(title=f"{title} ({LABEL})", title_justify="left", box=SIMPLE_HEAD, padding=(0, 1))
-    for name in names:
-        table.add_column(name, no_wrap=True)
-    for name in NUMBERS:
-        if name not in left_out:
-            table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("bound by", no_wrap=True)
-    return table
+def _table(title: str, names: Sequence[str], left_out: Sequence[str]) -> FittedTable:
+    return FittedTable(
+        (*names, *(name for name in NUMBERS if name not in left_out), "bound by"),
+        words=(*names, "bound by"),
+        spare=("G exps", "calls", "GFLOP"),
+        title=f"{title} ({LABEL})",
+    )
 
 
 def _cells(floor: Floor, left_out: Sequence[str], whole: float = 0.0, calls: int = 0) -> list[str]:
@@ -173,7 +168,7 @@ def _cells(floor: Floor, left_out: Sequence[str], whole: float = 0.0, calls: int
     return [*shown, floor.bound if floor.seconds else ""]
 
 
-def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str) -> Any:
+def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str) -> FittedTable:
     """The operations that `run` measures, at every stage."""
     left_out = ("calls", "share")
     table = _table(title, ("operation", "stage"), left_out)
@@ -183,14 +178,14 @@ def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str)
         for i, stage in enumerate(op.stages):
             works = op.cost(replace(shape, stage=stage), DTYPES[dtype].itemsize).of(mode)
             cells = _cells(Floor.of(works, limits, dtype), left_out)
-            last = i == len(op.stages) - 1
-            table.add_row("" if i else op.name, str(stage), *cells, end_section=last)
+            table.add_row("" if i else op.name, str(stage), *cells)
+        table.end_section()
     return table
 
 
 def _model(
     parts: Sequence[Part], mode: str, limits: Limits, dtype: str, title: str, every: bool
-) -> Any:
+) -> FittedTable:
     """The sum of every stage, and of all; every part, too, if asked for."""
     names, blank, left_out = ("stage",), [], ("calls",)
     if every:
@@ -204,7 +199,7 @@ def _model(
         for part in members if every else ():
             floor = floor_of_parts([part], mode, limits, dtype)
             table.add_row("", part.name, *_cells(floor, left_out, whole.seconds, part.count))
-    table.add_section()
+    table.end_section()
     cells = _cells(whole, left_out, whole.seconds)
     table.add_row("whole model", *blank, *cells, style="bold")
     return table

@@ -249,7 +249,8 @@ class Prepared:
         row, case, limits = self.rows[provider, mode], self.case, self.runner.limits
         row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
         row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
-        row.min_us, row.cpu_us = measured.min_us, measured.cpu_us
+        row.min_us = measured.min_us
+        row.cpu_us, row.cpu_share = measured.cpu_us, measured.cpu_share
         if case.op.cost is None:
             return
         works = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)

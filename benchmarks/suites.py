@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from benchmarks.problem import Shape
 from benchmarks.providers import PROVIDERS
-from benchmarks.timing import MODES
+from benchmarks.timing import FEWEST, MODES
 
 if TYPE_CHECKING:
     from benchmarks.registry import Op
@@ -81,7 +81,7 @@ SUITES = {
         modes=("fwd", "step"),
         providers=("baseline", "reference", "torch", "triton"),
         seconds=0.1,
-        rounds=(2, 30),
+        rounds=(FEWEST, 30),
     ),
     # Whole networks on a CPU.
     "cpu": Suite(

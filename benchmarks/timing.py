@@ -25,6 +25,8 @@ GRAPH_CALLS = 8
 SETTLE_MS, RESUME_MS = 200, 20
 FILLER_CYCLES = 1_000_000
 SLOW_ROUND = 6.0
+FEWEST, WIDEST = 3, 0.5
+"""Samples, and band p20 to p80 over the median, of a number that may stand alone."""
 Call = Callable[[], Any]
 
 
@@ -32,7 +34,7 @@ Call = Callable[[], Any]
 class Timing:
     """Quantiles in microseconds over n samples; method is "wall", "events" or "graph".
 
-    cpu_us: median CPU time of all threads of this process, with "wall" only.
+    With "wall" only, cpu_us: median CPU time of all threads of this process; cpu_share: see there.
     """
 
     p20_us: float
@@ -42,6 +44,7 @@ class Timing:
     n: int
     method: str
     cpu_us: float | None = None
+    cpu_share: float | None = None
 
     @property
     def noisy(self) -> bool:
@@ -117,12 +120,13 @@ def measure_cpu(
 ) -> dict[str, Timing]:
     """Wall-clock time of every call, already warm; seconds and rounds as in `Suite`.
 
-    One round calls everybody once, and each starts with another, so that drift hits all alike. Two
-    rounds have to do where one takes more than SLOW_ROUND seconds.
+    One round calls everybody once, and each starts with another, so that drift hits all alike.
+    FEWEST have to do where one takes more than SLOW_ROUND seconds.
     """
     samples: dict[str, list[float]] = {name: [] for name in calls}
     used: dict[str, list[float]] = {name: [] for name in calls}
     names = list(calls)
+    share = cpu_share()
     started = perf_counter()
     for i in range(rounds[1]):
         for name in names[i % len(names) :] + names[: i % len(names)]:
@@ -132,13 +136,28 @@ def measure_cpu(
             used[name].append(process_time() - cpu)
             del result
         elapsed = perf_counter() - started
-        least = rounds[0] if elapsed < (i + 1) * SLOW_ROUND else 2
+        least = rounds[0] if elapsed < (i + 1) * SLOW_ROUND else min(FEWEST, rounds[0])
         if i + 1 >= least and elapsed > seconds:
             break
+    share = min(share, cpu_share())
     return {
-        name: replace(Timing.of(times, "wall"), cpu_us=1e6 * statistics.median(used[name]))
+        name: replace(
+            Timing.of(times, "wall"), cpu_us=1e6 * statistics.median(used[name]), cpu_share=share
+        )
         for name, times in samples.items()
     }
+
+
+def cpu_share(seconds: float = 0.02) -> float:
+    """CPU time over threads times wall time of matrix products that keep all threads busy: about 1
+    on a quiet machine, less by what others take. Calls that are timed cannot tell, because many use
+    one thread in part."""
+    x = torch.ones(256, 256)
+    x @ x  # wakes the threads
+    cpu, begin = process_time(), perf_counter()
+    while perf_counter() - begin < seconds:
+        x @ x
+    return (process_time() - cpu) / ((perf_counter() - begin) * torch.get_num_threads())
 
 
 def input_sets(bytes_per_set: float, device: torch.device) -> int:

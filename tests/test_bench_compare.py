@@ -117,6 +117,14 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "+2.0 %" in out
     assert "wider than" not in out
     assert main(["compare", base, new, "--fail"]) == 1
+    assert "Busy machine" not in out
+    busy = results(tmp_path / "busy", [replace(row, cpu_share=0.5) for row in rows])
+    for pair, name in (((base, busy), "new"), ((busy, base), "base")):
+        assert main(["compare", *pair]) == 0
+        assert f"{name}: Busy machine: during 2 of 2 medians" in capsys.readouterr().out
+    gone = results(tmp_path / "gone", [broken(row) for row in rows])
+    assert main(["compare", base, gone]) == 0
+    assert "lost: attention b0 s1 64x96 B1 M3 fp32 fwd torch: " in capsys.readouterr().out
     assert main(["compare", new, base, "--fail"]) == 0
     assert main(["compare", base, new + "/results.jsonl", "--fail", "--atol-us", "400"]) == 0
 

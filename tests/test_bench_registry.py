@@ -167,6 +167,12 @@ def test_shape_is_a_filter_with_alternatives() -> None:
     ("arguments", "message"),
     [
         (["--shape", "stage=3"], "--shape stage must be among 2, 1, 0 in suite quick; got 3"),
+        (["--shape", "batch=4"], "got 4. --at batch=4 puts that value into every case"),
+        (["--at", "depth=4"], "--at must be among variant, stage, height"),
+        (["--at", "variant=b9"], "--at variant must be among b0, b1"),
+        (["--at", "stage=5"], "--at stage must be among 0, 1, 2, 3, 4; got '5'"),
+        (["--at", "batch=0"], "--at batch must be a positive integer; got '0'"),
+        (["--at", "height=x"], "--at height must be a positive integer; got 'x'"),
         (["--shape", "colour=3"], "--shape must be among variant, stage"),
         (["--shape", "stage"], "must be like variant=b2,stage=1; got 'stage'"),
         (["--op", "training", "--mode", "fwd"], "nothing to run"),
@@ -192,6 +198,31 @@ def test_dry_run_for_a_gpu_needs_none(capsys: pytest.CaptureFixture[str]) -> Non
     assert line in out
     assert "sdpa_cudnn, flex" in out
     assert ("torch sees no GPU here" in out) == (not torch.cuda.is_available())
+
+
+def test_a_shape_of_your_own() -> None:
+    at = (("batch", "4"), ("height", "720"), ("stage", "3"))
+    own = plan(Options(ops=("norm", "model"), at=at))
+    labels = [case.shape.label for case in own]
+    assert labels == ["b0 s3 720x736 B4 M3", "b0 720x736 B4 M3"]
+    every = plan(Options(suite="core", ops=("norm",), at=(("variant", "b1"), *at, ("width", "96"))))
+    assert len(every) == 1  # what differed in nothing else is one case
+
+
+def test_dry_run_lists_all_that_a_run_does(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments, then in (
+        ([], ["breakdown", "sensors", "report"]),
+        (["--suite", "cpu"], ["breakdown", "report"]),
+        (["--no-report"], []),
+        *(([*narrow], ["report"]) for narrow in (
+            ("--op", "guided_gate,model"), ("--mode", "fwd"), ("--dtype", "fp32"),
+            ("--provider", "torch"), ("--shape", "stage=2"), ("--at", "height=64"),
+        )),
+    ):  # fmt: skip
+        assert main(["run", "--dry-run", "--device", "cpu", *arguments]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        steps = [line.split()[1].strip(":") for line in lines if line.startswith("then:")]
+        assert steps == then, arguments
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

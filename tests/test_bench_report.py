@@ -8,18 +8,20 @@ import shutil
 import subprocess
 from dataclasses import replace
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from time import perf_counter, sleep
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from benchmarks import breakdown, host
 from benchmarks.launches import Row
 from benchmarks.record import Record, write_jsonl
 from benchmarks.registry import PROVIDERS, Shape
-from benchmarks.reporting import analysis, document, html, plots, report
+from benchmarks.reporting import analysis, document, html, plots, report, terminal
 from benchmarks.reporting.document import Card, Cards, Cell, Document, Picture, Section, Table, Text
 from benchmarks.reporting.plots import curves, style
 
@@ -96,6 +98,52 @@ def test_the_headline_shows_the_best_and_the_worst() -> None:
     assert [[cell.text for cell in row if cell.warn] for row in summary.rows] == [[], ["0.333x"]]
     alone = document.markdown(report.build([record(1.0)], {}, [], []))
     assert "No case was measured both with ours and with somebody else's." in alone
+
+
+@pytest.mark.parametrize(
+    "flaw", [{"n": 2}, {"p80_us": 90_000.0}, {"cpu_us": 100.0}, {"cpu_share": 0.6}]
+)
+@pytest.mark.parametrize("whose", [3, 4])
+def test_what_is_not_settled_is_no_headline(flaw: dict[str, float], whose: int) -> None:
+    rows = [record(1, "baseline"), record(2, "torch"), record(9, "baseline", "norm")]
+    rows += [
+        record(8, "baseline", "losses"),
+        record(2, "torch", "losses"),
+        record(3, "torch", "norm"),
+    ]
+    rows[whose] = replace(rows[whose], **flaw)
+    headline = document.markdown(report.build(rows, {}, [], [])).split("## Where")[0]
+    assert "**3.00x** best against the strongest other: norm fwd" in headline
+    assert "**1 of 2** cases that ours wins" in headline
+    assert "1 of 3 comparisons are left out here: fewer than 3 samples" in headline
+    assert "losses" not in headline
+    alone = [rows[3], rows[4]]
+    headline = document.markdown(report.build(alone, {}, [], [])).split("## Where")[0]
+    assert "1 of 1 comparisons are left out" in headline
+    assert "best against" not in headline
+
+
+@pytest.mark.parametrize("width", [40, 60, 80, 100, 120, 165])
+def test_narrow_terminals_get_fewer_columns_and_whole_numbers(width: int) -> None:
+    rows = [
+        replace(r, cpu_us=1.9 * r.p50_us, cpu_share=1.0, saved_mib=1234.5)
+        for r in some_records()[:5]
+    ]
+    console = Console(width=width, file=StringIO(), record=True)
+    terminal.show(rows, console)
+    text = console.export_text()
+    assert max(map(len, text.splitlines())) <= width
+    assert "…" not in text
+    assert "..." not in text
+    for ms in ("8.00", "4.00", "2.00", "1.00", "12.0"):
+        assert f" {ms} " in text
+    words = " ".join(text.split())
+    names = list(filter(None, words.partition("not shown at this width: ")[2].split(", ")))
+    assert names == list(terminal.SPARE[: len(names)])
+    assert (width == 40) <= (len(names) == len(terminal.SPARE))
+    assert (width == 165) == (not names)
+    assert all(name in words for name in terminal.SPARE)
+    assert ("budget: the largest share" in words) == (not names)
 
 
 def test_every_row_shows_its_distance_to_the_floor() -> None:

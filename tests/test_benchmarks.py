@@ -633,4 +633,24 @@ def test_a_busy_machine_is_reported() -> None:
     quiet, busy = record(1000.0, cpu_us=1900.0), record(1000.0, cpu_us=600.0)
     assert not quiet.contended
     assert analysis.contention([quiet]) == []
-    assert analysis.contention([quiet, busy])[0].startswith("Busy machine: 1 of 2 medians")
+    assert "during 1 of 2 medians" in analysis.contention([quiet, busy])[0]
+    # Two threads got one between them: the call alone cannot tell.
+    starved = record(1000.0, cpu_us=1000.0, cpu_share=0.5)
+    assert starved.contended
+    assert not replace(starved, cpu_share=0.97).contended
+
+
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_the_share_of_the_cpu_is_that_of_all_threads(
+    share: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 0.0
+
+    def wall() -> float:
+        nonlocal now
+        now += 0.004
+        return now
+
+    monkeypatch.setattr(timing, "perf_counter", wall)
+    monkeypatch.setattr(timing, "process_time", lambda: share * torch.get_num_threads() * now)
+    assert timing.cpu_share() == pytest.approx(share, rel=0.2)

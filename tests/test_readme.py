@@ -6,12 +6,19 @@ from pathlib import Path
 import pytest
 
 README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-BLOCKS = re.findall(r"```python\n(.*?)```", README, flags=re.DOTALL)
+PARTS = re.findall(r"(.*?)```python\n(.*?)```", README, flags=re.DOTALL)
+BLOCKS = [block for _, block in PARTS]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[1][:40])
 def test_python_block_runs(block: str) -> None:
     exec(compile(block, "README.md", "exec"), {})
+
+
+@pytest.mark.parametrize(("before", "block"), PARTS, ids=range(len(PARTS)))
+def test_what_a_block_needs_is_named_before_it(before: str, block: str) -> None:
+    """The first installation brings no more than `[bench]`."""
+    assert ("transformers" in block) == ("[hf]" in before)
 
 
 def test_there_is_something_to_run() -> None:

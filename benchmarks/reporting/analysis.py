@@ -63,6 +63,11 @@ class Contest:
         return self.other.p50_us / self.ours.p50_us
 
     @property
+    def settled(self) -> bool:
+        """Whether it may be a headline."""
+        return self.ours.settled and self.other.settled
+
+    @property
     def clear(self) -> bool:
         slow, fast = sorted((self.ours, self.other), key=lambda r: -r.p50_us)
         return fast.p80_us < slow.p20_us
@@ -107,8 +112,8 @@ def contention(records: Iterable[Record]) -> list[str]:
     if not count:
         return []
     return [
-        f"Busy machine: {count} of {len(rows)} medians hold less than 90 % CPU time, so others had "
-        "the CPU meanwhile. Believe no ratio of wall times here; the CPU times are closer to it. "
+        f"Busy machine: during {count} of {len(rows)} medians others had more than 10 % of the CPU "
+        "time of our threads. Believe no ratio of wall times here; the CPU times are closer to it. "
         "On a shared machine --threads 1 disturbs least."
     ]
 

@@ -85,6 +85,12 @@ def headline(found: Sequence[Folder]) -> str:
         raise ValueError(f"{RESULTS} must have the folder {HEADLINE}")
     by_op = {(c.ours.op, c.ours.mode): c for c in contests(here.records)}
     forward, step = by_op["model", "fwd"], by_op["training", "step"]
+    for contest in (forward, step):
+        if not contest.settled:
+            raise ValueError(
+                f"{here.link} has no headline: {contest.label} has too few samples, a band that is "
+                "too wide, or was measured on a busy machine; run it again"
+            )
     shape = forward.ours.shape
     memory = step.ours.peak_mib / step.other.peak_mib
     return (

@@ -38,6 +38,7 @@ from benchmarks.reporting.document import (
     Table,
     Text,
 )
+from benchmarks.timing import FEWEST, WIDEST
 
 if TYPE_CHECKING:
     from benchmarks.launches import Row
@@ -144,9 +145,21 @@ def build(
     return Document(title, [Text(line) for line in contention(records)], sections)
 
 
-def _headline(found: Sequence[Contest]) -> list[document.Block]:
-    if not found:
+def _headline(everything: Sequence[Contest]) -> list[document.Block]:
+    if not everything:
         return [Text("No case was measured both with ours and with somebody else's.")]
+    found = [contest for contest in everything if contest.settled]
+    notes = []
+    if unsettled := len(everything) - len(found):
+        notes.append(
+            Text(
+                f"{unsettled} of {len(everything)} comparisons are left out here: fewer than "
+                f"{FEWEST} samples, a band p20 to p80 wider than {100 * WIDEST:.0f} % of the "
+                "median, or a busy machine. All are in the tables below."
+            )
+        )
+    if not found:
+        return notes
     best, worst = max(found, key=lambda c: c.ratio), min(found, key=lambda c: c.ratio)
     won = sum(c.ratio > 1 for c in found)
     cards = [
@@ -159,7 +172,7 @@ def _headline(found: Sequence[Contest]) -> list[document.Block]:
         eager = max(with_eager, key=lambda c: c.eager)
         tone = "good" if eager.eager > 1 else "bad"
         cards.insert(1, Card(times(eager.eager), "best against eager", _alone(eager), tone))
-    return [Cards(cards), _summary(found)]
+    return [Cards(cards), *notes, _summary(found)]
 
 
 def _alone(contest: Contest) -> str:

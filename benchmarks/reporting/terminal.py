@@ -19,37 +19,35 @@ from benchmarks.reporting.analysis import (
     spread,
     times,
 )
+from benchmarks.reporting.fitted import FittedTable
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-CAPTION = (
-    "floor: the least time that the declared bytes, FLOPs and exponentials need here, over the "
-    "median\nbudget: the largest share of its tolerance that an error used"
-)
+NUMBERS = (
+    "ms", "CPU ms", "spread", "vs eager", "vs best other", "floor", "peak MiB", "saved MiB",
+    "budget",
+)  # fmt: skip
+SPARE = ("budget", "saved MiB", "CPU ms", "floor", "spread", "peak MiB", "vs best other")
+NOTES = {
+    "floor": "the least time that the declared bytes, FLOPs and exponentials need here, over the "
+    "median",
+    "budget": "the largest share of its tolerance that an error used",
+}
 
 
 def show(records: Sequence[Record], console: Console) -> None:
     """The fastest of each group in bold, noise in yellow."""
-    from rich.box import SIMPLE_HEAD
-    from rich.table import Table
-
     configurations = dict.fromkeys((replace(r.shape, stage=0).label, r.dtype) for r in records)
     common = " ".join(next(iter(configurations))) if len(configurations) == 1 else ""
-    table = Table(
+    words = ("op", "stage" if common else "case", "mode", "provider")
+    table = FittedTable(
+        (*words, *NUMBERS),
+        words=words,
+        spare=SPARE,
         title=f"median per call, {common}".rstrip(", "),
-        title_justify="left",
-        caption=CAPTION,
-        caption_justify="left",
-        header_style="bold",
-        box=SIMPLE_HEAD,
-        padding=(0, 1),
+        notes=NOTES,
     )
-    for name in ("op", "stage" if common else "case", "mode", "provider"):
-        table.add_column(name, no_wrap=True)
-    numbers = ("ms", "CPU ms", "spread", "vs eager", "vs best other", "floor")
-    for name in (*numbers, "peak MiB", "saved MiB", "budget"):
-        table.add_column(name, justify="right", no_wrap=True)
     for group in grouped(records):
         shown = [r for r in group if r.status != "unsupported"]
         winner = fastest(group)
@@ -63,8 +61,8 @@ def show(records: Sequence[Record], console: Console) -> None:
                 *lead,
                 *_cells(record, group),
                 style="bold" if record is winner else "",
-                end_section=i == len(shown) - 1,
             )
+        table.end_section()
     console.print(table)
     for line in (*skipped(records), *contention(records)):
         console.print(line)

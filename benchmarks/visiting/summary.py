@@ -10,14 +10,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.markup import escape
-from rich.table import Table
 
 from benchmarks import host, judgement, record
 from benchmarks.record import Key, Record
 from benchmarks.registry import operations
 from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.visiting.budget import State, Step, Task
 from benchmarks.visiting.outcomes import merged
 from benchmarks.visiting.steps import ENVIRONMENT
@@ -61,10 +60,9 @@ def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str
     return rows
 
 
-def table(planned: Sequence[Step], state: State, folder: Path) -> Table:
-    whole = Table(box=SIMPLE_HEAD, header_style="bold")
-    for name in ("step", "state", "seconds", "what came out"):
-        whole.add_column(name, overflow="fold", justify="right" if name == "seconds" else "left")
+def table(planned: Sequence[Step], state: State, folder: Path) -> FittedTable:
+    columns = ("step", "state", "seconds", "what came out")
+    whole = FittedTable(columns, words=("step", "state", "what came out"))
     for step, shown, seconds, out in _rows(planned, state, folder):
         style = "red" if "failed" in shown else "yellow" if "cut off" in shown else ""
         whole.add_row(step, shown, seconds, escape(out), style=style)

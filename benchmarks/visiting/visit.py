@@ -18,11 +18,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks.options import ROOT, choose_device
+from benchmarks.reporting.fitted import FittedTable
 from benchmarks.visiting import orphans
 from benchmarks.visiting.archive import pack
 from benchmarks.visiting.budget import State, Step, Visit, share
@@ -139,11 +138,10 @@ def _terminable() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _simulated(planned: Sequence[Step], minutes: float, cut: float) -> Table:
+def _simulated(planned: Sequence[Step], minutes: float, cut: float) -> FittedTable:
     title = f"after {cut:g} of {minutes:g} minutes, by estimates"
-    shown = Table(title=title, title_justify="left", box=SIMPLE_HEAD)
-    for name in ("command", "state", "home", "missing"):
-        shown.add_column(name, overflow="fold")
+    columns = ("command", "state", "home", "missing")
+    shown = FittedTable(columns, words=columns, title=title)
     for found in simulate(planned, minutes, cut):
         shown.add_row(
             found.task, found.state, f"{len(found.done)} of {len(found.done + found.missing)}",
