@@ -1,10 +1,16 @@
-"""`python -m benchmarks`: see `--help`. What fails while measured becomes a row, no exit code."""
+"""`python -m benchmarks`: see `--help`. What fails while measured becomes a row, no exit code.
+
+Exit status: 0; 1 for what was found wrong (failures, regressions under --fail, what is stale under
+--check); 2 for what cannot be done as asked, read or written; 75 if the same command with --resume
+goes on in a new process; 130 if interrupted.
+"""
 
 from __future__ import annotations
 
 import argparse
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -32,6 +38,7 @@ from benchmarks import (  # noqa: E402
     compare,
     dry,
     host,
+    outputs,
     predictions,
     profiling,
     resources,
@@ -49,24 +56,37 @@ from benchmarks.runner import Phases, Runner  # noqa: E402
 from benchmarks.visiting import exercise, visit  # noqa: E402
 from equiseg_fast.kernels import _tuned  # noqa: E402
 
+INTERRUPTED = 128 + signal.SIGINT
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Exit status: 0, or 1 for regressions under `compare --fail`; usage errors exit with 2."""
+    """The exit status, see above; 2 is raised as SystemExit."""
     parser = _parser()
     args = parser.parse_args(arguments)
     # A pipe has no width; the table needs this much.
     console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
         return args.run(args, console)
-    except (ValueError, FileNotFoundError) as error:
+    except KeyboardInterrupt:
+        console.print(f"interrupted; {args.kept}", markup=False, soft_wrap=True)
+        return INTERRUPTED
+    except ValueError as error:
         parser.error(str(error))
+    except OSError as error:  # a full disk, a missing file: the place says more than a traceback
+        where = f"{error.filename}: " if error.filename else ""
+        parser.error(f"{where}{error.strerror or error}; {args.kept}")
     except RuntimeError as error:  # of PyTorch or Triton, perhaps: where it came from matters
         traceback.print_exc()
         parser.error(str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    # What is said when a command is interrupted or the disk is full; some know more.
+    parser.set_defaults(kept="the same command starts anew")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
 
     listing = commands.add_parser("list", help="operations, their costs, providers and suites")
@@ -107,7 +127,7 @@ def _parser() -> argparse.ArgumentParser:
 
     again = commands.add_parser("report", help="reports and plots again, from results.jsonl")
     again.add_argument("results", type=Path, help="results.jsonl or its folder")
-    again.set_defaults(run=_report)
+    again.set_defaults(run=_report, kept="the records are as they were")
 
     for module, name, text in (
         (compare, "compare", "what became slower between two runs"),
@@ -193,6 +213,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     phases = Phases()
     phases.seconds["imports"] = perf_counter() - STARTED
+    out = _folder(args, device)
     with phases.phase("device limits"):
         dtypes = {case.dtype: DTYPES[case.dtype] for case in cases}
         limits = None
@@ -201,13 +222,19 @@ def _run(args: argparse.Namespace, console: Console) -> int:
                 limits = calibrate.read(args.calibration)
         limits = limits or calibrate.device_limits(device, dtypes)
     env = records_of.environment(device, asdict(limits))
-    out = args.out or _default_folder(device)
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+    if args.resume and (out / "env.json").is_file():
+        before = outputs.read_json(out / "env.json")
+        if before.get("device") != env["device"]:
+            raise ValueError(
+                f"--resume goes on where it was measured, on {before.get('device')}; this is "
+                f"{env['device']}"
+            )
+    outputs.write(out / "env.json", json.dumps(env, indent=1) + "\n")
 
     # Written as it goes: an interrupted run keeps what it has.
     results = records_of.Writer(out, args.resume)
     journal = Journal(out, args.resume, args.patience)
+    args.kept = f"what was measured is in {out}; with --resume --out {out} it goes on there"
     runner = Runner(options, limits, phases, journal=journal)
     waiting = remaining(cases, records_of.read(out)) if args.resume else cases
 
@@ -227,16 +254,19 @@ def _run(args: argparse.Namespace, console: Console) -> int:
             except Again as again:
                 console.print(f"{again}: to be run again with --resume", markup=False)
                 return AGAIN
+            except outputs.NotWritten:
+                raise
             except Exception:  # the other cases are worth more than this one
                 traceback.print_exc()
                 broken.append(case.label)
             progress.advance(task)
         journal.close()
         rows = records_of.read(out)
+        args.kept = f"all records are in {out}; `report {out}` makes a report of them"
         if broken:
             console.print(f"ended by an error of their own: {', '.join(broken)}", markup=False)
         if args.no_report:
-            console.print(_closing(phases, out))
+            console.print(_closing(phases, out), markup=False, soft_wrap=True)
             return 1 if broken else 0
         for name in chosen:
             progress.update(task, description=EXTRAS[name])
@@ -253,7 +283,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     terminal.show(rows, console)
     for line in skipped:
         console.print(line)
-    console.print(_closing(phases, out))
+    console.print(_closing(phases, out), markup=False, soft_wrap=True)
     return 1 if broken else 0
 
 
@@ -266,7 +296,7 @@ def _closing(phases: Phases, out: Path) -> str:
     shown = "; ".join(f"{name} {seconds:.1f}" for name, seconds in phases.seconds.items())
     return (
         f"seconds: {shown}\ntotal {perf_counter() - STARTED:.1f} s ({process_time():.0f} s of CPU "
-        f"time on {torch.get_num_threads()} threads); written to {_shown(out)}"
+        f"time on {torch.get_num_threads()} threads); written to {out}"
     )
 
 
@@ -283,7 +313,7 @@ def _breakdown(
         first = measured[0]
         providers = [r.provider for r in measured if r.group == first.group]
         found = breakdown.measure(first.shape, first.dtype, device, providers, seed)
-    (out / "breakdown.json").write_text(json.dumps(found, indent=1) + "\n")
+    outputs.write(out / "breakdown.json", json.dumps(found, indent=1) + "\n")
 
 
 def _sensors(out: Path, seed: int, phases: Phases) -> None:
@@ -296,7 +326,7 @@ def _sensors(out: Path, seed: int, phases: Phases) -> None:
         k: [[None if x != x else x for x in row] for row in v.tolist()]
         for k, v in found.weights.items()
     }
-    (out / "sensors.json").write_text(json.dumps(tables, indent=1) + "\n")
+    outputs.write(out / "sensors.json", json.dumps(tables, indent=1) + "\n")
     with phases.phase("report and plots"):
         plot.draw(found, out / "plots")
 
@@ -304,23 +334,24 @@ def _sensors(out: Path, seed: int, phases: Phases) -> None:
 def _report(args: argparse.Namespace, console: Console) -> int:
     rows = records_of.read(args.results)
     folder = args.results if args.results.is_dir() else args.results.parent
-    path = folder / "env.json"
-    env = json.loads(path.read_text()) if path.is_file() else {}
-    report.write(rows, env, folder)
+    outputs.writable(folder)
+    report.write(rows, records_of.read_environment(args.results), folder)
     terminal.show(rows, console)
     return 0
 
 
-def _default_folder(device: torch.device) -> Path:
+def _folder(args: argparse.Namespace, device: torch.device) -> Path:
+    """Where a run writes, which holds nothing of another."""
+    if args.resume:
+        return outputs.writable(args.out)
+    if args.out:
+        hint = "; --resume goes on with that"
+        return outputs.writable(args.out, "results.jsonl", "env.json", "plots", hint=hint)
     name = device.type
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    return Path("benchmark-results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
-
-
-def _shown(path: Path) -> str:
-    """The folder as it was given, never the place where it lies."""
-    return path.name if path.is_absolute() else str(path)
+    folder = Path("benchmark-results") / f"{name}-{datetime.now():%Y-%m-%d-%H%M}"
+    return outputs.writable(outputs.fresh(folder))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import track
 
-from benchmarks import compare
+from benchmarks import compare, outputs
 from benchmarks.alternate import Side, Task, measure
 from benchmarks.options import (
     ROOT,
@@ -81,7 +81,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
         return 0
 
-    out = args.out or Path("benchmark-results") / f"against-{sha[:10]}-{datetime.now():%Y%m%d-%H%M}"
+    default = Path("benchmark-results") / f"against-{sha[:10]}-{datetime.now():%Y%m%d-%H%M}"
+    out = outputs.writable(args.out or outputs.fresh(default), "base", "new", "comparison.md")
+    args.kept = f"what was measured on both sides is in {out}, for `compare`"
     for name in ("base", "new"):
         (out / name).mkdir(parents=True, exist_ok=True)
     with _worktree(sha) as base, ExitStack() as stack:
@@ -101,7 +103,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 write_jsonl(kept, out / side.name / "results.jsonl")
     changes = compare.compare(*rows, threshold=args.threshold, atol_us=args.atol_us)
     title = f"working tree against {sha[:10]}, medians of {args.blocks} blocks (p20 to p80)"
-    (out / "comparison.md").write_text(compare.markdown(changes, title))
+    outputs.write(out / "comparison.md", compare.markdown(changes, title))
     console.print(compare.table(changes, title))
     notes = (
         *_without_base(*rows),
@@ -111,7 +113,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     )
     for line in notes:
         console.print(line, markup=False)
-    console.print(f"{compare.summary(changes)}; written to {out.name}")
+    console.print(f"{compare.summary(changes)}; written to {out}", markup=False, soft_wrap=True)
     return 1 if args.fail and compare.failed(changes) else 0
 
 
@@ -121,7 +123,7 @@ def _environments(sides: Sequence[Side], sha: str, out: Path) -> list[dict[str, 
     # The harness stands in the working tree and knows the commit of that alone.
     envs[0] |= {"git_sha": sha, "git_dirty": False, "env_id": f"{envs[0]['env_id']}-{sha[:10]}"}
     for side, env in zip(sides, envs, strict=True):
-        (out / side.name / "env.json").write_text(json.dumps(env, indent=1) + "\n")
+        outputs.write(out / side.name / "env.json", json.dumps(env, indent=1) + "\n")
     return envs
 
 

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import gpus
+from benchmarks import gpus, outputs
 from benchmarks.cost import Limits
 from benchmarks.reporting.fitted import FittedTable
 from benchmarks.timing import Timing
@@ -214,7 +214,7 @@ def read(path: Path) -> Limits:
     if path.is_dir():
         names = [n for n in ("calibration.json", "env.json") if (path / n).is_file()]
         path = path / (names[0] if names else "calibration.json")
-    found = json.loads(path.read_text())
+    found = outputs.read_json(path)
     if "limits" not in found:
         raise ValueError(f"--calibration: {path.name} has no limits; `calibrate` writes some")
     return Limits.read(found["limits"])
@@ -245,6 +245,7 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
         return 0
     if args.rounds is not None and args.rounds < 2:
         raise ValueError(f"--rounds must be at least 2; got {args.rounds}")
+    folder = outputs.writable(args.out or outputs.fresh(_folder(device)))
     found = [*measure(device, dtypes, args.rounds), *measure_launches(device)]
     limits = asdict(limits_of(found))
     env = environment(device, limits)
@@ -252,8 +253,6 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
     console.print(table(found, env["device"], gpu))
     if limits["exps"] is None:
         console.print("exponentials: not measured, Triton is not installed")
-    folder = args.out or Path("benchmark-results") / _folder(device)
-    folder.mkdir(parents=True, exist_ok=True)
     result = {
         "schema": SCHEMA,
         "limits": limits,
@@ -261,13 +260,13 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
         "datasheet": None if gpu is None else {"source": gpu.source, **asdict(gpu.limits)},
         "env": env,
     }
-    (folder / "calibration.json").write_text(json.dumps(result, indent=1) + "\n")
-    console.print(f"written to {folder.name}/calibration.json")
+    outputs.write(folder / "calibration.json", json.dumps(result, indent=1) + "\n")
+    console.print(f"written to {folder}/calibration.json", markup=False, soft_wrap=True)
     return 0
 
 
-def _folder(device: torch.device) -> str:
-    return f"calibration-{device.type}-{datetime.now():%Y-%m-%d-%H%M}"
+def _folder(device: torch.device) -> Path:
+    return Path("benchmark-results") / f"calibration-{device.type}-{datetime.now():%Y-%m-%d-%H%M}"
 
 
 def published(name: str, gpu: gpus.Gpu | None) -> float | None:

@@ -179,14 +179,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 under --fail if anything is slower or lost. Raises ValueError on results of
-    different devices, and on results that have nothing in common."""
+    different devices, on results that have nothing in common, and on what is no time."""
     envs = [record.read_environment(path) for path in (args.base, args.new)]
     devices = [env.get("device", "an unknown device") for env in envs]
     if devices[0] != devices[1] and not args.force:
         raise ValueError(
             f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
         )
-    rows = [record.read(path) for path in (args.base, args.new)]
+    rows = [_timed(path) for path in (args.base, args.new)]
     changes = compare(*rows, threshold=args.threshold, atol_us=args.atol_us)
     if not changes:
         raise ValueError("no case, mode, provider and dtype was measured in both")
@@ -199,3 +199,17 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(line, markup=False)
     console.print(summary(changes))
     return 1 if args.fail and failed(changes) else 0
+
+
+def _timed(path: Path) -> list[Record]:
+    rows = record.read(path)
+    for row in rows:
+        quantiles = (row.p20_us, row.p50_us, row.p80_us)
+        if row.p50_us is not None and not (
+            None not in quantiles and row.p20_us <= row.p50_us <= row.p80_us
+        ):
+            raise ValueError(
+                f"{path}: {' '.join(row.key)}: p20_us, p50_us and p80_us must be there, in this "
+                f"order; got {', '.join(map(str, quantiles))}"
+            )
+    return rows

@@ -36,7 +36,7 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from benchmarks import resources
+from benchmarks import outputs, resources
 from benchmarks.dry_device import Binary, DryDevice, active_driver, dry_device, finish
 from benchmarks.dry_programs import WHAT, Model, programs
 from benchmarks.options import names
@@ -316,6 +316,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
             console.print(f"{what}: {name}", markup=False)
         console.print("nothing was driven")
         return 0
+    if args.cache:
+        outputs.writable(args.cache, option="--cache")
+        args.kept = f"what was compiled is in {args.cache}; the same command goes on"
     wrong = 0
     for order in orders:
         start = perf_counter()

@@ -41,6 +41,7 @@ from rich.console import Console
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks import outputs
 from benchmarks.options import choose_device, names
 from benchmarks.problem import Outputs, Shape
 from benchmarks.record import environment
@@ -237,7 +238,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--op", type=names, default=(), metavar="A,B", help=f"only: {choices}")
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--repeats", type=int, default=30, help="rounds; default: 30")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the times as JSON")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="the times as JSON, over what is there"
+    )
     parser.add_argument("--dry-run", action="store_true", help="only list what would be called")
 
 
@@ -250,6 +253,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
             console.print(f"{name}: {', '.join(MODES)}")
         console.print("nothing was run")
         return 0
+    if args.out:
+        outputs.writable_file(args.out)
     times = measure(device, args.op, args.repeats)
     console.print(table(times))
     for mode in MODES:
@@ -260,7 +265,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
             console.print(f"{mode}: {shown} times torch.add")
     if args.out:
         content = {"schema": SCHEMA, "env": environment(device), "times": as_records(times)}
-        args.out.write_text(json.dumps(content, indent=1) + "\n")
+        outputs.write(args.out, json.dumps(content, indent=1) + "\n")
     return 0
 
 
@@ -272,7 +277,7 @@ def as_records(times: Sequence[HostTime]) -> list[dict[str, Any]]:
 def read(path: Path) -> list[HostTime]:
     """The times of a file that `--out` has written."""
     known = {field.name for field in fields(HostTime)}
-    rows = json.loads(path.read_text())["times"]
+    rows = outputs.read_json(path)["times"]
     return [HostTime(**{k: v for k, v in row.items() if k in known}) for row in rows]
 
 

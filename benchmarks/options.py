@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import torch
@@ -87,11 +88,18 @@ def fraction(text: str) -> float:
 
 
 def choose_device(name: str | None, needed: bool = True) -> torch.device:
-    """The device of this name; without one the GPU if there is one. Raises ValueError if it is
-    needed and does not exist."""
+    """The device of this name; without one the GPU if there is one. Raises ValueError if it cannot
+    be measured, or is needed and does not exist."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or, as in cuda:1, one of them; got {name!r}")
     device = torch.device(name)
-    if needed and device.type == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device is cuda, but torch sees no GPU here")
+    if needed and device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device is {name}, but torch sees no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here"
+            )
     return device

@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import efficiency, gpus
+from benchmarks import efficiency, gpus, outputs
 from benchmarks.kernel_work import Kernel
 from benchmarks.launches import Call, counting
 from benchmarks.meta import META, on_meta
@@ -237,6 +237,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
         )
         console.print("nothing was computed")
         return 0
+    if not args.check:
+        outputs.writable(args.out)
     wrong = 0
     for gpu in args.gpu:
         files = files_of(gpu)
@@ -250,8 +252,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                     console.print(f"{name}: {line}", markup=False, soft_wrap=True)
                 console.print(f"{name}: {len(rows)} rows, {len(found)} differ")
             else:
-                args.out.mkdir(parents=True, exist_ok=True)
-                path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                outputs.write(path, "".join(json.dumps(row) + "\n" for row in rows))
                 console.print(f"{name}: {len(rows)} rows written")
         _show(files[f"{gpu}.jsonl"], gpu, console)
     return min(wrong, 1)

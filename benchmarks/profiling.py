@@ -18,6 +18,7 @@ from rich.console import Console
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from benchmarks import outputs
 from benchmarks.options import choose_device, pairs, shape_argument
 from benchmarks.plan import Case, Options, dry_run, plan
 from benchmarks.registry import SUITES
@@ -60,15 +61,16 @@ def main(args: argparse.Namespace, console: Console) -> int:
     case, others = _chosen(args, device)
     options = Options(suite=args.suite, device=str(device), seed=args.seed)
     (provider,), (mode,) = case.providers, case.modes
-    out = args.out or Path("benchmark-results") / f"profile-{case.label} {mode} {provider}".replace(
-        " ", "-"
-    )
+    name = f"profile-{case.label} {mode} {provider}".replace(" ", "-")
+    out = args.out or outputs.fresh(Path("benchmark-results") / name)
     console.print(f"{case.label} {mode} {provider} on {device}", end="")
     console.print(f" (the first of {others + 1} cases)" if others else "")
     commands = external_commands(case, args, out)
     if args.dry_run:
         console.print("\n".join(dry_run([case], device)), markup=False, soft_wrap=True)
     else:
+        if not args.only_calls:
+            outputs.writable(out, "trace.json")
         runner = Runner(options)
         with runner.stream():
             call = _warm_call(runner, case)
@@ -135,7 +137,8 @@ def _profile(
     out.mkdir(parents=True, exist_ok=True)
     prof.export_chrome_trace(str(out / "trace.json"))
     console.print(table(prof, args.calls, args.top, cuda))
-    console.print(f"trace for chrome://tracing or ui.perfetto.dev: {out.name}/trace.json")
+    trace = f"trace for chrome://tracing or ui.perfetto.dev: {out}/trace.json"
+    console.print(trace, markup=False, soft_wrap=True)
 
 
 def table(prof: profile, calls: int, top: int, cuda: bool) -> FittedTable:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -19,10 +21,12 @@ from typing import Any
 import torch
 
 import equiseg_fast
+from benchmarks.outputs import NotWritten, read_json, write
 from benchmarks.providers import TUNED
 from benchmarks.registry import Shape
 from benchmarks.resume import drop_half_a_line
 from benchmarks.timing import FEWEST, WIDEST
+from equiseg_fast.models.config import VARIANTS
 
 SCHEMA = 1
 UNTIMED = "not timed: the run ended before"
@@ -126,7 +130,14 @@ class Record:
 
 _FIELDS = {f.name: f for f in fields(Record)}
 _REQUIRED = ("suite", "op", "case", "mode", "provider", "dtype", "status")
-_NUMBERS = tuple(name for name, f in _FIELDS.items() if f.type == "float | None")
+_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
+    "str": ("a string", (str,)),
+    "int": ("an integer", (int,)),
+    "bool": ("true or false", (bool,)),
+    "float | None": ("a number or null", (int, float, type(None))),
+    "dict[str, Any]": ("an object", (dict,)),
+}
+_TIMES = ("p20_us", "p50_us", "p80_us", "min_us")
 _SHAPE = tuple(f.name for f in fields(Shape))
 COLUMNS = tuple(x for name in _FIELDS for x in (_SHAPE if name == "case" else (name,)))
 """Of `results.csv`: the fields of a record, those of its case in place of the case."""
@@ -145,8 +156,12 @@ class Writer:
         drop_half_a_line(self.path)
 
     def add(self, records: Iterable[Record]) -> None:
-        with self.path.open("a") as file:
-            file.write("".join(map(_line, records)))
+        """Raises NotWritten."""
+        try:
+            with self.path.open("a") as file:
+                file.write("".join(map(_line, records)))
+        except OSError as error:
+            raise NotWritten(error.errno, error.strerror, str(self.path)) from error
 
 
 def write_table(records: Iterable[Record], path: Path) -> None:
@@ -162,7 +177,7 @@ def _line(record: Record) -> str:
 
 
 def write_jsonl(records: Iterable[Record], path: Path) -> None:
-    path.write_text("".join(map(_line, records)))
+    write(path, "".join(map(_line, records)))
 
 
 def read(path: Path) -> list[Record]:
@@ -175,10 +190,12 @@ def read(path: Path) -> list[Record]:
     path = _results(path)
     whole = _benchmark_json(path)
     if whole is None:
-        return read_jsonl(path)
+        return read_jsonl(path, said=partial(print, file=sys.stderr))
     records = []
     for i, entry in enumerate(whole["benchmarks"]):
-        where = f"{_shown(path)} benchmark {i + 1} ({entry.get('name')})"
+        if not isinstance(entry, dict):
+            raise ValueError(f"{path} benchmark {i + 1}: must be an object; got {entry!r}")
+        where = f"{path} benchmark {i + 1} ({entry.get('name')})"
         values = entry.get("extra_info")
         if not isinstance(values, dict) or "schema" not in values:
             raise ValueError(f"{where}: extra_info has no record; was it made by another project?")
@@ -186,15 +203,20 @@ def read(path: Path) -> list[Record]:
     return records
 
 
-def read_jsonl(path: Path) -> list[Record]:
+def read_jsonl(path: Path, said: Callable[[str], object] = lambda text: None) -> list[Record]:
     """Records of a `results.jsonl`, or of a folder that holds one, of one measurement the last;
-    raises as `read`."""
+    raises as `read`. said: is told of half a line at the end, which is left out."""
     path = _results(path)
     records: dict[Key, Record] = {}
-    # What follows the last end of a line is being written, or its writer was killed.
-    *lines, rest = path.read_text().split("\n")
-    for number, line in enumerate([*lines, rest] if _is_json(rest) else lines, start=1):
-        where = f"{_shown(path)} line {number}"
+    text = path.read_text()
+    lines = text.removesuffix("\n").split("\n") if text else []
+    # Whoever wrote it is under way or was killed; an editor may have ended the line.
+    if lines and not _is_json(lines[-1]):
+        if not text.endswith("\n") or lines[-1].startswith('{"suite"'):
+            said(f"{path} line {len(lines)}: half a line, left out")
+            lines.pop()
+    for number, line in enumerate(lines, start=1):
+        where = f"{path} line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
@@ -212,7 +234,7 @@ def read_environment(path: Path) -> dict[str, Any]:
     if whole is not None:
         return whole.get("machine_info", {}).get(MACHINE_INFO, {})
     beside = path.parent / "env.json"
-    return json.loads(beside.read_text()) if beside.is_file() else {}
+    return read_json(beside) if beside.is_file() else {}
 
 
 MACHINE_INFO = "equiseg_fast"
@@ -229,10 +251,6 @@ def _is_json(text: str) -> bool:
 
 def _results(path: Path) -> Path:
     return path / "results.jsonl" if path.is_dir() else path
-
-
-def _shown(path: Path) -> str:
-    return f"{path.resolve().parent.name}/{path.name}"
 
 
 def _benchmark_json(path: Path) -> dict[str, Any] | None:
@@ -253,15 +271,28 @@ def _record(values: Any, where: str) -> Record:
         raise ValueError(f"{where}: field {missing[0]!r} is missing")
     if unknown := sorted(set(values) - set(_FIELDS)):
         raise ValueError(f"{where}: unknown field {unknown[0]!r}")
+    for name, value in values.items():
+        allowed, kinds = _KINDS[_FIELDS[name].type]
+        if type(value) not in kinds:
+            raise ValueError(f"{where}: {name} must be {allowed}; got {value!r}")
+        if type(value) in (int, float) and not 0 <= value < math.inf:
+            raise ValueError(f"{where}: {name} must be finite and not negative; got {value}")
+        if name in _TIMES and value == 0:
+            raise ValueError(f"{where}: {name} must be positive; got {value}")
     if values["status"] not in STATUSES:
         raise ValueError(
             f"{where}: status must be one of {', '.join(STATUSES)}; got {values['status']!r}"
         )
-    if not isinstance(values["case"], dict) or set(values["case"]) != set(_SHAPE):
-        raise ValueError(f"{where}: case must have {', '.join(_SHAPE)}; got {values['case']!r}")
-    for name in _NUMBERS:
-        if not isinstance(values.get(name), int | float | None):
-            raise ValueError(f"{where}: {name} must be a number or null; got {values[name]!r}")
+    case = values["case"]
+    if set(case) != set(_SHAPE):
+        raise ValueError(f"{where}: case must have {', '.join(_SHAPE)}; got {case!r}")
+    for name, value in case.items():
+        if name == "variant" and value not in VARIANTS:
+            raise ValueError(
+                f"{where}: variant must be one of {', '.join(VARIANTS)}; got {value!r}"
+            )
+        if name != "variant" and not (type(value) is int and value >= (name != "stage")):
+            raise ValueError(f"{where}: {name} must be a positive integer; got {value!r}")
     return Record(**values)
 
 

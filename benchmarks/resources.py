@@ -26,13 +26,17 @@ import json
 import multiprocessing
 import os
 import re
+import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+
+from benchmarks import outputs
 
 KIB = 1024
 ARCHS = (80, 89, 90, 100, 120)
@@ -220,6 +224,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
 
 
 def _start_child(cache: str) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has started this process
     os.environ.pop("TRITON_INTERPRET", None)
     os.environ["TRITON_CACHE_DIR"] = cache
 
@@ -242,11 +247,17 @@ def _compile_by_label(stem: str, label: str, arch: int) -> Resources:
     return compile_entry(_entries(stem, arch)[label], arch)
 
 
-def children(workers: int, cache: str) -> concurrent.futures.ProcessPoolExecutor:
-    """Processes that compile, into the folder `cache`, whatever this one does."""
-    return concurrent.futures.ProcessPoolExecutor(
+@contextmanager
+def children(workers: int, cache: str) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes that compile, into the folder `cache`, whatever this one does. What waits for one
+    when the block is left, interrupted perhaps, is not begun."""
+    pool = concurrent.futures.ProcessPoolExecutor(
         workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
     )
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def read(table: str | Path) -> list[Resources]:
@@ -336,10 +347,9 @@ def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]
 
 def write(results: Sequence[Resources], folder: Path) -> None:
     """`resources.json` in `folder`, which is created if missing: one entry a line."""
-    folder.mkdir(parents=True, exist_ok=True)
     lines = ",\n".join(json.dumps(asdict(r)) for r in results)
     text = f'{{"triton": "{_triton_version()}", "entries": [\n{lines}\n]}}\n'
-    (folder / "resources.json").write_text(text)
+    outputs.write(folder / "resources.json", text)
 
 
 def architectures(text: str) -> tuple[int, ...]:
@@ -365,6 +375,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--out", default="build/resources", help="folder for resources.json")
     parser.add_argument("--dry-run", action="store_true", help="only list what would be compiled")
+    parser.set_defaults(kept="the same command goes on with what is not compiled yet")
 
 
 def main(args: argparse.Namespace) -> int:
@@ -375,6 +386,7 @@ def main(args: argparse.Namespace) -> int:
             print(f"sm_{arch} {label}")
         print(f"{len(labels)} entries; nothing was compiled")
         return 0
+    outputs.writable(Path(args.out))
     results = run(args.arch, args.kernel, args.out)
     if not results:
         raise ValueError(f"--kernel must match an entry, see --dry-run; got {args.kernel!r}")

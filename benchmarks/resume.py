@@ -89,7 +89,7 @@ class Journal:
             signal.alarm(self.patience)
         try:
             yield
-        except Exception as error:
+        except BaseException as error:  # Ctrl-C, too, says nothing about the attempt
             if is_sticky(str(error)):
                 raise
             self._write(what="end", case=case, provider=provider)

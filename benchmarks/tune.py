@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from benchmarks import parity, timing
+from benchmarks import outputs, parity, timing
 from benchmarks.options import choose_device, names
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
@@ -43,6 +43,7 @@ HOTTEST = (
 )  # fmt: skip
 """Operations with kernels, by their share of a training step of EQUISeg."""
 
+FILE, SEARCH = "tuned.json", "search.json"
 GAIN = 0.02
 _FIXED = ("lean", "resident")
 _LARGEST_WARPS = 16
@@ -226,11 +227,13 @@ def main(args: argparse.Namespace, console: Console) -> int:
     interpreting = device.type == "cpu"
     if interpreting and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("on a CPU set TRITON_INTERPRET=1: a rehearsal, whose times mean nothing")
-    args.out.mkdir(parents=True, exist_ok=True)
+    ours = (args.out / SEARCH).is_file()
+    outputs.writable(args.out, *(() if ours else (FILE,))).mkdir(parents=True, exist_ok=True)
+    args.kept = f"what was decided is in {args.out}/{FILE}; the same command goes on"
     until = monotonic() + 60 * args.minutes
     longest = 0.0
     made_on = _made_on(device, interpreting)
-    entries, table = _earlier(args.out / "search.json", made_on)
+    entries, table = _earlier(args.out / SEARCH, made_on)
     late = 0
     stream = nullcontext() if interpreting else torch.cuda.stream(torch.cuda.Stream(device))
     with stream:
@@ -266,7 +269,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     _write(args.out, entries, made_on)
     won = sum(e["config"] != e["default"] for e in entries)
     rest = f", {late} cases not reached" if late else ""
-    console.print(f"{len(entries)} choices searched, {won} changed{rest}; see tuned.json")
+    console.print(f"{len(entries)} choices searched, {won} changed{rest}; see {args.out}/{FILE}")
     return 0
 
 
@@ -284,13 +287,16 @@ def _earlier(
     path: Path, made_on: dict[str, Any]
 ) -> tuple[list[dict[str, Any]], dict[_tuned.Key, Any]]:
     """What an earlier search of the same source on the same device has decided, entries and table.
-    Raises ValueError naming the file and what is wrong with it."""
+    Raises ValueError naming the file and what is wrong with it, and for any other search."""
     if not path.is_file():
         return [], {}
     content = _tuned.content(path)
     before = content.get("made_on")
     if type(before) is not dict or any(before.get(k) != made_on[k] for k in made_on if k != "utc"):
-        return [], {}
+        raise ValueError(
+            f"--out must be a new folder, as nothing is overwritten; {path} is of a search with "
+            "another device, source or version"
+        )
     table = _tuned.read(path)
     for i, entry in enumerate(content["configs"], start=1):
         if "default" not in entry:
@@ -312,6 +318,6 @@ def _line(entry: dict[str, Any]) -> str:
 
 def _write(out: Path, entries: Sequence[dict[str, Any]], made_on: dict[str, Any]) -> None:
     """`tuned.json` with the winners alone, `search.json` with everything that was tried."""
-    _tuned.write(out / "search.json", list(entries), made_on)
+    _tuned.write(out / SEARCH, list(entries), made_on)
     winners = [e for e in entries if e["config"] != e["default"]]
-    _tuned.write(out / "tuned.json", winners, made_on)
+    _tuned.write(out / FILE, winners, made_on)

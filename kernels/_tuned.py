@@ -229,4 +229,6 @@ def write(path: Path, configs: list[dict[str, Any]], made_on: Mapping[str, Any])
     """A file that `read` understands. configs: dictionaries with "function", "arguments", "config"
     and whatever else a reader should know; made_on: the device and versions of the search."""
     content = {"schema": SCHEMA, "made_on": dict(made_on), "configs": configs}
-    path.write_text(json.dumps(content, indent=1) + "\n")
+    new = path.with_name(f".{path.name}.new")
+    new.write_text(json.dumps(content, indent=1) + "\n")
+    new.replace(path)  # a search that ends here has not lost what it had

@@ -167,6 +167,54 @@ def test_refused(
     assert message in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"p50_us": float("nan")}, "line 2: p50_us must be finite and not negative; got nan"),
+        ({"p50_us": -1000.0}, "line 2: p50_us must be finite and not negative; got -1000"),
+        ({"p80_us": float("inf")}, "line 2: p80_us must be finite and not negative; got inf"),
+        ({"p80_us": None}, "p20_us, p50_us and p80_us must be there, in this order; got 1000.0, 1"),
+        ({"p20_us": 2000.0}, "p80_us must be there, in this order; got 2000.0, 1000.0, 1000.0"),
+        ({"p50_us": [1]}, "line 2: p50_us must be a number or null; got [1]"),
+        ({"mode": 3}, "line 2: mode must be a string; got 3"),
+    ],
+)
+def test_what_is_no_time_is_no_success(
+    changes: dict[str, object],
+    message: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """NaN is not larger than anything: it would never be slower."""
+    rows = [record(1000.0), record(1000.0, mode="step")]
+    base = results(tmp_path / "base", rows)
+    new = results(tmp_path / "new", rows)
+    lines = [json.dumps(asdict(row)) for row in rows]
+    path = tmp_path / "new" / "results.jsonl"
+    path.write_text("\n".join((lines[0], json.dumps(asdict(rows[1]) | changes), "")))
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", base, new, "--fail"])
+    error = capsys.readouterr().err
+    assert message in error
+    assert new in error
+
+
+def test_half_a_line_is_left_out_with_a_word(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    base, new = (results(tmp_path / name, [record(1000.0)]) for name in ("base", "new"))
+    path = tmp_path / "new" / "results.jsonl"
+    whole = path.read_text()
+    for end in ("", "\n"):
+        path.write_text(whole + whole[:50] + end)
+        assert main(["compare", base, new, "--fail"]) == 0
+        assert f"{path} line 2: half a line, left out" in capsys.readouterr().err
+    (tmp_path / "new" / "env.json").write_text('{"device":')
+    with pytest.raises(SystemExit, match="2"):
+        main(["compare", base, new])
+    assert f"{tmp_path}/new/env.json: not JSON" in capsys.readouterr().err
+
+
 def test_other_devices_by_force(tmp_path: Path) -> None:
     base = results(tmp_path / "base", [record(1000.0)])
     new = results(tmp_path / "new", [record(2000.0)], device="another chip")

@@ -111,7 +111,21 @@ def test_three_kinds_of_results_are_read(tmp_path: Path) -> None:
         ({"colour": "red"}, "unknown field 'colour'"),
         ({"status": "fine"}, "status must be one of ok, unsupported"),
         ({"case": {"variant": "b0"}}, "case must have variant, stage, height"),
+        ({"case": 7}, "case must be an object; got 7"),
+        ({"case": asdict(SHAPE) | {"variant": "b9"}}, "variant must be one of b0, b1"),
+        ({"case": asdict(SHAPE) | {"height": "64"}}, "height must be a positive integer; got '64'"),
         ({"p50_us": "fast"}, "p50_us must be a number or null; got 'fast'"),
+        ({"p50_us": True}, "p50_us must be a number or null; got True"),
+        ({"p50_us": float("nan")}, "p50_us must be finite and not negative; got nan"),
+        ({"p80_us": float("inf")}, "p80_us must be finite and not negative; got inf"),
+        ({"p20_us": -1.0}, "p20_us must be finite and not negative; got -1.0"),
+        ({"min_us": 0}, "min_us must be positive; got 0"),
+        ({"peak_mib": float("-inf")}, "peak_mib must be finite and not negative; got -inf"),
+        ({"op": None}, "op must be a string; got None"),
+        ({"dtype": ["fp32"]}, "dtype must be a string; got ['fp32']"),
+        ({"n": 2.5}, "n must be an integer; got 2.5"),
+        ({"noisy": 1}, "noisy must be true or false; got 1"),
+        ({"status": 0}, "status must be a string; got 0"),
         ({"mode": ...}, "field 'mode' is missing"),
     ],
 )
@@ -375,6 +389,7 @@ def test_limits_of_an_earlier_calibration(tmp_path: Path) -> None:
     (tmp_path / "calibration.json").write_text(json.dumps({"limits": limits}))
     run = ["run", "--op", "norm", "--provider", "torch", "--mode", "fwd", "--device", "cpu"]
     for found, same in ((tmp_path, True), (tmp_path / "none.json", False)):
-        assert main([*run, "--calibration", str(found), "--out", str(tmp_path / "out")]) == 0
-        env = json.loads((tmp_path / "out" / "env.json").read_text())
+        out = tmp_path / f"out-{same}"
+        assert main([*run, "--calibration", str(found), "--out", str(out)]) == 0
+        env = json.loads((out / "env.json").read_text())
         assert (env["limits"] == limits) is same

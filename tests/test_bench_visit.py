@@ -622,7 +622,7 @@ def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
         "task = Task('t', ('bash', '-c', 'echo $$ > pid; sleep 300'), 't.log')\n"
         "visit.ROOT = Path(sys.argv[1])\n"
         "visit.steps = lambda *_: (Step('t', '', 1.0, (task,)),)\n"
-        "main(['visit', '--device', 'cpu', '--out', sys.argv[1]])\n"
+        "sys.exit(main(['visit', '--device', 'cpu', '--out', sys.argv[1]]))\n"
     )
     command = (sys.executable, "-c", script, str(tmp_path))
     running = subprocess.Popen(
@@ -630,7 +630,7 @@ def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
     )
     pid = started(tmp_path / "pid")
     running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=30) != 0
+    assert running.wait(timeout=30) == 130
     assert not alive(pid)
     assert State(tmp_path / "visit.json").tasks["t"]["state"] == "cut off"
 

@@ -20,6 +20,7 @@ from typing import Any
 
 from rich.console import Console
 
+from benchmarks import outputs
 from benchmarks.options import ROOT, choose_device
 from benchmarks.reporting.fitted import FittedTable
 from benchmarks.visiting import orphans
@@ -72,7 +73,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
         raise ValueError(f"--minutes must be positive; got {minutes}")
     folder = args.out.resolve()
     cache = (args.cache or folder / "triton-cache").resolve()
-    archive = (args.archive or folder.with_name(f"{folder.name}.tar.gz")).resolve()
+    # Printed as it was given.
+    home = args.archive or args.out.parent / f"{folder.name}.tar.gz"
+    archive = home.resolve()
     planned = steps(folder, device, cache)
     if args.simulate:
         for after in args.simulate:
@@ -84,7 +87,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
     for package, lacking in OPTIONAL.items():
         if not find_spec(package):
             console.print(f"without {package}: {lacking}")
+    outputs.writable(folder)
+    outputs.writable_file(archive, option="--archive")
     (folder / "parity").mkdir(parents=True, exist_ok=True)
+    args.kept = f"what came home is in {args.out}; the same command goes on there"
     state = State(folder / "visit.json")
 
     def keep() -> None:
@@ -116,7 +122,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     left = [t.name for s in planned for t in s.tasks if unfinished(state, t)]
     if left:
         console.print(f"did not fit: {', '.join(left)}; the same command goes on there")
-    console.print(f"{time.monotonic() - started:.0f} s; all of it in {archive.name}")
+    console.print(f"{time.monotonic() - started:.0f} s; all of it in {home}")
     wrong = any(failed(state, task) for step in planned for task in step.tasks)
     empty = [s.name for s in planned if not s.impossible and not brought(s, state, folder)]
     if rehearsal and empty:
