@@ -149,7 +149,12 @@ def test_patience(tmp_path: Path) -> None:
 
 
 def test_what_kills_its_process_twice_is_not_tried_a_third_time(tmp_path: Path) -> None:
-    arguments = (*RUN, "--op", "guided_gate", "--out", str(tmp_path), "--resume", "--no-report")
+    limits = tmp_path / "limits.json"  # which need not be measured three times
+    limits.write_text('{"limits": {"bandwidth": 1e9, "peak": {"fp32": 1e9}, "exps": 1e9}}')
+    arguments = (
+        *RUN, "--op", "guided_gate", "--out", str(tmp_path), "--resume", "--no-report",
+        "--calibration", str(limits),
+    )  # fmt: skip
     command = (sys.executable, "-c", DIES.format(root=str(ROOT)), *arguments)
     ended = [subprocess.run(command, cwd=ROOT, capture_output=True).returncode for _ in range(3)]
     assert ended == [-signal.SIGKILL, -signal.SIGKILL, 0]
