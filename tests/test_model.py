@@ -238,8 +238,7 @@ class TestStateDict:
     """Weights know the modalities they belong to."""
 
     @pytest.mark.parametrize("names", [("depth", "rgb"), ("rgb", "event"), ("rgb", "depth", "d")])
-    @pytest.mark.parametrize("strict", [True, False])
-    @pytest.mark.parametrize("wrapped", [True, False])
+    @pytest.mark.parametrize(("strict", "wrapped"), [(True, False), (False, True)])
     def test_other_modalities_are_refused(
         self, names: tuple[str, ...], strict: bool, wrapped: bool
     ) -> None:
@@ -286,6 +285,7 @@ class TestStateDict:
         with torch.device("meta"):
             empty = EQUISeg.from_name("b0", modalities=("depth", "rgb"))
         for state in states:
+            assert state["_extra_state"].shape == (256,)  # sharded checkpoints need equal sizes
             empty = copy.deepcopy(empty.to_empty(device="cpu"))
             with pytest.raises(RuntimeError, match="in this order"):
                 empty.load_state_dict(state)

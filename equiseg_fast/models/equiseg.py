@@ -109,9 +109,10 @@ class EQUISeg(nn.Module):
     def get_extra_state(self) -> Tensor:
         """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU).
 
-        A tensor, so that every format for weights can hold it.
+        A tensor, so that every format for weights can hold it; of one size for all names that are
+        not very long, because sharded checkpoints compare sizes before `set_extra_state` can speak.
         """
-        text = json.dumps(self.config.modalities)
+        text = json.dumps(self.config.modalities).ljust(256)
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
