@@ -1,7 +1,9 @@
 """EQUISeg as a whole: published sizes, agreement with SegFormer, and the invariants of fusion."""
 
 import copy
+import re
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -40,6 +42,13 @@ def small_model(modalities: tuple[str, ...] = NAMES, **fields: object) -> EQUISe
         torch.manual_seed(0)
         model = EQUISeg.from_name("b0", modalities=modalities, num_classes=7, **fields)
     return randomise(model).double().eval()
+
+
+def without_names(model: EQUISeg) -> dict[str, Tensor]:
+    """The state dict without the names of the modalities: for those who move weights on purpose."""
+    state = model.state_dict()
+    del state["_extra_state"]
+    return state
 
 
 def images(batch: int = 2, height: int = 64, width: int = 96, modalities: int = 4) -> Tensor:
@@ -225,12 +234,75 @@ class TestSegformer:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+class TestStateDict:
+    """Weights know the modalities they belong to."""
+
+    @pytest.mark.parametrize("names", [("depth", "rgb"), ("rgb", "event"), ("rgb", "depth", "d")])
+    @pytest.mark.parametrize(("strict", "wrapped"), [(True, False), (False, True)])
+    def test_other_modalities_are_refused(
+        self, names: tuple[str, ...], strict: bool, wrapped: bool
+    ) -> None:
+        model = EQUISeg.from_name("b0", modalities=names)
+        state = EQUISeg.from_name("b0", modalities=("rgb", "depth")).state_dict()
+        before = {name: x.clone() for name, x in model.state_dict().items()}
+        target: torch.nn.Module = model
+        if wrapped:
+            target = torch.nn.Sequential(model)
+            state = {f"0.{name}": x for name, x in state.items()}
+        message = rf"modalities {re.escape(repr(names))}.* got \('rgb', 'depth'\)\. .*_extra_state"
+        with pytest.raises(RuntimeError, match=message):
+            target.load_state_dict(state, strict=strict)
+        assert all(torch.equal(x, before[name]) for name, x in model.state_dict().items())
+
+    @pytest.mark.parametrize("kind", ["new", "without names", "meta", "sharded without names"])
+    def test_the_rest_loads(self, kind: str) -> None:
+        """The same modalities, and state dicts that do not say; nothing is missing then."""
+        first, second = (EQUISeg.from_name("b0", modalities=("rgb", "é\n")) for _ in range(2))
+        state = dict(first.state_dict())
+        if kind == "without names":
+            state = without_names(first)
+        elif kind == "meta":
+            state["_extra_state"] = state["_extra_state"].to("meta")
+        elif kind == "sharded without names":
+            state["_extra_state"] = object()
+        loaded = torch.nn.Sequential(second).load_state_dict(
+            {f"0.{k}": x for k, x in state.items()}
+        )
+        assert not loaded.missing_keys
+        assert not loaded.unexpected_keys
+        assert torch.equal(second.head.linear_pred.weight, first.head.linear_pred.weight)
+
+    def test_survives_files_copies_and_devices(self, tmp_path: Path) -> None:
+        safetensors = pytest.importorskip("safetensors.torch", reason="safetensors not installed")
+        first = EQUISeg.from_name("b0", modalities=("rgb", "depth"))
+        torch.save(first.state_dict(), tmp_path / "a.pt")
+        safetensors.save_model(first, tmp_path / "a.safetensors")
+        states = [
+            torch.load(tmp_path / "a.pt", weights_only=True),
+            safetensors.load_file(tmp_path / "a.safetensors"),
+            copy.deepcopy(first).half().state_dict(),
+        ]
+        with torch.device("meta"):
+            empty = EQUISeg.from_name("b0", modalities=("depth", "rgb"))
+        for state in states:
+            assert state["_extra_state"].shape == (256,)  # sharded checkpoints need equal sizes
+            empty = copy.deepcopy(empty.to_empty(device="cpu"))
+            with pytest.raises(RuntimeError, match="in this order"):
+                empty.load_state_dict(state)
+
+    def test_other_extra_state(self) -> None:
+        model = EQUISeg.from_name("b0", modalities=("rgb", "depth"))
+        for state in (torch.zeros(3), torch.zeros(3, dtype=torch.uint8), torch.tensor(1)):
+            with pytest.raises(RuntimeError, match='"_extra_state" must hold the names'):
+                model.load_state_dict({"_extra_state": state}, strict=False)
+
+
 class TestFusion:
     def test_order_of_modalities_does_not_matter(self) -> None:
         model, x = small_model(), images()
         order = [2, 0, 3, 1]
         permuted = EQUISeg(EQUISegConfig(modalities=[NAMES[i] for i in order], num_classes=7))
-        state = model.state_dict()
+        state = without_names(model)
         for name in state:
             if ".query_hub." in name:
                 state[name] = state[name][order]
@@ -260,7 +332,7 @@ class TestFusion:
         model, x = small_model(), images()
         names = tuple(NAMES[i] for i in keep)
         subset = EQUISeg(EQUISegConfig(modalities=names, num_classes=7)).double().eval()
-        state = {k: v for k, v in model.state_dict().items() if k in subset.state_dict()}
+        state = {k: v for k, v in without_names(model).items() if k in subset.state_dict()}
         for name in state:
             if ".query_hub." in name:
                 state[name] = state[name][list(keep)]
@@ -375,7 +447,7 @@ class TestTraining:
         subset = EQUISeg(EQUISegConfig(modalities=names, num_classes=7, **fields)).double().train()
         state = {
             k: v[:3] if ".query_hub." in k else v
-            for k, v in full.state_dict().items()
+            for k, v in without_names(full).items()
             if k in subset.state_dict()
         }
         subset.load_state_dict(state)

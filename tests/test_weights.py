@@ -1,19 +1,25 @@
 """Loading encoder weights: every published layout, what is refused, and that nothing is half done.
 
 The oracle is `transformers`: its own model runs on the weights, and it writes the files of the old
-layout itself. NVlabs' names are made here from transformers' by rules of their own.
+layout itself. NVlabs' names are made here from transformers' by rules of their own, and those of
+MMSegmentation and timm from NVlabs' likewise.
 """
 
+import argparse
 import pickle
 import re
 import sys
+import types
+import zipfile
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
 
 from equiseg_fast.models import EQUISeg, LoadReport, MixTransformer, load_backbone
 from equiseg_fast.models.config import VARIANTS
@@ -84,6 +90,52 @@ def nvlabs_state(variant: str = "b0") -> State:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return dict(randomise(MixTransformer(variant)).state_dict())
+
+
+@cache
+def other_state() -> State:
+    """Weights other than those of `nvlabs_state`, of the same names."""
+    return {name: value + 1.0 for name, value in nvlabs_state().items()}
+
+
+def to_mmseg(state: State) -> State:
+    """NVlabs' state in MMSegmentation's layout: joined projections, linears as convolutions."""
+    result = {}
+    for name, value in state.items():
+        match = re.fullmatch(r"(patch_embed|block|norm)(\d)(\.\d+)?\.(.+)", name)
+        assert match is not None
+        module, stage, block, rest = match.groups(default="")
+        if rest.startswith("attn.kv."):
+            continue
+        if rest.startswith("attn.q."):
+            value = torch.cat([value, state[name.replace(".q.", ".kv.")]])
+        if re.match(r"mlp\.fc\d\.weight", rest):
+            value = value[:, :, None, None]
+        for ours, theirs in (
+            ("attn.q.", "attn.attn.in_proj_"),
+            ("attn.proj.", "attn.attn.out_proj."),
+            ("mlp.fc1.", "ffn.layers.0."),
+            ("mlp.dwconv.dwconv.", "ffn.layers.1."),
+            ("mlp.fc2.", "ffn.layers.4."),
+        ):
+            rest = rest.replace(ours, theirs)
+        if module == "patch_embed":
+            rest = rest.replace("proj.", "projection.")
+        place = ("patch_embed", "block", "norm").index(module)
+        result[f"layers.{int(stage) - 1}.{place}{block}.{rest}"] = value
+    return result
+
+
+def to_timm(state: State) -> State:
+    """NVlabs' state under the names of PVTv2 in timm."""
+    result = {}
+    for name, value in state.items():
+        name = re.sub(r"^(patch_embed|block|norm)(\d)", r"stages.\2.\1", name)
+        name = re.sub(r"^stages\.(\d)", lambda m: f"stages.{int(m[1]) - 1}", name)
+        name = name.replace("stages.0.patch_embed", "patch_embed")
+        name = name.replace(".patch_embed.", ".downsample.").replace(".block.", ".blocks.")
+        result[name.replace("dwconv.dwconv", "dwconv")] = value
+    return result
 
 
 def prefixed(prefix: str, state: State) -> State:
@@ -159,6 +211,60 @@ class TestHuggingFace:
         assert "segformer.encoder.block.0.0.attention.self.query.weight" in names
 
 
+class TestOtherLayouts:
+    """MMSegmentation and timm."""
+
+    LAYOUTS = (("MMSegmentation", to_mmseg), ("timm PVTv2", to_timm))
+
+    @pytest.mark.parametrize(("layout", "convert"), LAYOUTS)
+    def test_every_number_arrives_once(
+        self, layout: str, convert: Callable[[State], State]
+    ) -> None:
+        expected = counting(nvlabs_state())
+        head = {"decode_head.conv_seg.weight": torch.zeros(19, 256, 1, 1)}
+        model = MixTransformer("b0")
+        file = {"meta": {"epoch": 1}, "state_dict": prefixed("backbone.", convert(expected)) | head}
+        report = load_backbone(model, file)
+        assert report.layout == layout
+        assert same(model.state_dict(), expected)
+        assert report.ignored == tuple(head)
+
+    @pytest.mark.parametrize("convert", [to_mmseg, to_timm, dict])
+    def test_wide_pvt_is_refused(self, convert: Callable[[State], State]) -> None:
+        state = dict(nvlabs_state())
+        for name, value in state.items():
+            if ".mlp." in name and re.match("block[12]", name):
+                axis = 1 if name.endswith("fc2.weight") else 0
+                if not name.endswith("fc2.bias"):
+                    state[name] = torch.cat([value, value], dim=axis)
+        with pytest.raises(ValueError, match=r"PVTv2 of b0 to b4, whose .* 8, 8, 4 and 4 times"):
+            load_backbone(MixTransformer("b0"), convert(state))
+
+    def test_shape_of_joined_projections(self) -> None:
+        state = to_mmseg(nvlabs_state())
+        state["layers.0.1.0.attn.attn.in_proj_bias"] = torch.zeros(64)
+        message = (
+            r"in_proj_bias \(for block1\.0\.attn\.q\.bias\) must have shape \[96\]; got \[64\]"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_backbone(MixTransformer("b0"), state)
+
+    def test_attention_is_that_of_pytorch(self) -> None:
+        """The order of queries, keys and values in `nn.MultiheadAttention`, which they wrap."""
+        theirs = nn.MultiheadAttention(256, 8, batch_first=True)
+        state = to_mmseg(nvlabs_state())
+        for name, value in theirs.state_dict().items():
+            state[f"layers.3.1.0.attn.attn.{name}"] = value
+        model = MixTransformer("b0")
+        load_backbone(model, state)
+        x = torch.randn(2, 6, 256)
+        with torch.no_grad():
+            expected = theirs(x, x, x)[0]
+            torch.testing.assert_close(
+                model.block4[0].attn(x, 2, 3), expected, rtol=1e-4, atol=1e-5
+            )
+
+
 class TestBuiltOnSegFormer:
     """Checkpoints as the published training scripts write them."""
 
@@ -224,7 +330,106 @@ class TestBuiltOnSegFormer:
         model = MixTransformer("b0")
         report = load_backbone(model, wrap(prefixed(prefix, state) | head))
         assert same(model.state_dict(), state)
-        assert report == LoadReport("NVlabs", tuple(state), tuple(head), ())
+        assert report == LoadReport("NVlabs", tuple(state), tuple(head), (), (prefix,))
+
+
+class TestSeveralEncoders:
+    """Files with more than one: what is taken, what may be chosen, and that the report says so."""
+
+    @staticmethod
+    def _cmx() -> tuple[State, State, State]:
+        rgb, other = nvlabs_state(), other_state()
+        fusion = {"backbone.FRMs.0.channel_weights.mlp.0.weight": torch.randn(128, 128)}
+        return prefixed("backbone.", rgb) | prefixed("backbone.extra_", other) | fusion, rgb, other
+
+    def test_cmx_gives_each_its_own(self) -> None:
+        file, rgb, other = self._cmx()
+        model = EQUISeg.from_name("b0", modalities=("rgb", "depth"), share_encoder=False)
+        report = load_backbone(model, {"model": file})
+        assert report.layout == "CMX"
+        assert same(model.encoder[0].state_dict(), rgb)
+        assert same(model.encoder[1].state_dict(), other)
+        assert report.prefixes == ("backbone.", "backbone.extra_")
+        assert report.ignored == ("backbone.FRMs.0.channel_weights.mlp.0.weight",)
+        assert "  from 'backbone.', 'backbone.extra_'" in str(report).splitlines()
+
+    def test_cmx_into_one(self) -> None:
+        file, rgb, other = self._cmx()
+        model = MixTransformer("b0")
+        report = load_backbone(model, file)
+        assert same(model.state_dict(), rgb)
+        assert report.layout == "CMX"
+        assert report.not_taken == ("backbone.extra_",)
+        assert len(report.ignored) == len(other) + 1
+        assert "  from 'backbone.'; not from 'backbone.extra_'" in str(report).splitlines()
+        report = load_backbone(model, file, prefix="backbone.extra_")
+        assert same(model.state_dict(), other)
+        assert (report.prefixes, report.not_taken) == (("backbone.extra_",), ("backbone.",))
+
+    def test_cmx_into_three_is_said(self) -> None:
+        file, rgb, other = self._cmx()
+        model = EQUISeg.from_name("b0", modalities=("d", "rgb", "e"), share_encoder=False)
+        with pytest.raises(
+            ValueError, match=r"has 3; got 'backbone\.', 'backbone\.extra_'\. Choose"
+        ):
+            load_backbone(model, file)
+        prefixes = ("backbone.extra_", "backbone.", "backbone.extra_")
+        assert load_backbone(model, file, prefix=prefixes).prefixes == prefixes
+        for encoder, expected in zip(model.encoder, (other, rgb, other), strict=True):
+            assert same(encoder.state_dict(), expected)
+
+    @pytest.mark.parametrize("key", ["teacher", "state_dict_ema", "model_ema", "ema", "params"])
+    def test_nested_under_any_key(self, key: str) -> None:
+        state, other = nvlabs_state(), other_state()
+        model = MixTransformer("b0")
+        report = load_backbone(model, {"epoch": 1, key: {"module": state}})
+        assert same(model.state_dict(), state)
+        assert report.prefixes == (f"{key}.module.",)
+        # Beside the weights themselves it is a copy of them, and there for those who ask.
+        file = {"model": state, key: other, "optimizer": {"state": {0: {"exp_avg": state}}}}
+        report = load_backbone(model, file)
+        assert same(model.state_dict(), state)
+        assert report.not_taken == (f"{key}.",)
+        assert set(report.ignored) == set(prefixed(f"{key}.", other))
+        assert load_backbone(model, file, prefix=f"{key}.").not_taken == ("",)
+        assert same(model.state_dict(), other)
+
+    @pytest.mark.parametrize(
+        ("prefix", "message"),
+        [
+            ("teacher", r"prefix must be one of 'student\.', 'teacher\.'; got 'teacher'"),
+            ((), "prefix must be one, or as many as the encoders of the model, which has 1; got 0"),
+            ((7,), r"prefix must be one of .*; got 7"),
+            (7, "prefix must be a string or a sequence of strings; got int"),
+        ],
+    )
+    def test_prefix_of_none(self, prefix: object, message: str) -> None:
+        with pytest.raises((TypeError, ValueError), match=message):
+            load_backbone(MixTransformer("b0"), nested("student", "teacher"), prefix=prefix)
+
+    @pytest.mark.parametrize("name", ["strict", "adapt_channels"])
+    def test_flags_are_bool(self, name: str) -> None:
+        with pytest.raises(TypeError, match=f"{name} must be True or False; got None"):
+            load_backbone(MixTransformer("b0"), nvlabs_state(), **{name: None})
+
+    def test_own_encoders_of_another_order(self) -> None:
+        """Encoders go by their numbers, and so the numbers must be those of the same sensors."""
+        first = EQUISeg.from_name("b0", modalities=("rgb", "depth"), share_encoder=False)
+        model = EQUISeg.from_name("b0", modalities=("depth", "rgb"), share_encoder=False)
+        state = prefixed("module.", first.state_dict())
+        message = r"modalities \('depth', 'rgb'\), in this order; got \('rgb', 'depth'\)"
+        with pytest.raises(ValueError, match=message):
+            load_backbone(model, state)
+        prefixes = ("module.encoder.1.", "module.encoder.0.")
+        load_backbone(model, state, prefix=prefixes)
+        assert same(model.encoder[0].state_dict(), first.encoder[1].state_dict())
+
+    def test_encoders_of_the_model_itself_can_be_swapped(self) -> None:
+        model = EQUISeg.from_name("b0", modalities=("rgb", "depth"), share_encoder=False)
+        first, second = ({k: v.clone() for k, v in e.state_dict().items()} for e in model.encoder)
+        load_backbone(model, model.state_dict(), prefix=("encoder.1.", "encoder.0."))
+        assert same(model.encoder[0].state_dict(), second)
+        assert same(model.encoder[1].state_dict(), first)
 
 
 class TestModels:
@@ -313,6 +518,87 @@ class TestModels:
             "  2 missing: norm4.weight, norm4.bias",
             "  none ignored",
         ]
+        much = LoadReport("CMX", ("a",), (), (), ("x.",), ("x.extra_",), ("b",), ("c", "d"), ("e",))
+        assert str(much).splitlines()[1:] == [
+            "  from 'x.'; not from 'x.extra_'",
+            "  none missing",
+            "  none ignored",
+            "  1 with input channels summed or repeated: b",
+            "  2 with NaN or infinity in the file: c, d",
+            "  1 with values beyond the dtype of the model: e",
+        ]
+
+
+class TestInputChannels:
+    @pytest.mark.parametrize(("theirs", "ours"), [(3, 1), (3, 4), (3, 2), (1, 3), (4, 3), (3, 7)])
+    def test_same_function_of_channels_in_turn(self, theirs: int, ours: int) -> None:
+        """What it computes is what the original computes of images with channels in turn."""
+        original, model = (MixTransformer("b0", in_channels=n).double() for n in (theirs, ours))
+        report = load_backbone(model, original.state_dict(), adapt_channels=True)
+        assert report.adapted == ("patch_embed1.proj.weight",)
+        assert len(report.loaded) == 176
+        x = torch.randn(1, min(theirs, ours), 32, 32, dtype=torch.float64)
+        few = [torch.arange(n) % x.shape[1] for n in (theirs, ours)]
+        with torch.no_grad():
+            expected = original.embed(0, x[:, few[0]])[0]
+            actual = model.embed(0, x[:, few[1]])[0]
+        torch.testing.assert_close(actual, expected)
+
+    def test_equal_channels_are_left_alone(self) -> None:
+        model = MixTransformer("b0")
+        report = load_backbone(model, nvlabs_state(), adapt_channels=True)
+        assert report.adapted == ()
+        assert same(model.state_dict(), nvlabs_state())
+
+    def test_is_offered(self) -> None:
+        model = MixTransformer("b0", in_channels=1)
+        message = (
+            r"patch_embed1\.proj\.weight .* must have shape \[32, 1, 7, 7\]; got \[32, 3, 7, 7\]; "
+            "adapt_channels=True sums or repeats input channels"
+        )
+        with pytest.raises(ValueError, match=message):
+            load_backbone(model, nvlabs_state())
+
+    @pytest.mark.parametrize("shape", [(32, 3, 3, 3), (32, 0, 7, 7), (32, 3, 49)])
+    def test_other_shapes_stay_refused(self, shape: tuple[int, ...]) -> None:
+        state = changed("patch_embed1.proj.weight", torch.zeros(shape))()
+        with pytest.raises(ValueError, match=r"must have shape \[32, 3, 7, 7\]; got"):
+            load_backbone(MixTransformer("b0"), state, adapt_channels=True)
+
+
+class TestValues:
+    """What is odd about the numbers is in the report, and views arrive as their values."""
+
+    def test_not_finite_and_overflow(self) -> None:
+        state = nvlabs_state() | {
+            "norm1.bias": torch.full((32,), torch.nan),
+            "norm2.bias": torch.full((64,), torch.inf),
+            "norm3.bias": torch.full((160,), -1e6),
+        }
+        model = MixTransformer("b0")
+        report = load_backbone(model, state)
+        assert (report.not_finite, report.overflowed) == (("norm1.bias", "norm2.bias"), ())
+        report = load_backbone(model.half(), state)
+        assert report.not_finite == ("norm1.bias", "norm2.bias")
+        assert report.overflowed == ("norm3.bias",)
+        assert bool(model.norm3.bias.isinf().all())
+
+    def test_negative_and_conjugate_views(self) -> None:
+        value = torch.arange(256.0)
+        negative = torch._neg_view(value)
+        imaginary = torch.complex(value, value).conj().imag
+        assert negative.is_neg()
+        assert imaginary.is_neg()
+        for view in (negative, imaginary):
+            model = MixTransformer("b0")
+            load_backbone(model, changed("norm4.bias", view)())
+            assert torch.equal(model.norm4.bias, -value)
+
+    def test_float8(self) -> None:
+        value = torch.arange(256.0).to(torch.float8_e4m3fn)
+        model = MixTransformer("b0")
+        load_backbone(model, changed("norm4.bias", value)())
+        assert torch.equal(model.norm4.bias, value.float())
 
 
 def changed(name: str, value: Tensor) -> Callable[[], State]:
@@ -327,6 +613,10 @@ def fake(*names: str) -> Callable[[], State]:
     return lambda: {name: torch.zeros(2) for name in names}
 
 
+def nested(*keys: str) -> dict[str, State]:
+    return {key: nvlabs_state() for key in keys}
+
+
 def two(first: str, second: str) -> Callable[[], State]:
     return lambda: prefixed(first, nvlabs_state()) | prefixed(second, nvlabs_state())
 
@@ -338,7 +628,6 @@ class TestRefusals:
         (fake("layers.0.blocks.0.attn.relative_position_bias_table"), "like a Swin Transformer"),
         (fake("cls_token", "blocks.0.attn.qkv.weight"), "like a plain Vision Transformer"),
         (fake("stages.0.0.dwconv.weight"), "like a ConvNeXt"),
-        (fake("backbone.layers.0.0.projection.weight"), r"MMSegmentation 0\.13"),
         (fake("patch_embed1.norm.ln_0.weight"), "LayerNorm per modality, as in GeminiFusion"),
         (fake("decode_head.linear_c1.proj.weight"), "like a decode head only"),
         (fake("linear_c.0.proj.weight"), "like a decode head only"),
@@ -372,7 +661,18 @@ class TestRefusals:
         (changed("patch_embed1.proj.weight", torch.zeros(())), "different Mix Transformer"),
         # several encoders
         (two("student.", "teacher."), "must have one encoder.*has 1; got 'student.', 'teacher.'"),
-        (two("encoder.0.", "encoder.1."), "got 'encoder.0.', 'encoder.1.'. Pass a state dict of"),
+        (two("encoder.0.", "encoder.1."), "got 'encoder.0.', 'encoder.1.'. Choose with pref"),
+        (lambda: nested("student", "teacher"), "'student.', 'teacher.'. Choose with prefix='teach"),
+        (two("rgb_", "depth_"), "got 'depth_', 'rgb_'. Choose with prefix"),
+        # no values to copy
+        (
+            changed("norm4.bias", torch.zeros(256).to_sparse()),
+            r"norm4\.bias must be dense; got a sparse_coo tensor",
+        ),
+        (
+            changed("norm4.bias", torch.nested.nested_tensor([torch.zeros(256)])),
+            r"norm4\.bias must be dense; got a nested tensor",
+        ),
     )
 
     @pytest.mark.parametrize(("make", "message"), CASES, ids=[m[:40] for _, m in CASES])
@@ -410,22 +710,54 @@ class TestRefusals:
 
     def test_other_types(self) -> None:
         model = MixTransformer("b0")
+        before = {name: value.clone() for name, value in model.state_dict().items()}
         integers = changed("norm4.bias", torch.zeros(256, dtype=torch.int8))()
+        complex_ = torch.zeros(256, dtype=torch.complex64)
+        quantised = torch.quantize_per_tensor(torch.zeros(256), 1.0, 0, torch.qint8)
+        fake_tensor = FakeTensorMode().from_tensor(torch.zeros(256))
+        lazy = nn.UninitializedParameter()
         for arguments, message in (
             ((nn.Linear(2, 2), {}), "model must be an EQUISeg or a MixTransformer; got Linear"),
             ((None, {}), "model must be an EQUISeg or a MixTransformer; got NoneType"),
             ((model, model), "mapping from names to tensors; got MixTransformer"),
             ((model, 7), "mapping from names to tensors; got int"),
-            ((model, integers), r"norm4\.bias .* must be floating; got int8"),
+            ((model, integers), r"norm4\.bias must be floating; got int8"),
+            (
+                (model, changed("norm4.bias", complex_)()),
+                "floating; got complex64",
+            ),
+            ((model, changed("norm4.bias", quantised)()), "must be floating; got qint8"),
+            ((model, changed("norm4.bias", fake_tensor)()), "plain tensor; got FakeTensor"),
+            ((model, changed("norm4.bias", lazy)()), "plain tensor; got UninitializedParameter"),
         ):
             with pytest.raises(TypeError, match=message):
                 load_backbone(*arguments)
+        assert same(model.state_dict(), before)
 
     def test_model_without_memory(self) -> None:
         with torch.device("meta"):
             model = MixTransformer("b0")
         with pytest.raises(ValueError, match="in the model it is on the meta device"):
             load_backbone(model, nvlabs_state())
+
+    @pytest.mark.parametrize("kind", ["fake", "inference", "expanded", "parametrised"])
+    def test_parameter_that_cannot_be_written(self, kind: str) -> None:
+        """It is the last one, and yet the first is not written either."""
+        model = MixTransformer("b0")
+        if kind == "fake":
+            value = FakeTensorMode().from_tensor(model.norm4.bias.detach())
+            model.norm4.bias = nn.Parameter(value)
+        elif kind == "inference":
+            with torch.inference_mode():
+                model.norm4.bias = nn.Parameter(torch.zeros(256))
+        elif kind == "expanded":
+            model.norm4.bias = nn.Parameter(torch.zeros(1).expand(256))
+        else:
+            nn.utils.parametrize.register_parametrization(model.norm4, "bias", nn.Identity())
+        before = model.patch_embed1.proj.weight.detach().clone()
+        with pytest.raises((TypeError, ValueError), match=r"norm4\.(bias|parametrizations)"):
+            load_backbone(model, nvlabs_state())
+        assert torch.equal(model.patch_embed1.proj.weight, before)
 
 
 class TestFiles:
@@ -455,6 +787,76 @@ class TestFiles:
                 load_backbone(MixTransformer("b0"), tmp_path / name)
         assert not trace.exists()
 
+    @pytest.mark.parametrize("core", ["numpy._core", "numpy.core"])
+    @pytest.mark.parametrize("new_format", [True, False])
+    def test_plain_values_beside_the_weights(
+        self, core: str, new_format: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        scalars = [np.dtype(code).type(1) for code in "?bhilqBHILQefdgFDG"]
+        content = {
+            "state_dict": nvlabs_state(),
+            "best": scalars,
+            "confusion": np.arange(6).reshape(2, 3).astype(np.float32),
+            "name": np.str_("b0"),
+            "args": argparse.Namespace(lr=np.float64(1e-4), seed=np.int64(1), betas=(0.9, 0.99)),
+        }
+        path = tmp_path / "a.pth"
+        torch.save(content, path, _use_new_zipfile_serialization=new_format)
+        # NumPy 1 and 2 write the same but for this name.
+        if core not in pickle.dumps(np.float64(1.0), protocol=2).decode("latin1"):
+            path = renamed(path, core)
+        before = torch.serialization.get_safe_globals()
+        model = MixTransformer("b0")
+        with monkeypatch.context() as patch:
+            # The list of the process is not touched, even for a moment.
+            patch.setattr(torch.serialization, "add_safe_globals", None)
+            patch.setattr(torch.serialization, "safe_globals", None)
+            load_backbone(model, path)
+        assert same(model.state_dict(), nvlabs_state())
+        assert torch.serialization.get_safe_globals() == before
+
+    def test_training_checkpoint_of_mmengine(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        module = types.ModuleType("mmengine.logging.history_buffer")
+        module.HistoryBuffer = type("HistoryBuffer", (), {"__module__": module.__name__})
+        for name in ("mmengine", "mmengine.logging", module.__name__):
+            monkeypatch.setitem(sys.modules, name, module)
+        buffer = module.HistoryBuffer()
+        buffer.log_history = np.ones(3)
+        state = to_mmseg(nvlabs_state())
+        torch.save({"state_dict": state, "message_hub": {"loss": buffer}}, tmp_path / "a.pth")
+        report = load_backbone(MixTransformer("b0"), tmp_path / "a.pth")
+        assert report.layout == "MMSegmentation"
+
+    @pytest.mark.parametrize("name", ["Thing", "float32", "FloatStorage"])
+    def test_no_module_of_a_file_is_imported(
+        self, name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Behind a value of NumPy's, where PyTorch's own reader of old files stops."""
+        (tmp_path / "imported_by_a_file.py").write_text("")
+        monkeypatch.syspath_prepend(str(tmp_path))
+        data = pickle.dumps([np.float64(1.0)], protocol=2).removesuffix(b"e.").removesuffix(b"a.")
+        evil = data + f"cimported_by_a_file\n{name}\n".encode() + b"0]."
+        torch.save({}, tmp_path / "a.pth", _use_new_zipfile_serialization=False)
+        old = (tmp_path / "a.pth").read_bytes()
+        (tmp_path / "a.pth").write_bytes(old.replace(pickle.dumps({}, protocol=2), evil))
+        with pytest.raises((TypeError, ValueError)):
+            load_backbone(MixTransformer("b0"), tmp_path / "a.pth")
+        assert "imported_by_a_file" not in sys.modules
+
+    def test_other_types_are_refused_by_name(self, tmp_path: Path) -> None:
+        content = {"state_dict": nvlabs_state(), "when": Path("x"), "odd": Touch(tmp_path / "t")}
+        for new_format in (True, False):
+            torch.save(content, tmp_path / "a.pth", _use_new_zipfile_serialization=new_format)
+            with pytest.raises(ValueError, match=r"plain values: .*(pathlib\S*Path|getattr)"):
+                load_backbone(MixTransformer("b0"), tmp_path / "a.pth")
+        objects = np.array([Touch(tmp_path / "t")], dtype=object)
+        torch.save({"state_dict": nvlabs_state(), "objects": objects}, tmp_path / "b.pth")
+        with pytest.raises(ValueError, match="more than tensors and plain values"):
+            load_backbone(MixTransformer("b0"), tmp_path / "b.pth")
+        assert not (tmp_path / "t").exists()
+
     def test_no_mapping(self, tmp_path: Path) -> None:
         torch.save([torch.zeros(2)], tmp_path / "a.pth")
         with pytest.raises(TypeError, match=r"a\.pth must hold .* a mapping .*; got list"):
@@ -464,6 +866,22 @@ class TestFiles:
         monkeypatch.setitem(sys.modules, "safetensors", None)
         with pytest.raises(ImportError, match=r"a\.safetensors needs safetensors, .*pip install"):
             load_backbone(MixTransformer("b0"), "a.safetensors")
+
+
+def renamed(path: Path, core: str) -> Path:
+    """The file with NumPy's core under another name."""
+    other = "numpy.core" if core == "numpy._core" else "numpy._core"
+    result = path.with_name(f"renamed_{path.name}")
+    if not zipfile.is_zipfile(path):
+        result.write_bytes(path.read_bytes().replace(other.encode(), core.encode()))
+        return result
+    with zipfile.ZipFile(path) as old, zipfile.ZipFile(result, "w") as new:
+        for name in old.namelist():
+            data = old.read(name)
+            if name.endswith("data.pkl"):
+                data = data.replace(other.encode(), core.encode())
+            new.writestr(name, data)
+    return result
 
 
 class Touch:

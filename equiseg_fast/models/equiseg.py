@@ -1,5 +1,6 @@
 """EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
 
+import json
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,10 @@ class EQUISeg(nn.Module):
     All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of
     the query hub belong to one modality. Stage by stage: patch embedding and transformer blocks
     (`encoder`), cross-modal block (`fusion`), gate (`gates`); then `head` on the fused maps.
+
+    The state dict holds the names of the modalities, too ("_extra_state", uint8), because weights
+    belong to them by their order alone: `load_state_dict` raises RuntimeError for those of other
+    names or another order. State dicts without them load as they are.
     """
 
     def __init__(self, config: EQUISegConfig) -> None:
@@ -81,6 +86,7 @@ class EQUISeg(nn.Module):
         )
         self.head.apply(init_module)
         self.prototype_loss = PrototypeLoss(config.num_classes, config.sgm_tau, config.ignore_index)
+        self.register_load_state_dict_pre_hook(_accept_no_names)
 
     @classmethod
     def from_name(
@@ -99,6 +105,28 @@ class EQUISeg(nn.Module):
             variant=variant, modalities=tuple(modalities), num_classes=num_classes, **fields
         )
         return cls(config)
+
+    def get_extra_state(self) -> Tensor:
+        """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU).
+
+        A tensor, so that every format for weights can hold it; of one size for all names that are
+        not very long, because sharded checkpoints compare sizes before `set_extra_state` can speak.
+        """
+        text = json.dumps(self.config.modalities).ljust(256)
+        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raises RuntimeError if the weights are those of other modalities or another order.
+
+        `load_state_dict` calls this before it writes anything into the model.
+        """
+        names, ours = modality_names(state), self.config.modalities
+        if names is not None and names != ours:
+            raise RuntimeError(
+                f"the state dict must be of the modalities {ours}, in this order; got {names}. "
+                f"Build the model with modalities={names} and name the images; or, to put the "
+                'weights of each modality into the one at its place, delete "_extra_state" first'
+            )
 
     def fold_(self) -> "EQUISeg":
         """For inference: multiply norms and scales that are affine then into the weights beside.
@@ -305,6 +333,28 @@ class EQUISeg(nn.Module):
             # Never take the last sensor of an image.
             keep = keep | ~(keep & mask).any(dim=0)
         return x.masked_fill(~keep[:, :, None, None, None], 0.0)
+
+
+def modality_names(state: Any) -> tuple[str, ...] | None:
+    """The names in an extra state of `EQUISeg`; None where it has no values.
+
+    Raises RuntimeError for a tensor of anything else.
+    """
+    # Sharded checkpoints without the names have a placeholder there.
+    if not isinstance(state, Tensor) or state.is_meta:
+        return None
+    try:
+        return tuple(json.loads(bytes(state.tolist())))
+    except (TypeError, ValueError) as error:
+        raise RuntimeError(
+            '"_extra_state" must hold the names of the modalities, as the state dict of an '
+            f"EQUISeg does; got {list(state.shape)} of {state.dtype}"
+        ) from error
+
+
+def _accept_no_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    """State dicts of before the names were kept, and of other sources, are complete without."""
+    state.setdefault(f"{prefix}_extra_state", model.get_extra_state())
 
 
 def _equal_logits(f: Tensor) -> Tensor:

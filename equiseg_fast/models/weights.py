@@ -1,38 +1,64 @@
 """Encoder weights from the checkpoints of SegFormer and of what was built on it."""
 
 import os
+import pickle
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from .config import VARIANTS
+from .equiseg import EQUISeg, modality_names
 from .mix_transformer import MixTransformer
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What `load_backbone` did; `str` of it is a summary of a few lines."""
+    """What `load_backbone` did; `str` of it is a summary of a few lines.
+
+    Names of tensors that the file has beside its state dict have the keys of the mappings around
+    them in front, with dots.
+    """
 
     layout: str
-    """Whose names the file uses: "NVlabs" (ours are the same), "CMNeXt", "StitchFusion",
-    "Hugging Face v4" or "Hugging Face v5"."""
+    """Whose names the file uses: "NVlabs" (ours are the same), "CMX", "CMNeXt", "StitchFusion",
+    "MMSegmentation", "timm PVTv2", "Hugging Face v4" or "Hugging Face v5"."""
     loaded: tuple[str, ...]
     """Parameters of the model that were overwritten."""
     ignored: tuple[str, ...]
-    """Tensors of the file that no encoder has: heads, auxiliary branches, adapters."""
+    """Tensors of the file that were not used: heads, auxiliary branches, adapters, copies."""
     missing: tuple[str, ...]
     """Encoder parameters of the model that the file lacks; never any with `strict=True`."""
+    prefixes: tuple[str, ...] = ()
+    """What the names of its weights begin with in the file, for each encoder of the model."""
+    not_taken: tuple[str, ...] = ()
+    """Prefixes of further encoders in the file."""
+    adapted: tuple[str, ...] = ()
+    """Convolutions whose input channels were summed or repeated."""
+    not_finite: tuple[str, ...] = ()
+    """Parameters of the model that got NaN or infinity from the file."""
+    overflowed: tuple[str, ...] = ()
+    """Parameters of the model that got infinity because their dtype cannot hold finite values."""
 
     def __str__(self) -> str:
         lines = [f"{self.layout}: {len(self.loaded)} parameters loaded"]
+        if len(set(self.prefixes)) > 1 or self.not_taken:
+            others = f"; not from {_quoted(self.not_taken)}" if self.not_taken else ""
+            lines.append(f"  from {_quoted(self.prefixes)}{others}")
         for label, names in (("missing", self.missing), ("ignored", self.ignored)):
             count = len(names) or "none"
             lines.append(f"  {count} {label}" + (f": {_summary(names)}" if names else ""))
+        for label, names in (
+            ("with input channels summed or repeated", self.adapted),
+            ("with NaN or infinity in the file", self.not_finite),
+            ("with values beyond the dtype of the model", self.overflowed),
+        ):
+            if names:
+                lines.append(f"  {len(names)} {label}: {_summary(names)}")
         return "\n".join(lines)
 
 
@@ -41,8 +67,10 @@ class _Layout:
     """How one family of checkpoints names an encoder, against our names.
 
     patch_embed, block, norm: their modules, with {s} for the stage, counted from `first`, and {j}
-    for the block. inside: our name in such a module -> theirs, where they differ; several of
-    theirs, separated by spaces, are rows of ours below one another.
+    for the block; stem: the first patch embedding, if named otherwise. inside: our name in such a
+    module -> theirs, where they differ; several of theirs, separated by spaces, are rows of ours
+    below one another, and [i] is third i of the rows. "weight" or "bias" follows, or replaces
+    {kind}.
     """
 
     name: str
@@ -51,23 +79,58 @@ class _Layout:
     block: str
     norm: str
     inside: Mapping[str, str] = field(default_factory=dict)
+    stem: str | None = None
 
     def sources(self, name: str) -> list[str]:
-        """Our parameter -> where the file has it, one after another along the first axis."""
+        """Our parameter -> where the file has it, one after another along the first axis.
+
+        With [i] behind it third i of what is there. Nowhere, if the published encoder has no such
+        parameter.
+        """
         match = _OURS.fullmatch(name)
-        assert match is not None, name
+        if match is None:
+            return []
         module, stage, block, inner, kind = match.groups(default="")
         theirs = getattr(self, module).format(s=int(stage) - 1 + self.first, j=block)
+        if self.stem is not None and module == "patch_embed" and stage == "1":
+            theirs = self.stem
         if not inner:
             return [f"{theirs}.{kind}"]
-        return [f"{theirs}.{part}.{kind}" for part in self.inside.get(inner, inner).split()]
+        parts = self.inside.get(inner, inner).split()
+        paths = [x.format(kind=kind) if "{kind}" in x else f"{x}.{kind}" for x in parts]
+        return [f"{theirs}.{x}" for x in paths]
 
     def pattern(self, module: str) -> str:
         """Regular expression of a module's name, capturing the numbers of stage and block."""
         return getattr(self, module).replace(".", r"\.").format(s=r"(\d)", j=r"(\d+)")
 
 
-_OURS = re.compile(r"(patch_embed|block|norm)([1-4])(?:\.(\d+))?(?:\.(.+))?\.(weight|bias)")
+class _Source(NamedTuple):
+    """Where a file has a parameter of ours, or rows of it."""
+
+    name: str
+    third: int | None
+    """Which third of the rows of that tensor; None for all."""
+
+
+class _Found(NamedTuple):
+    """An encoder in a file."""
+
+    layout: _Layout
+    prefix: str
+
+    def sources(self, name: str) -> list[_Source]:
+        """As those of the layout, with whole names."""
+        parts = (x.partition("[") for x in self.layout.sources(name))
+        return [_Source(self.prefix + x, int(i[0]) if i else None) for x, _, i in parts]
+
+
+_OURS = re.compile(
+    r"(patch_embed|block|norm)([1-4])(?:\.(\d+))?"
+    r"(?:\.(proj|norm[12]?|attn\.(?:q|kv|proj|sr|norm)|mlp\.(?:fc1|dwconv\.dwconv|fc2)))?"
+    r"\.(weight|bias)"
+)
+_FIRST = "patch_embed1.proj.weight"
 
 HUGGING_FACE_V5 = _Layout(
     "Hugging Face v5",
@@ -89,6 +152,31 @@ HUGGING_FACE_V5 = _Layout(
 
 _LAYOUTS = (
     _Layout("NVlabs", 1, "patch_embed{s}", "block{s}.{j}", "norm{s}"),
+    _Layout(
+        "MMSegmentation",
+        0,
+        "layers.{s}.0",
+        "layers.{s}.1.{j}",
+        "layers.{s}.2",
+        {
+            "proj": "projection",
+            "attn.q": "attn.attn.in_proj_{kind}[0]",
+            "attn.kv": "attn.attn.in_proj_{kind}[1] attn.attn.in_proj_{kind}[2]",
+            "attn.proj": "attn.attn.out_proj",
+            "mlp.fc1": "ffn.layers.0",
+            "mlp.dwconv.dwconv": "ffn.layers.1",
+            "mlp.fc2": "ffn.layers.4",
+        },
+    ),
+    _Layout(
+        "timm PVTv2",
+        0,
+        "stages.{s}.downsample",
+        "stages.{s}.blocks.{j}",
+        "stages.{s}.norm",
+        {"mlp.dwconv.dwconv": "mlp.dwconv"},
+        stem="patch_embed",
+    ),
     _Layout(
         "Hugging Face v4",
         0,
@@ -112,24 +200,77 @@ _LAYOUTS = (
 )
 
 # Models around an encoder with NVlabs' names, told apart by what else they have.
-_BUILT_ON = ((r"\bextra_downsample_layers\.", "CMNeXt"), (r"\badap2?_t", "StitchFusion"))
+_BUILT_ON = (
+    (r"\bextra_downsample_layers\.", "CMNeXt"),
+    (r"\badap2?_t", "StitchFusion"),
+    (r"\bextra_patch_embed1\.", "CMX"),
+)
 
 # What a file without a known encoder may be; the first that fits is the answer.
 _OTHERS = (
-    (r"^(param_groups$|optimizer)", "an optimizer state"),
     (
         r"\bpatch_embed\d\.norm\.ln_\d",
         "a Mix Transformer with a LayerNorm per modality, as in GeminiFusion and TokenFusion",
     ),
-    (r"\blayers\.0\.0\.projection\.", "a Mix Transformer as in MMSegmentation 0.13 and later"),
     (r"\blayer1\.0\.conv1\.|\bresnet\.", "a ResNet"),
     (r"\brelative_position_bias_table$", "a Swin Transformer"),
     (r"\bcls_token$|\bblocks\.\d+\.attn\.qkv\.", "a plain Vision Transformer"),
     (r"\bstages\.\d\.(blocks\.|layers\.)?\d+\.(dwconv|conv_dw)\.", "a ConvNeXt"),
     (r"\b(decode_head|linear_c\d?|linear_fuse|linear_projections)\.", "a decode head only"),
+    (r"^(param_groups$|optimizer)", "an optimizer state"),
 )
 
+# Where the weights themselves are, if a file has copies (averages, teachers) under other names.
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
+
+# Types of values beside the weights in training checkpoints. NumPy renamed its core.
+_BESIDE = {
+    "argparse.Namespace",
+    "mmengine.logging.history_buffer.HistoryBuffer",
+    "numpy.dtype",
+    "numpy.ndarray",
+    *(f"numpy.{x}.multiarray.{y}" for x in ("core", "_core") for y in ("scalar", "_reconstruct")),
+}
+# What tensors and the mappings around them are made of.
+_NEEDED = {
+    "_codecs.encode",
+    "collections.OrderedDict",
+    "torch.Size",
+    "torch.device",
+    "torch._utils._rebuild_parameter",
+    "torch._utils._rebuild_tensor_v2",
+}
+
+
+class _Beside:
+    """Stands for a value beside the weights: not even NumPy's code runs on what a file says."""
+
+    def __init__(self, *_: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+class _Pickle:
+    """A `pickle_module` that makes tensors and nothing else.
+
+    PyTorch's own, of `weights_only=True`, has one list of what is allowed for the whole process.
+    """
+
+    class Unpickler(pickle.Unpickler):
+        def find_class(self, module: str, name: str) -> Any:
+            path = f"{module}.{name}"
+            if path in _BESIDE:
+                return _Beside
+            dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
+            if dtype or path in _NEEDED:
+                return super().find_class(module, name)
+            raise pickle.UnpicklingError(f"GLOBAL {path} is not allowed")
+
+    @classmethod
+    def load(cls, file: Any, **options: Any) -> Any:
+        return cls.Unpickler(file, **options).load()
 
 
 def load_backbone(
@@ -137,77 +278,139 @@ def load_backbone(
     path_or_state_dict: str | os.PathLike[str] | Mapping[str, Any],
     *,
     strict: bool = True,
+    prefix: str | Sequence[str] | None = None,
+    adapt_channels: bool = False,
 ) -> LoadReport:
     """Overwrite the encoder weights of `model` with those of a checkpoint.
 
     model: an `EQUISeg`, a `MixTransformer`, or any module around one. With `share_encoder=False`
     every encoder gets the weights of a file with one encoder; a file with as many encoders as the
-    model (of such an `EQUISeg`) gives each its own.
+    model (of such an `EQUISeg`, in the same order of modalities; or of CMX, the RGB encoder, then
+    the other) gives each its own.
 
-    path_or_state_dict: a file of safetensors (by its suffix), any other file of PyTorch's (read
-    with `weights_only=True`), or a mapping from names to floating tensors of any dtype. Layouts are
-    recognised by their names, below any prefix ("backbone.", "module.", ..) and any of the keys
-    "state_dict", "model_state_dict", "model", "module":
+    path_or_state_dict: a file of safetensors (by its suffix), any other file of PyTorch's (read as
+    with `weights_only=True`; values of NumPy and `argparse.Namespace` beside the weights are
+    skipped, further types are refused by name), or a mapping from names to floating tensors of any
+    dtype. Layouts are recognised by their names, below any prefix ("backbone.", "module.",
+    ..) and in nested mappings, of which "state_dict", "model_state_dict", "model" and "module" come
+    before others ("teacher", "state_dict_ema", ..):
 
     - NVlabs/SegFormer, `mit_b*.pth` and whole models, and so the checkpoints of this package
-    - CMNeXt, of which the RGB branch is a Mix Transformer, and StitchFusion
+    - CMX, which has two encoders (the one beside RGB has "extra_" in front of its names) of which
+      a model with one gets RGB's; CMNeXt, whose RGB branch is one; and StitchFusion
+    - MMSegmentation's MixVisionTransformer
+    - PVTv2 b5 of timm, the only one of PVTv2 that is a Mix Transformer; b0 to b4 are refused,
+      because their Mix-FFN is twice as wide in the first two stages
     - Hugging Face transformers, SegFormer as in versions 4 and 5
 
     Heads, auxiliary branches and adapters are ignored. strict: whether a parameter that the file
     lacks is an error; otherwise the model keeps its own.
 
-    The model keeps its dtypes and devices. LayerNorm eps is no weight and so is not loaded: the
-    original has 1e-6 in blocks and at stage ends (as we do), but transformers, CMNeXt and
-    StitchFusion compute with 1e-5 everywhere. To reproduce their outputs, build the model with
-    `ln_eps_block=1e-5`.
+    prefix: which encoder of the file to take where it has several: what its names begin with
+    ("backbone.extra_"; in a mapping beside the state dict "teacher.backbone.", with its key in
+    front); a sequence gives one for each encoder of the model. None finds it, and raises ValueError
+    naming the candidates where nothing above tells which it is.
 
-    Raises, leaving the model as it was, TypeError for what is no model, file or floating tensor;
-    ValueError for a file that cannot be read, holds no such encoder (with what it seems to be),
-    holds another variant, several encoders, or a parameter of another shape, or, if strict, lacks
-    one; ImportError for a .safetensors file without safetensors; OSError if there is no such file.
+    adapt_channels: whether the first convolution may have other input channels in the file. Fewer
+    or more are taken in turn: with one in the model the weights are summed, with four the fourth
+    is the first again, each with half of its weights. So the model computes of images what the
+    original computes of them with channels repeated likewise. The report names it.
 
-    Sources: the key names of NVlabs/SegFormer, jamycheung/DELIVER, LiBingyu01/StitchFusion, and
-    transformers 4 and 5. `mit_b*.pth` and their conversions are under NVIDIA's non-commercial
-    licence.
+    The model keeps its dtypes and devices; parameters that get NaN, infinity, or values beyond
+    their dtype are in the report. LayerNorm eps is no weight and so is not loaded: the original has
+    1e-5 behind convolutions and 1e-6 in blocks and at stage ends (as we do), but transformers,
+    CMNeXt (and CMX beside it) and StitchFusion compute with 1e-5 everywhere, and MMSegmentation
+    with 1e-6. To reproduce their outputs, build the model with `ln_eps_block=1e-5` or
+    `ln_eps_embed=1e-6`.
+
+    Raises, leaving the model as it was, TypeError for what is no model, file or floating plain
+    tensor; ValueError for a file that cannot be read, holds no such encoder (with what it seems to
+    be), holds another variant, several encoders, or a parameter of another shape or without dense
+    values, or, if strict, lacks one; ImportError for a .safetensors file without safetensors;
+    OSError if there is no such file.
+
+    Sources: the key names of NVlabs/SegFormer, huaaaliu/RGBX_Semantic_Segmentation,
+    jamycheung/DELIVER, LiBingyu01/StitchFusion, open-mmlab/mmsegmentation,
+    huggingface/pytorch-image-models, and transformers 4 and 5. `mit_b*.pth` and their conversions
+    are under NVIDIA's non-commercial licence.
     """
+    for argument, flag in (("strict", strict), ("adapt_channels", adapt_channels)):
+        if not isinstance(flag, bool):
+            raise TypeError(f"{argument} must be True or False; got {flag!r}")
     encoders = _encoders(model)
     origin, content = _read(path_or_state_dict)
-    state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    found = _find(state)
-    if not found:
-        raise ValueError(f"{origin} has no Mix Transformer encoder: {_describe(content)}")
-    found = _distribute(origin, found, len(encoders))
+    main = _main(content)
+    others = dict(_tensors(content))
+    own = {x.removeprefix(main): others.pop(x) for x in [*others] if x.startswith(main)}
+    state = others | own
+    everything = _find(state)
+    if not everything:
+        names = [*own] or [*others] or [*map(str, content)]
+        raise ValueError(f"{origin} has no Mix Transformer encoder: {_describe(names)}")
+    if prefix is None:
+        found = _distribute(origin, _find(own) or everything, len(encoders))
+        _check_order(origin, state, found, model)
+    else:
+        found = _choose(everything, prefix, len(encoders))
 
-    plan: list[tuple[Tensor, list[Tensor]]] = []
+    plan: list[tuple[Tensor, Tensor]] = []
     loaded: list[str] = []
     missing: list[str] = []
+    adapted: list[str] = []
+    not_finite: list[str] = []
+    overflowed: list[str] = []
     used: set[str] = set()
-    for (path, encoder), (layout, prefix) in zip(encoders, found, strict=True):
-        _check_variant(origin, state, layout, prefix, encoder)
-        for name, target in encoder.named_parameters():
-            sources = [prefix + source for source in layout.sources(name)]
-            if not state.keys() >= set(sources):
+    for (path, encoder), theirs in zip(encoders, found, strict=True):
+        parameters: dict[str, Tensor] = dict(encoder.named_parameters())
+        sources = {name: theirs.sources(name) for name in parameters}
+        for source in {x.name for parts in sources.values() for x in parts} & state.keys():
+            _check_plain(source, state[source])
+        _check_variant(origin, state, theirs, encoder)
+        for name, target in parameters.items():
+            parts = sources[name]
+            if not parts or not state.keys() >= {x.name for x in parts}:
                 missing.append(path + name)
                 continue
-            for source in sources:
-                _check_source(source, state[source], path + name, target, len(sources))
-            plan.append((target, [state[source] for source in sources]))
+            _check_target(path + name, target)
+            shape = [target.shape[0] // len(parts), *target.shape[1:]]
+            values = []
+            for source, third in parts:
+                value = state[source]
+                if adapt_channels and name == _FIRST and value.dim() == 4 and value.shape[1]:
+                    value = _adapt_channels(value, target.shape[1])
+                values.append(_rows(f"{source} (for {path}{name})", value, third, shape))
+            new = _joined(f"{parts[0].name} (for {path}{name})", values, target)
+            plan.append((target, new))
             loaded.append(path + name)
-            used.update(sources)
+            used.update(x.name for x in parts)
+            if name == _FIRST and state[parts[0].name].shape[1] != target.shape[1]:
+                adapted.append(path + name)
+            if not new.isfinite().all():
+                finite = all(bool(value.double().isfinite().all()) for value in values)
+                (overflowed if finite else not_finite).append(path + name)
     if missing and strict:
         raise ValueError(
             f"{origin} lacks {len(missing)} of {len(missing) + len(loaded)} encoder parameters: "
             f"{_summary(missing)}; strict=False keeps those of the model"
         )
+    # Nothing above writes into the model, and nothing here can fail.
     with torch.no_grad():
-        for parameter, parts in plan:
-            for rows, part in zip(parameter.chunk(len(parts)), parts, strict=True):
-                rows.copy_(part)
+        for target, new in plan:
+            target.copy_(new)
 
-    ignored = tuple(name for name in state if name not in used)
-    built_on = [x for pattern, x in _BUILT_ON if any(re.search(pattern, k) for k in ignored)]
-    layout_name = built_on[0] if built_on else found[0][0].name
-    return LoadReport(layout_name, tuple(loaded), ignored, tuple(missing))
+    prefixes = tuple(x.prefix for x in found)
+    built_on = [x for pattern, x in _BUILT_ON if any(re.search(pattern, name) for name in state)]
+    return LoadReport(
+        built_on[0] if built_on else found[0].layout.name,
+        tuple(loaded),
+        tuple(name for name in state if name not in used),
+        tuple(missing),
+        prefixes,
+        tuple(x.prefix for x in everything if x.prefix not in prefixes),
+        tuple(adapted),
+        tuple(not_finite),
+        tuple(overflowed),
+    )
 
 
 def _encoders(model: nn.Module) -> list[tuple[str, MixTransformer]]:
@@ -220,7 +423,7 @@ def _encoders(model: nn.Module) -> list[tuple[str, MixTransformer]]:
 
 
 def _read(source: object) -> tuple[str, Mapping[str, Any]]:
-    """What to call the source in messages, and the innermost mapping it holds."""
+    """What to call the source in messages, and the mapping it holds."""
     origin = "path_or_state_dict"
     content = source
     if isinstance(source, str | os.PathLike):
@@ -231,7 +434,7 @@ def _read(source: object) -> tuple[str, Mapping[str, Any]]:
             f"{origin} must hold or be a mapping from names to tensors; "
             f"got {type(content).__name__}"
         )
-    return origin, _unwrap(content)
+    return origin, content
 
 
 def _read_safetensors(path: str) -> Mapping[str, Tensor]:
@@ -254,64 +457,171 @@ def _load(path: str) -> object:
     except OSError:
         raise
     except Exception as error:  # a damaged file raises nearly anything
-        raise ValueError(
-            f"{path} cannot be read by torch.load with weights_only=True: it is no file of "
-            "PyTorch's, or damaged, or holds more than tensors. In the last case, and if you trust "
-            "it, pass the state dict instead of the path"
-        ) from error
+        cause, refused = error, _refused(path, error)
+    if refused and refused <= _BESIDE:
+        try:
+            return torch.load(path, "cpu", _Pickle, weights_only=False)
+        except Exception as error:
+            cause, refused = error, _refused(path, error)
+    names = ", ".join(sorted(refused - _BESIDE))
+    reason = "it is no file that torch.save wrote, or damaged"
+    if names:
+        reason = (
+            f"it holds more than tensors and plain values: {names}. If you trust it, pass the "
+            "state dict instead of the path"
+        )
+    raise ValueError(
+        f"{path} cannot be read by torch.load with weights_only=True: {reason}"
+    ) from cause
 
 
-def _unwrap(content: Mapping[str, Any]) -> Mapping[str, Any]:
+def _refused(path: str, error: Exception) -> set[str]:
+    """What PyTorch does not allow in a file; of a file in the format before 1.6 the first alone."""
+    try:
+        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except Exception:  # of the old format, or damaged
+        return set(re.findall(r"GLOBAL (\S+)", str(error))[:1])
+
+
+def _tensors(
+    content: Mapping[str, Any], path: str = "", levels: int = 5
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of nested mappings, named by their keys joined by dots."""
+    for key, value in content.items():
+        if isinstance(key, str) and isinstance(value, Tensor):
+            yield path + key, value
+        elif isinstance(key, str) and isinstance(value, Mapping) and levels:
+            yield from _tensors(value, f"{path}{key}.", levels - 1)
+
+
+def _main(content: Mapping[str, Any]) -> str:
+    """What the names of the weights themselves begin with, by the keys around them."""
     for key in _WRAPPERS:
         if isinstance(inner := content.get(key), Mapping):
-            return _unwrap(inner)
-    return content
+            return f"{key}.{_main(inner)}"
+    return ""
 
 
-def _find(state: Mapping[str, Tensor]) -> list[tuple[_Layout, str]]:
+def _find(state: Mapping[str, Tensor]) -> list[_Found]:
     """Encoders of the file, by layout and by the prefix of their names, in alphabetical order."""
     found = []
     for layout in _LAYOUTS:
-        pattern = re.compile(rf"((?:.+\.)?){layout.pattern('patch_embed')}\.proj\.(?:weight|bias)")
+        embedding, projection = layout.pattern("patch_embed"), layout.inside.get("proj", "proj")
+        pattern = re.compile(rf"(.*?){embedding}\.{projection}\.(?:weight|bias)")
         prefixes = {match[1] for name in state if (match := pattern.fullmatch(name))}
-        found += [(layout, prefix) for prefix in sorted(prefixes)]
+        found += [_Found(layout, prefix) for prefix in sorted(prefixes)]
     return found
 
 
-def _distribute(
-    origin: str, found: list[tuple[_Layout, str]], count: int
-) -> list[tuple[_Layout, str]]:
+def _choose(found: list[_Found], prefix: str | Sequence[str], count: int) -> list[_Found]:
+    """The encoders below the prefixes asked for, one for each of the `count` of the model."""
+    if not isinstance(prefix, str | Sequence):
+        raise TypeError(
+            f"prefix must be a string or a sequence of strings; got {type(prefix).__name__}"
+        )
+    wanted = [prefix] * count if isinstance(prefix, str) else list(prefix)
+    if len(wanted) != count:
+        raise ValueError(
+            f"prefix must be one, or as many as the encoders of the model, which has {count}; "
+            f"got {len(wanted)}"
+        )
+    by_prefix = {x.prefix: x for x in reversed(found)}
+    for x in wanted:
+        if x not in by_prefix:
+            raise ValueError(f"prefix must be one of {_quoted([*by_prefix][::-1])}; got {x!r}")
+    return [by_prefix[x] for x in wanted]
+
+
+def _distribute(origin: str, found: list[_Found], count: int) -> list[_Found]:
     """Which encoder of the file serves each of the `count` encoders of the model."""
     if len(found) == 1:
         return found * count
-    prefixes = [prefix for _, prefix in found]
+    prefixes = [x.prefix for x in found]
+    if prefixes == [prefixes[0], f"{prefixes[0]}extra_"] and count <= 2:  # CMX
+        return found[:count]
     stem = prefixes[0].removesuffix("0.")
     # Only numbers say which is which: "student." and "teacher." are not two modalities.
     if len(found) == count and prefixes == [f"{stem}{i}." for i in range(count)]:
         return found
     raise ValueError(
         f"{origin} must have one encoder, or numbered ones, as many as the model, which has "
-        f"{count}; got {', '.join(map(repr, prefixes))}. Pass a state dict of one of them"
+        f"{count}; got {_quoted(prefixes)}. Choose with prefix={prefixes[-1]!r}, say, or a "
+        "sequence of them"
     )
 
 
-def _check_variant(
-    origin: str, state: Mapping[str, Tensor], layout: _Layout, prefix: str, encoder: MixTransformer
+def _check_order(
+    origin: str, state: Mapping[str, Tensor], found: list[_Found], model: nn.Module
 ) -> None:
-    """The encoder below `prefix` has the channels and the number of blocks of `encoder`."""
-    channels = []
-    for s, dim in enumerate(encoder.dims):
-        weight = state.get(prefix + layout.sources(f"patch_embed{s + 1}.proj.weight")[0])
-        # What is missing is reported as such, later.
-        channels.append(dim if weight is None else weight.shape[0] if weight.dim() else 0)
-    pattern = re.compile(rf"{re.escape(prefix)}{layout.pattern('block')}\.")
-    blocks = {match.groups() for name in state if (match := pattern.match(name))}
-    per_stage = Counter(int(stage) - layout.first for stage, _ in blocks)
-    theirs = (tuple(channels), tuple(per_stage[s] for s in range(4)))
-    ours = (encoder.dims, tuple(len(getattr(encoder, f"block{s}")) for s in (1, 2, 3, 4)))
-    if theirs != ours:
+    """Numbered encoders of an `EQUISeg` go by their numbers into the same modalities."""
+    owners = [m for m in model.modules() if isinstance(m, EQUISeg)]
+    numbered = re.fullmatch(r"(.*)encoder\.0\.", found[0].prefix)
+    if numbered is None or len(owners) != 1 or len({x.prefix for x in found}) == 1:
+        return
+    names = modality_names(state.get(f"{numbered[1]}_extra_state"))
+    ours = owners[0].config.modalities
+    if names is not None and names != ours:
         raise ValueError(
-            f"{origin} has a different Mix Transformer: {_variant(*theirs)}; "
+            f"{origin} must have encoders of the modalities {ours}, in this order; got {names}. "
+            "Say which goes where with a sequence as prefix"
+        )
+
+
+def _check_plain(name: str, value: Tensor) -> None:
+    """A tensor of the file is one that can be copied."""
+    if type(value) not in (Tensor, nn.Parameter):
+        raise TypeError(f"{name} must be a plain tensor; got {type(value).__name__}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be floating; got {str(value.dtype).removeprefix('torch.')}")
+    if value.is_nested or value.layout != torch.strided:
+        kind = "nested" if value.is_nested else str(value.layout).removeprefix("torch.")
+        raise ValueError(f"{name} must be dense; got a {kind} tensor")
+    if value.is_meta:
+        raise ValueError(f"{name} must have values; in the file it is on the meta device")
+
+
+def _check_target(name: str, target: Tensor) -> None:
+    """A parameter of the model can be written into."""
+    if type(target) is not nn.Parameter:
+        raise TypeError(
+            f"{name} of the model must be a plain nn.Parameter; got {type(target).__name__}. "
+            "Load the weights before the model is sharded or quantised"
+        )
+    if target.is_meta:
+        raise ValueError(f"{name} must have values; in the model it is on the meta device")
+    if target.is_inference() and not torch.is_inference_mode_enabled():
+        raise ValueError(f"{name} was made in torch.inference_mode; load the weights there, too")
+    if any(n > 1 and step == 0 for n, step in zip(target.shape, target.stride(), strict=True)):
+        raise ValueError(f"{name} of the model must have memory of its own; got an expanded tensor")
+
+
+def _check_variant(
+    origin: str, state: Mapping[str, Tensor], theirs: _Found, encoder: MixTransformer
+) -> None:
+    """The encoder of the file has the channels and the number of blocks of `encoder`."""
+
+    def rows(name: str, default: int) -> int:
+        # What is missing is reported as such, later.
+        weight = state.get(theirs.sources(name)[0].name)
+        return default if weight is None else weight.shape[0] if weight.dim() else 0
+
+    dims = encoder.dims
+    channels = tuple(rows(f"patch_embed{s}.proj.weight", dims[s - 1]) for s in (1, 2, 3, 4))
+    hidden = [rows(f"block{s}.0.mlp.fc1.weight", 4 * channels[s - 1]) for s in (1, 2, 3, 4)]
+    if hidden == [x * c for x, c in zip((8, 8, 4, 4), channels, strict=True)]:
+        raise ValueError(
+            f"{origin} has the encoder of a PVTv2 of b0 to b4, whose Mix-FFN is 8, 8, 4 and 4 "
+            "times as wide as the stages; that of a Mix Transformer is 4 times as wide in all of "
+            "them, as in PVTv2 b5"
+        )
+    pattern = re.compile(rf"{re.escape(theirs.prefix)}{theirs.layout.pattern('block')}\.")
+    blocks = {match.groups() for name in state if (match := pattern.match(name))}
+    per_stage = Counter(int(stage) - theirs.layout.first for stage, _ in blocks)
+    found = (channels, tuple(per_stage[s] for s in range(4)))
+    ours = (dims, tuple(len(getattr(encoder, f"block{s}")) for s in (1, 2, 3, 4)))
+    if found != ours:
+        raise ValueError(
+            f"{origin} has a different Mix Transformer: {_variant(*found)}; "
             f"the model is {_variant(*ours)}"
         )
 
@@ -321,28 +631,58 @@ def _variant(channels: tuple[int, ...], blocks: tuple[int, ...]) -> str:
     return f"{names[0] if names else 'no known variant'} (channels {channels}, blocks {blocks})"
 
 
-def _check_source(source: str, value: Tensor, name: str, target: Tensor, parts: int) -> None:
-    """A tensor of the file can become one of `parts` equal groups of rows of a parameter."""
-    expected = [target.shape[0] // parts, *target.shape[1:]]
-    label = f"{source} (for {name})"
-    if list(value.shape) != expected:
-        raise ValueError(f"{label} must have shape {expected}; got {list(value.shape)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{label} must be floating; got {str(value.dtype).removeprefix('torch.')}")
-    if value.is_meta or target.is_meta:
-        whose = "file" if value.is_meta else "model"
-        raise ValueError(f"{label} must have values; in the {whose} it is on the meta device")
+def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
+    """Weight `[N, K, h, w]` of a convolution -> `[N, channels, h, w]` fp64, in turn."""
+    weight = weight.detach().double()
+    theirs = weight.shape[1]
+    turn = torch.arange(max(theirs, channels), device=weight.device) % min(theirs, channels)
+    if channels < theirs:
+        shape = (len(weight), channels, *weight.shape[2:])
+        return weight.new_zeros(shape).index_add_(1, turn, weight)
+    return weight[:, turn] / turn.bincount()[turn][:, None, None]
 
 
-def _describe(content: Mapping[str, Any]) -> str:
+def _rows(label: str, value: Tensor, third: int | None, shape: list[int]) -> Tensor:
+    """A tensor of the file, or a third of it, in the shape that our parameter has there."""
+    whole = shape if third is None else [3 * shape[0], *shape[1:]]
+    as_convolution = [*whole, 1, 1] if len(whole) == 2 else whole
+    if list(value.shape) not in (whole, as_convolution):
+        hint = ""
+        if label.endswith(f"{_FIRST})") and [*value.shape[:1], *value.shape[2:]] == [
+            *shape[:1],
+            *shape[2:],
+        ]:
+            hint = "; adapt_channels=True sums or repeats input channels"
+        raise ValueError(f"{label} must have shape {whole}; got {list(value.shape)}{hint}")
+    return (value if third is None else value.chunk(3)[third]).reshape(shape)
+
+
+def _joined(label: str, values: list[Tensor], target: Tensor) -> Tensor:
+    """The values below one another as a new tensor like `target`."""
+    new = torch.empty_like(target, requires_grad=False)
+    try:
+        with torch.no_grad():
+            for rows, value in zip(new.chunk(len(values)), values, strict=True):
+                rows.copy_(value)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"{label} cannot be copied into {target.dtype} on {target.device}: {error}"
+        ) from error
+    return new
+
+
+def _describe(names: Sequence[str]) -> str:
     """What a file without a known encoder seems to be."""
-    names = [str(name) for name in content]
     if not names:
         return "it is empty"
     for pattern, what in _OTHERS:
         if any(re.search(pattern, name) for name in names):
             return f"it looks like {what}; it has {_summary(names)}"
     return f"it has {_summary(names)}"
+
+
+def _quoted(names: Sequence[str]) -> str:
+    return ", ".join(map(repr, names))
 
 
 def _summary(names: Sequence[str], limit: int = 6) -> str:
