@@ -267,7 +267,7 @@ class TestSynchronisedBatchNorm:
         images, _ = batch(dtype=torch.float64)
         present = torch.tensor([[True, False], [True, True]])
         for mask in (None, present):
-            torch.testing.assert_close(converted(images, mask), model(images, mask))
+            torch.testing.assert_close(converted(images, present=mask), model(images, present=mask))
         for a, b in zip(converted.buffers(), model.buffers(), strict=True):
             torch.testing.assert_close(a, b)
 

@@ -6,9 +6,9 @@ adapters, parametrisations, quantisation, sharding and offloading all come with.
 children are called. The answer is found anew in every call, because all of that can come and go.
 """
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules import module as _module
 from torch.utils.module_tracker import ModuleTracker
 
@@ -74,11 +74,12 @@ def _only_tracks(hook: object) -> bool:
     return isinstance(getattr(hook, "__self__", None), ModuleTracker)
 
 
-def plain_parameters(*modules: nn.Module) -> list[Tensor] | None:
-    """Weight and bias of each module in turn; None if one is not plain or lacks either."""
+def plain_parameters(*modules: nn.Module) -> Any:
+    """Weight and bias of each module in turn, a list of tensors to be given to an operation; None
+    if one of the modules is not plain or lacks either."""
     if not is_plain(*modules):
         return None
-    found: list[Tensor] = []
+    found = []
     for module in modules:
         for parameter in (module.weight, module.bias):
             if parameter is None:
@@ -87,7 +88,7 @@ def plain_parameters(*modules: nn.Module) -> list[Tensor] | None:
     return found
 
 
-def keeps_size(conv: nn.Module, side: int, groups: int = 1) -> bool:
+def keeps_size(conv: Any, side: int, groups: int = 1) -> bool:
     """Whether a plain convolution has a kernel side x side in so many groups, and returns a map of
     the size that it takes: every pixel, with zeros around the map."""
     return (
@@ -98,3 +99,26 @@ def keeps_size(conv: nn.Module, side: int, groups: int = 1) -> bool:
         and conv.groups == groups
         and conv.padding_mode == "zeros"
     )
+
+
+def reduces(conv: Any) -> bool:
+    """Whether a plain convolution has its kernel as stride, so that its windows are tiles."""
+    side, _ = conv.stride
+    return (
+        conv.kernel_size == conv.stride == (side, side)
+        and conv.padding == (0, 0)
+        and conv.dilation == (1, 1)
+        and conv.groups == 1
+    )
+
+
+def demand_plain(layer: nn.Module, *paths: str) -> None:
+    """RuntimeError unless the modules of the layer at these paths are plain; outer ones first."""
+    for path in paths:
+        module = layer.get_submodule(path)
+        if not is_plain(module):
+            raise RuntimeError(
+                f"folding multiplies weights, so {path} of {type(layer).__name__} must be a plain "
+                "module without hooks, parametrisations or adapters (remove or merge them); got "
+                f"{type(module).__name__}{' with hooks' if type(module) in _PLAIN else ''}"
+            )
