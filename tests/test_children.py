@@ -6,8 +6,8 @@ must have the effect that it has where everything is called.
 
 import copy
 import pickle
+from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import suppress
 from functools import cache
 from typing import Any
 
@@ -127,8 +127,8 @@ class Scaled(nn.Module):
         self.before = before
         self.after = after
 
-    def forward(self, x: Tensor, *more: Any) -> Tensor:
-        return self.after * self.base(self.before * x, *more)
+    def forward(self, x: Tensor, *more: Any, **others: Any) -> Tensor:
+        return self.after * self.base(self.before * x, *more, **others)
 
 
 def scale_by_hook(child: nn.Module) -> None:
@@ -137,11 +137,16 @@ def scale_by_hook(child: nn.Module) -> None:
 
 def scale_by_forward(child: Any) -> None:
     forward = child.forward
-    child.forward = lambda *args: 1.5 * forward(*args)
+    child.forward = lambda *args, **kwargs: 1.5 * forward(*args, **kwargs)
 
 
 def scale_input(child: nn.Module) -> None:
     child.register_forward_pre_hook(lambda module, args: (1.5 * args[0], *args[1:]))
+
+
+def calls(path: str) -> int:
+    """How often a layer calls the child: stochastic depth serves two branches."""
+    return 2 if path.endswith("drop_path") else 1
 
 
 EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
@@ -163,13 +168,13 @@ class TestHooks:
             result = run(name, layer)
             close(result, expected, path)
             grads = torch.autograd.grad(result, list(layer.parameters()), cotangent)
-            assert fired == ["before", "after", "backward"], path
+            assert sorted(fired) == sorted(["before", "after", "backward"] * calls(path)), path
             for a, b in zip(grads, wanted, strict=True):
                 close(a, b, path)
             for handle in handles:
                 handle.remove()
             assert torch.equal(run(name, layer), expected), path
-            assert len(fired) == 3, path
+            assert len(fired) == 3 * calls(path), path
 
     @EVERY_LAYER
     def test_what_is_done_to_results_has_its_effect(self, name: str) -> None:
@@ -211,8 +216,8 @@ class TestHooks:
             close(run(name, layer), expected, name)
         finally:
             handle.remove()
-        called = [m for m in layer.modules() if not isinstance(m, nn.ModuleList)]
-        assert sorted(map(id, seen)) == sorted(map(id, called))
+        names = {id(m): n for n, m in layer.named_modules() if not isinstance(m, nn.ModuleList)}
+        assert Counter(names[id(m)] for m in seen) == {n: calls(n) for n in names.values()}
 
     @EVERY_LAYER
     def test_of_counters_leave_the_fused_path(self, name: str) -> None:
@@ -244,7 +249,7 @@ class TestHooks:
                 kept: list[Tensor] = []
                 child.register_forward_hook(lambda m, a, out, k=kept: k.extend((out, out.clone())))
                 run(name, layer)
-                assert torch.equal(*kept), (name, path)
+                assert all(map(torch.equal, kept[::2], kept[1::2])), (name, path)
 
 
 WEIGHTS: dict[str, Callable[[Any], Any]] = {
@@ -410,18 +415,21 @@ class TestModel:
         }
         for name, module in names.items():
             module.register_forward_hook(lambda m, a, out, n=name: seen["forward"].append(n))
-            if name != "prototype_loss" and any(True for _ in module.parameters()):
+            if any(True for _ in module.parameters()):
                 module.register_full_backward_hook(
                     lambda m, i, o, n=name: seen["backward"].append(n)
                 )
         torch.testing.assert_close(model(images), expected, rtol=1e-3, atol=1e-4)
-        assert sorted(seen["forward"]) == sorted(n for n in names if n != "prototype_loss")
+        once = {n: calls(n) for n in names if n != "prototype_loss"}
+        assert Counter(seen["forward"]) == once
         seen["forward"].clear()
         hooked, _ = model.loss(images, labels, order=torch.tensor([0, 1]))
         torch.testing.assert_close(hooked, total, rtol=1e-4, atol=1e-5)
         hooked.backward()
-        assert set(seen["forward"]) == set(names)
-        assert len(set(seen["backward"])) == len(seen["backward"]) > 250
+        assert Counter(seen["forward"]) == {**once, "prototype_loss": 4}  # one per stage
+        assert Counter(seen["backward"]) == {
+            n: 1 for n, m in names.items() if any(True for _ in m.parameters())
+        }
 
     def test_adapters_at_both_ends(self) -> None:
         model = EQUISeg.from_name("b0", modalities=("rgb",), num_classes=5).eval()
@@ -468,8 +476,6 @@ class TestTools:
         assert _plain.is_plain(nn.Linear(2, 2), nn.LayerNorm(2))
         assert not _plain.is_plain(nn.Linear(2, 2), Other(2, 2))
         assert not _plain.is_plain(nn.ReLU())
-        with suppress(AttributeError):
-            _plain.is_plain(None)  # type: ignore[arg-type]
 
 
 def double_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:

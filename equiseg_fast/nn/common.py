@@ -35,6 +35,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@plain
 class DropPath(nn.Module):
     """Stochastic depth: in training drop whole rows of a residual branch `[R, ...]`.
 

@@ -11,7 +11,7 @@ from equiseg_fast.ops._layout import to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
-from ._plain import demand_plain, keeps_size, plain, plain_parameters
+from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 from .common import DepthwiseConv, DropPath, backend_repr, ffn_parameters
 from .norm import BatchNorm2d, batch_norm_tokens, scale_and_shift
@@ -134,15 +134,16 @@ class ParallelPoolingMixer(nn.Module):
         u = batch_norm_tokens(self.norm1, x, height, width, rows)
         # layer_scale_1 * (u + gate * u), with one product on the features
         scale = torch.addcmul(self.layer_scale_1, self.attn(u, height, width), self.layer_scale_1)
-        if self.training:
-            x = x + self.drop_path(u * scale)
-        else:
+        if is_plain(self.drop_path) and not self.drop_path.training:
             x = torch.addcmul(x, u, scale)
+        else:
+            x = x + self.drop_path(u * scale)
         gate = self.c_nets(x.mean(dim=1, keepdim=True)).sigmoid()
         if self.norm2 is None:
-            return torch.addcmul(self.mlp(x, height, width), gate, x)
-        y = batch_norm_tokens(self.norm2, x, height, width, rows)
-        y = self.layer_scale_2 * self.mlp(y, height, width)
+            y = self.mlp(x, height, width)
+        else:
+            y = batch_norm_tokens(self.norm2, x, height, width, rows)
+            y = self.layer_scale_2 * self.mlp(y, height, width)
         return torch.addcmul(self.drop_path(y), gate, x)
 
     @torch.no_grad()
