@@ -56,10 +56,10 @@ class Model:
         with on_meta(self.dtype, backend="auto"):
             if not self.train:
                 with torch.no_grad():
-                    model(images, present)
+                    model(images, present=present)
                 return
             labels = torch.zeros(self.batch, *size, dtype=torch.int64, device=META)
-            loss, _ = model.loss(images, labels, present, generator=torch.Generator())
+            loss, _ = model.loss(images, labels, present=present, generator=torch.Generator())
             torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
 
 

@@ -7,7 +7,7 @@ PyTorch. Importing this package imports torch but neither triton nor any kernel.
 
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
@@ -31,6 +31,9 @@ from .ops import (  # noqa: E402  (the line above must come first)
     upsample_cross_entropy,
     use_backend,
 )
+
+if TYPE_CHECKING:
+    from .models import EQUISeg, EQUISegConfig, MixTransformer, load_backbone
 
 _LAZY = {
     "EQUISeg": "equiseg_fast.models",

@@ -314,14 +314,14 @@ class TestFusion:
         model, x = small_model(), images()
         mask = torch.tensor([[True, True], [False, True], [True, False], [False, True]])
         poisoned = x.masked_fill(~mask[:, :, None, None, None], value)
-        assert torch.equal(model(poisoned, mask), model(x, mask))
+        assert torch.equal(model(poisoned, present=mask), model(x, present=mask))
 
     def test_absent_images_get_no_gradient_and_spoil_none(self) -> None:
         model, x = small_model(), images(height=32, width=32)
         mask = torch.tensor([[True, True], [False, True], [True, False], [True, True]])
         x = x.masked_fill(~mask[:, :, None, None, None], float("nan")).requires_grad_()
         labels = torch.randint(0, 7, (2, 32, 32))
-        total, _ = model.loss(x, labels, mask)
+        total, _ = model.loss(x, labels, present=mask)
         grads = torch.autograd.grad(total, [x, *model.parameters()], allow_unused=True)
         assert all(g is None or bool(g.isfinite().all()) for g in grads)
         assert not grads[0][~mask].any()
@@ -340,22 +340,22 @@ class TestFusion:
         expected = subset(x[list(keep)])
         mask = torch.zeros(4, 2, dtype=torch.bool)
         mask[list(keep)] = True
-        torch.testing.assert_close(model(x, mask), expected, rtol=1e-10, atol=1e-10)
-        torch.testing.assert_close(model(x, set(names)), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model(x, present=mask), expected, rtol=1e-10, atol=1e-10)
+        torch.testing.assert_close(model(x, present=set(names)), expected, rtol=1e-10, atol=1e-10)
 
     def test_every_image_has_its_own_mask(self) -> None:
         model, x = small_model(), images()
         mask = torch.tensor([[True, False], [True, True], [False, True], [False, False]])
-        together = model(x, mask)
+        together = model(x, present=mask)
         for b in range(2):
-            alone = model(x[:, b : b + 1], mask[:, b : b + 1])
+            alone = model(x[:, b : b + 1], present=mask[:, b : b + 1])
             torch.testing.assert_close(together[b : b + 1], alone, rtol=1e-10, atol=1e-10)
 
     def test_one_modality_alone_is_finite_and_differentiable(self) -> None:
         model, x = small_model(), images(height=32, width=32)
         mask = torch.zeros(4, 2, dtype=torch.bool)
         mask[1] = True
-        total, parts = model.loss(x, torch.randint(0, 7, (2, 32, 32)), mask)
+        total, parts = model.loss(x, torch.randint(0, 7, (2, 32, 32)), present=mask)
         assert total.isfinite()
         assert parts["sgm"] == 0
         grads = torch.autograd.grad(total, list(model.parameters()), allow_unused=True)
@@ -374,7 +374,7 @@ class TestFusion:
         x = images()
         blank = x.clone()
         blank[1] = 0
-        torch.testing.assert_close(zero(x, {"rgb", "event", "lidar"}), mask(blank))
+        torch.testing.assert_close(zero(x, present={"rgb", "event", "lidar"}), mask(blank))
 
     def test_encoded_source_and_separate_encoders_and_mean_fusion(self) -> None:
         x = images(height=32, width=32)
@@ -452,8 +452,8 @@ class TestTraining:
         }
         subset.load_state_dict(state)
         # An order without the absent modality splits the present ones alike.
-        for model, args in ((full, (x, labels, mask)), (subset, (x[:3], labels))):
-            model.loss(*args)
+        full.loss(x, labels, present=mask)
+        subset.loss(x[:3], labels)
         for name, value in subset.state_dict().items():
             if "running" in name:
                 torch.testing.assert_close(full.state_dict()[name], value, rtol=1e-9, atol=1e-12)
@@ -524,7 +524,7 @@ class TestInputs:
         assert torch.equal(model(mapping), model(x))
         del mapping["depth"]
         present = {"rgb", "event", "lidar"}
-        assert torch.equal(model(mapping, present), model(x, present))
+        assert torch.equal(model(mapping, present=present), model(x, present=present))
 
     def test_bad_inputs_are_refused_by_name(self) -> None:
         model, x = small_model(), images()
@@ -547,12 +547,17 @@ class TestInputs:
                 ValueError,
                 r"images\['depth'\] must have shape",
             ),
-            (lambda: model(x, set()), ValueError, "all are absent"),
-            (lambda: model(x, {"radar"}), ValueError, "present has unknown modality 'radar'"),
-            (lambda: model(x, "rgb"), TypeError, "present must be a bool mask"),
-            (lambda: model(x, none), ValueError, "image 0 has none"),
-            (lambda: model(x, none.float()), TypeError, "present must have dtype bool"),
-            (lambda: model(x, none[:3]), ValueError, r"present must have shape \[M, B\]"),
+            (lambda: model(x, present=set()), ValueError, "all are absent"),
+            (
+                lambda: model(x, present={"radar"}),
+                ValueError,
+                "present has unknown modality 'radar'",
+            ),
+            (lambda: model(x, present="rgb"), TypeError, "present must be a bool mask"),
+            (lambda: model(x, present=none), ValueError, "image 0 has none"),
+            (lambda: model(x, present=none.float()), TypeError, "present must have dtype bool"),
+            (lambda: model(x, present=none[:3]), ValueError, r"present must have shape \[M, B\]"),
+            (lambda: model(x, labels), TypeError, r"write model\(images, labels=labels\)"),
             (lambda: model.loss(x, labels[:1]), ValueError, "labels must have shape"),
             (lambda: model.loss(x, labels.float()), TypeError, "labels must have dtype int64"),
             (lambda: model.loss(x, labels + 7), ValueError, r"labels must be 0\.\.6 or 255.*got 7"),

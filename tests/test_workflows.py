@@ -4,7 +4,7 @@ import copy
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -19,6 +20,7 @@ from torch.utils.checkpoint import (
 )
 
 from equiseg_fast import EQUISeg, attention, depthwise_conv_gelu, guided_gate, query_hub
+from equiseg_fast.nn import MixFFN
 from equiseg_fast.testing import assert_deterministic, random_normal
 
 NAMES = ("rgb", "depth")
@@ -60,13 +62,17 @@ def assert_same(actual: dict[str, Tensor], expected: dict[str, Tensor], toleranc
 
 class TestCompile:
     def test_inference_is_one_graph(self) -> None:
+        """For every subset of four sensors, as a mask."""
         torch._dynamo.reset()
-        model = build().eval()
+        model = EQUISeg.from_name("b0", num_classes=5).eval()
         counter = CompileCounterWithBackend("aot_eager")
         compiled = torch.compile(model, fullgraph=True, dynamic=False, backend=counter)
-        images, _ = batch()
-        with torch.no_grad():
-            torch.testing.assert_close(compiled(images), model(images), rtol=1e-3, atol=1e-4)
+        images = torch.randn(4, 1, 3, 32, 32)
+        for subset in range(1, 16):
+            mask = torch.tensor([[bool(subset >> i & 1)] for i in range(4)])
+            with torch.no_grad():
+                actual, expected = (m(images, present=mask) for m in (compiled, model))
+            torch.testing.assert_close(actual, expected, rtol=1e-3, atol=1e-4)
         assert counter.frame_count == 1
 
     def test_training_is_one_graph(self) -> None:
@@ -227,6 +233,14 @@ def gradients_of_backward(model: nn.Module, images: Tensor) -> dict[str, Tensor]
     return {name: p.grad for name, p in model.named_parameters()}
 
 
+def gradients_of_loss(
+    model: EQUISeg, images: Tensor, labels: Tensor, present: Tensor | set[str]
+) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    model.loss(images, labels, present=present, order=torch.tensor([0, 1]))[0].backward()
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
 def distributed(*args: str) -> str:
     """What `distributed_worker.py` prints in two processes of PyTorch's own launcher."""
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
@@ -241,8 +255,49 @@ def distributed(*args: str) -> str:
     return run.stdout
 
 
+@pytest.fixture
+def one_process() -> Iterator[None]:
+    """A process group of this process alone."""
+    torch.distributed.init_process_group(
+        "gloo", store=torch.distributed.HashStore(), rank=0, world_size=1
+    )
+    yield
+    torch.distributed.destroy_process_group()
+
+
 @pytest.mark.skipif(not torch.distributed.is_available(), reason="torch without distributed")
 class TestDistributed:
+    @pytest.mark.parametrize("how", ["mask", "find_unused_parameters"])
+    def test_sensors_may_be_absent(self, how: str, one_process: None) -> None:
+        """DDP wants a gradient of every parameter, which a set of one name does not give."""
+        model = build(head_dropout=0.0)
+        images, labels = batch(32, 32)
+        order = torch.tensor([0, 1])
+        names, mask = {"rgb"}, torch.tensor([[True, True], [False, False]])
+        wrapped = DistributedDataParallel(model, find_unused_parameters=how != "mask")
+        for _ in range(2):
+            present = mask if how == "mask" else names
+            wrapped(images, labels=labels, present=present, order=order)[0].backward()
+        with_names = gradients_of_loss(model, images, labels, names)
+        with_mask = gradients_of_loss(model, images, labels, mask)
+        assert 0 < sum(g is None for g in with_names.values()) < len(with_names)
+        assert all(g is not None for g in with_mask.values())
+        if how == "mask":
+            wrapped(images, labels=labels, present=names, order=order)[0].backward()
+            with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
+                wrapped(images, labels=labels, present=names, order=order)
+
+    def test_a_sharded_child_is_called(self, one_process: None) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        layer, x = MixFFN(16, 24), torch.randn(2, 24, 16)
+        expected = layer(x, 6, 4)
+        fully_shard(layer.fc1)
+        actual = layer(x, 6, 4)
+        torch.testing.assert_close(actual, expected)
+        actual.square().mean().backward()
+        assert layer.fc1.weight.grad.full_tensor().abs().sum() > 0
+
     def test_training_equals_a_single_process(self) -> None:
         """DDP, FSDP2, FSDP2 in bf16 and compiled."""
         printed = distributed()
@@ -267,7 +322,7 @@ class TestSynchronisedBatchNorm:
         images, _ = batch(dtype=torch.float64)
         present = torch.tensor([[True, False], [True, True]])
         for mask in (None, present):
-            torch.testing.assert_close(converted(images, mask), model(images, mask))
+            torch.testing.assert_close(converted(images, present=mask), model(images, present=mask))
         for a, b in zip(converted.buffers(), model.buffers(), strict=True):
             torch.testing.assert_close(a, b)
 

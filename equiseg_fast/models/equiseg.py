@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
 import torch
 import torch.nn.functional as F
@@ -16,6 +16,7 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
+from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
 
@@ -52,7 +53,8 @@ class EQUISeg(nn.Module):
 
     All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of
     the query hub belong to one modality. Stage by stage: patch embedding and transformer blocks
-    (`encoder`), cross-modal block (`fusion`), gate (`gates`); then `head` on the fused maps.
+    (`encoder`), cross-modal block (`fusion`), gate (`gates`); then `head` on the fused maps. All
+    children may have hooks, but the encoder itself is not called: its stages are, one by one.
 
     The state dict holds the names of the modalities, too ("_extra_state", uint8), because weights
     belong to them by their order alone: `load_state_dict` raises RuntimeError for those of other
@@ -135,21 +137,44 @@ class EQUISeg(nn.Module):
         `SegmentationHead.fold_`). Cannot be undone, so fold a copy if you go on training; the
         model is in evaluation mode afterwards, and training raises RuntimeError. Returns the model.
         """
-        for block in self.fusion:
-            for mixer in block.mixer:
-                mixer.fold_()
-        self.head.fold_()
+        parts = [mixer for block in self.fusion for mixer in block.mixer] + [self.head]
+        for part in parts:
+            part.check_foldable()  # all or nothing
+        for part in parts:
+            part.fold_()
         return self.eval()
+
+    @overload
+    def forward(
+        self,
+        images: Images,
+        *,
+        present: Present = None,
+        labels: None = None,
+        generator: torch.Generator | None = None,
+        order: Tensor | None = None,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        images: Images,
+        *,
+        present: Present = None,
+        labels: Tensor,
+        generator: torch.Generator | None = None,
+        order: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]: ...
 
     def forward(
         self,
         images: Images,
+        *more: NoReturn,
         present: Present = None,
-        *,
         labels: Tensor | None = None,
         generator: torch.Generator | None = None,
         order: Tensor | None = None,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
         """Logits `[B, num_classes, H, W]` at the size of the input; with labels what `loss` returns
         (distributed wrappers work on `forward` alone).
 
@@ -159,12 +184,20 @@ class EQUISeg(nn.Module):
         present: what is there: None for everything, a set of names (the others may be missing
             from images and cost nothing), or a bool mask `[M, B]` per image. The values of what is
             absent never matter. A mask on the CPU is checked; one on a GPU is not read back, and
-            an image without any modality gets NaN there.
+            an image without any modality gets NaN there. `torch.compile` makes a graph of its own
+            for each set of names, and gives up after `torch._dynamo.config.recompile_limit` (8) of
+            them: there, and under `DistributedDataParallel`, where every parameter has to take
+            part (or `find_unused_parameters=True`), give the mask.
 
         Raises TypeError or ValueError naming what is wrong.
         """
+        if more:
+            raise TypeError(
+                "forward takes images alone by position; write model(images, labels=labels) or "
+                f"model(images, present=present); got {1 + len(more)} positional arguments"
+            )
         if labels is not None:
-            return self.loss(images, labels, present, generator=generator, order=order)
+            return self.loss(images, labels, present=present, generator=generator, order=order)
         x, mask, subset = self._inputs(images, present)
         stages, padded = self._stages(x, mask, subset)
         height, width = x.shape[-2:]
@@ -173,7 +206,10 @@ class EQUISeg(nn.Module):
         )
         return logits[..., :height, :width]
 
-    def stages(self, images: Images, present: Present = None) -> list[StageOutput]:
+    if TYPE_CHECKING:
+        __call__ = forward
+
+    def stages(self, images: Images, *, present: Present = None) -> list[StageOutput]:
         """Features, fused map and modality contributions of the four stages (of padded images).
 
         Arguments as for `forward`. With a set of names, M counts the present modalities only.
@@ -184,8 +220,8 @@ class EQUISeg(nn.Module):
         self,
         images: Images,
         labels: Tensor,
-        present: Present = None,
         *,
+        present: Present = None,
         generator: torch.Generator | None = None,
         order: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -247,7 +283,9 @@ class EQUISeg(nn.Module):
         subset = present_names(present, names)
         zero = self.config.missing == "zero"
         needed = range(len(names)) if subset is None or zero else subset
-        x = stack_images(images, names, needed, self.head.linear_pred.weight)
+        last = self.head.linear_pred
+        like = last.weight if is_plain(last) else next(self.parameters())
+        x = stack_images(images, names, needed, like)
         if subset is not None and not zero:
             return x, None, None if len(subset) == len(names) else subset
         if present is None:
@@ -309,12 +347,14 @@ class EQUISeg(nn.Module):
     def _balance(self, s: int, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate of stage s: f `[M, B, L, C]` -> branches, fused map, contributions `[M, B, C]`."""
         config = self.config
-        logits = self.gates[s].logits(f, present=mask) if config.gate else _equal_logits(f)
-        branches, fused = guided_gate(f, logits, present=mask, rho=config.gate_rho)
-        if config.fuse == "mean":
-            logits = _equal_logits(f)
-            _, fused = guided_gate(f, logits, present=mask)
-        return branches, fused, reference.gate_weights(logits, present=mask)
+        if config.gate:
+            branches, fused, weights = self.gates[s](f, present=mask, return_weights=True)
+            if config.fuse == "gate":
+                return branches, fused, weights
+        logits = _equal_logits(f)
+        unchanged, fused = guided_gate(f, logits, present=mask, rho=0.0)
+        weights = reference.gate_weights(logits, present=mask)
+        return branches if config.gate else unchanged, fused, weights
 
     def _head(self, stages: Sequence[StageOutput]) -> Tensor:
         return self.head([s.fused for s in stages], [s.size for s in stages])

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
+from equiseg_fast.nn._plain import plain_parameters
 from equiseg_fast.ops import add_layer_norm
 from equiseg_fast.ops._layout import to_map
 
@@ -13,7 +14,12 @@ from .config import HEADS, SR_RATIOS, VARIANTS, check_variant, drop_path_rates
 
 
 def _add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Tensor]:
-    return add_layer_norm(x, update, norm.weight, norm.bias, norm.eps)
+    parameters = plain_parameters(norm)
+    if parameters is None:
+        total = x + update
+        return total, norm(total)
+    weight, bias = parameters
+    return add_layer_norm(x, update, weight, bias, norm.eps)
 
 
 class TransformerBlock(nn.Module):

@@ -10,6 +10,7 @@ from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_same_form, check_sizes, like
+from ._plain import is_plain, reduces
 from ._sharing import adopt
 from .common import Linear, backend_repr
 
@@ -17,8 +18,8 @@ from .common import Linear, backend_repr
 def reduce_tokens(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
     """A convolution whose kernel is its stride r, on tokens: `[R, L, C]` -> `[R, L', C']`, where
     L' = (height // r) * (width // r)."""
-    r = conv.stride[0]
-    if height % r or width % r:
+    r = conv.stride[0] if is_plain(conv) and reduces(conv) else 0
+    if not r or height % r or width % r:
         return to_tokens(conv(to_map(x, height, width)))
     # One matrix product over patches, which beats every strided convolution measured.
     patches = x.unflatten(1, (height // r, r, width // r, r)).transpose(2, 3)
@@ -75,9 +76,9 @@ class CrossModalAttention(nn.Module):
         return self.proj(attention(q, k, v).flatten(2))
 
     def extra_repr(self) -> str:
-        q = self.q.weight.new_empty((0, 1, self.heads, self.dim // self.heads))
+        shape = (0, 1, self.heads, self.dim // self.heads)
         sizes = f"dim={self.dim}, heads={self.heads}, sr_ratio={self.sr_ratio}"
-        return f"{sizes}, {backend_repr('attention', q, q, q)}"
+        return f"{sizes}, {backend_repr('attention', self, shape, shape, shape)}"
 
 
 class EfficientSelfAttention(CrossModalAttention):

@@ -35,6 +35,8 @@ class CrossModalBlock(nn.Module):
         output_projection: bool = True,
     ) -> None:
         super().__init__()
+        self.dim = dim
+        self.modalities = modalities
         self.query_hub = SelfQueryHub(dim, modalities)
         self.mixer = nn.ModuleList(
             ParallelPoolingMixer(dim, ppx_ratio, drop_path) for _ in range(ppx_depth)
@@ -94,5 +96,4 @@ class CrossModalBlock(nn.Module):
         return encoded + update
 
     def extra_repr(self) -> str:
-        modalities, dim = self.query_hub.dw_bias.shape
-        return f"dim={dim}, modalities={modalities}"
+        return f"dim={self.dim}, modalities={self.modalities}"

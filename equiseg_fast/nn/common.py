@@ -1,27 +1,33 @@
 """Small layers that several others are made of."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast.ops import _backend, _checks, depthwise_conv_gelu, mix_ffn
-from equiseg_fast.ops._layout import linear, to_tokens
+from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._plain import is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 
 
-def backend_repr(op: str, *args: object) -> str:
+def backend_repr(op: str, layer: nn.Module, *shapes: Sequence[int]) -> str:
     """For `extra_repr`: the backend that is chosen for `op`, and the one that would take it now.
 
-    args: of the operation, as in a call; only devices, dtypes and shapes are looked at.
+    shapes: of its arguments, in the dtype and on the device of the layer.
     """
-    choice, would_run = _backend.choice_for(op, *args)
+    # A layer of which everything is quantised has no parameters.
+    example = next(layer.parameters(), torch.empty(0, device="cpu"))
+    choice, would_run = _backend.choice_for(op, *(example.new_empty(shape) for shape in shapes))
     return f"backend={choice}" if choice == would_run else f"backend={choice} -> {would_run}"
 
 
+@plain
 class Linear(nn.Linear):
     """`nn.Linear` on tokens `[R, L, in]` -> `[R, L, out]`, faster on the CPU."""
 
@@ -29,6 +35,7 @@ class Linear(nn.Linear):
         return linear(x, self.weight, self.bias)
 
 
+@plain
 class DropPath(nn.Module):
     """Stochastic depth: in training drop whole rows of a residual branch `[R, ...]`.
 
@@ -60,15 +67,16 @@ class PatchEmbed(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(in_channels=in_channels, dim=dim, kernel=kernel, stride=stride)
+        self.in_channels = in_channels
         self.proj = nn.Conv2d(in_channels, dim, kernel, stride, padding=kernel // 2)
         self.norm = nn.LayerNorm(dim, eps=eps)
 
     def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
         """Map `[R, C_in, H, W]` -> tokens `[R, L, dim]` and the size `(height, width)` of L."""
         _checks.check_tensor("x", x, _checks.FLOATING, "[R, C_in, H, W]")
-        if x.shape[1] != self.proj.in_channels:
+        if x.shape[1] != self.in_channels:
             raise ValueError(
-                f"x must have in_channels = {self.proj.in_channels} channels; got {x.shape[1]}"
+                f"x must have in_channels = {self.in_channels} channels; got {x.shape[1]}"
             )
         y = self.proj(x)
         return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
@@ -80,6 +88,8 @@ class MixFFN(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         check_sizes(dim=dim, hidden=hidden)
+        self.dim = dim
+        self.hidden = hidden
         self.fc1 = nn.Linear(dim, hidden)
         self.dwconv = DepthwiseConv(hidden)
         self.fc2 = nn.Linear(hidden, dim)
@@ -106,33 +116,49 @@ class MixFFN(nn.Module):
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
         tokens, height, width = as_tokens("x", x, height, width)
-        check_channels("x", tokens, self.fc1.in_features)
-        conv = self.dwconv.dwconv
-        y = mix_ffn(
-            tokens, self.fc1.weight, self.fc1.bias, conv.weight, conv.bias, self.fc2.weight,
-            self.fc2.bias, height, width,
-        )  # fmt: skip
+        check_channels("x", tokens, self.dim)
+        parameters = ffn_parameters(self)
+        if parameters is None:
+            y = self.fc2(self.dwconv(self.fc1(tokens), height, width))
+        else:
+            w1, b1, dw_weight, dw_bias, w2, b2 = parameters
+            y = mix_ffn(tokens, w1, b1, dw_weight, dw_bias, w2, b2, height, width)
         return like(y, x, height, width)
 
     def extra_repr(self) -> str:
-        dim, hidden = self.fc1.in_features, self.fc1.out_features
-        return f"dim={dim}, hidden={hidden}, {backend_repr('mix_ffn', self.fc1.weight)}"
+        return f"dim={self.dim}, hidden={self.hidden}, {backend_repr('mix_ffn', self, (0,))}"
 
 
+def ffn_parameters(ffn: Any) -> Any:
+    """Those of `fc1`, the depthwise convolution and `fc2` of a Mix-FFN, if all three are plain."""
+    if not is_plain(ffn.dwconv):
+        return None
+    conv = ffn.dwconv.dwconv
+    parameters = plain_parameters(ffn.fc1, conv, ffn.fc2)
+    return parameters if parameters and keeps_size(conv, 3, conv.in_channels) else None
+
+
+@plain
 class DepthwiseConv(nn.Module):
     """3x3 depthwise convolution and GELU; the parameters are those of `nn.Conv2d`."""
 
     def __init__(self, dim: int) -> None:
         super().__init__()
         check_sizes(dim=dim)
+        self.dim = dim
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
     def forward(self, x: Tensor, height: int | None = None, width: int | None = None) -> Tensor:
         """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
         tokens, height, width = as_tokens("x", x, height, width)
-        check_channels("x", tokens, self.dwconv.in_channels)
-        y = depthwise_conv_gelu(tokens, self.dwconv.weight, self.dwconv.bias, height, width)
+        check_channels("x", tokens, self.dim)
+        parameters = plain_parameters(self.dwconv)
+        if parameters is None or not keeps_size(self.dwconv, 3, self.dim):
+            y = F.gelu(to_tokens(self.dwconv(to_map(tokens, height, width))))
+        else:
+            weight, bias = parameters
+            y = depthwise_conv_gelu(tokens, weight, bias, height, width)
         return like(y, x, height, width)
 
     def extra_repr(self) -> str:
-        return backend_repr("depthwise_conv_gelu", self.dwconv.weight)
+        return backend_repr("depthwise_conv_gelu", self, (0,))

@@ -11,21 +11,30 @@ from equiseg_fast.ops._layout import pointwise_conv, to_map
 
 from . import _foreign
 from ._forms import as_tokens, check_form, check_sizes
+from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 from .norm import BatchNorm2d
 
 
+@plain
 class _Projection(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.proj = nn.Linear(in_dim, dim)
 
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x)
 
+
+@plain
 class _Fuse(nn.Module):
     def __init__(self, in_dim: int, dim: int) -> None:
         super().__init__()
         self.conv = nn.Conv2d(in_dim, dim, 1, bias=False)
         self.bn = BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(self.conv(x))
 
 
 class SegmentationHead(nn.Module):
@@ -38,7 +47,8 @@ class SegmentationHead(nn.Module):
     convolution. Upsampling commutes with 1x1 convolutions and keeps constants, so the projection
     and the stage's slice of the fusing convolution are multiplied first and applied at the stage's
     own resolution: the same function (`reference.segmentation_head`) at 5 to 8 % of the work.
-    `fold=False` computes it as published.
+    `fold=False` computes it as published, and so does a head with hooks, parametrisations or
+    adapters on what is multiplied.
     """
 
     def __init__(
@@ -55,6 +65,9 @@ class SegmentationHead(nn.Module):
         for channels in in_channels:
             check_sizes(in_channels=channels)
         check_sizes(dim=dim, num_classes=num_classes)
+        self.in_channels = tuple(in_channels)
+        self.dim = dim
+        self.num_classes = num_classes
         self.fold = fold
         self.linear_c1, self.linear_c2, self.linear_c3, self.linear_c4 = (
             _Projection(channels, dim) for channels in in_channels
@@ -99,10 +112,12 @@ class SegmentationHead(nn.Module):
         without. Raises TypeError or ValueError naming the argument.
         """
         features, sizes = self._tokens(features, sizes)
-        fused = self._folded(features, sizes) if self.fold else self._published(features, sizes)
-        if self.linear_fuse is not None:
-            fused = self.linear_fuse.bn(fused)
-        return self.linear_pred(self.dropout(F.relu(fused, inplace=True)))
+        multiply = self.fold and self._is_plain()
+        fused = self._folded(features, sizes) if multiply else self._published(features, sizes)
+        # Whoever looks at what the norm returns must not find it changed.
+        last = self.linear_fuse
+        ours = last is None or (is_plain(last) and is_plain(last.bn))
+        return self.linear_pred(self.dropout(F.relu(fused, inplace=ours)))
 
     def _tokens(
         self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None
@@ -111,7 +126,7 @@ class SegmentationHead(nn.Module):
             if values is not None and len(values) != 4:
                 raise ValueError(f"{name} must have four stages; got {len(values)}")
         tokens, found = [], []
-        for s, (x, projection) in enumerate(zip(features, self._projections(), strict=True)):
+        for s, (x, channels) in enumerate(zip(features, self.in_channels, strict=True)):
             name = f"features[{s}]"
             if sizes is None and not check_form(name, x):
                 raise TypeError(f"sizes must be given for tokens {name} [B, L, C]; got None")
@@ -122,10 +137,8 @@ class SegmentationHead(nn.Module):
                     f"{name} must have the batch size of features[0], {len(features[0])}; "
                     f"got {len(x)}"
                 )
-            if x.shape[-1] != projection.in_features:
-                raise ValueError(
-                    f"{name} must have {projection.in_features} channels; got {x.shape[-1]}"
-                )
+            if x.shape[-1] != channels:
+                raise ValueError(f"{name} must have {channels} channels; got {x.shape[-1]}")
             tokens.append(x)
             found.append((height, width))
         return tokens, found
@@ -135,10 +148,12 @@ class SegmentationHead(nn.Module):
         """For inference: multiply the fusing convolution and its norm into the four projections.
 
         The same function with one pass less over the widest features. Cannot be undone, and
-        training raises RuntimeError afterwards. Returns the module.
+        training raises RuntimeError afterwards, as this does where one of them has hooks, a
+        parametrisation or an adapter. Returns the module.
         """
         if self.linear_fuse is None:
             return self
+        self.check_foldable()
         norm = self.linear_fuse.bn
         scale = norm.weight * (norm.running_var + norm.eps).rsqrt()
         weights, bias = self._composed()
@@ -151,15 +166,35 @@ class SegmentationHead(nn.Module):
         self.fold = True
         return self.eval()
 
+    def check_foldable(self) -> None:
+        """RuntimeError if `fold_` would refuse."""
+        if self.linear_fuse is not None:
+            stages = (f"linear_c{s}{path}" for path in ("", ".proj") for s in (1, 2, 3, 4))
+            demand_plain(self, *stages, "linear_fuse", "linear_fuse.conv", "linear_fuse.bn")
+
     def train(self, mode: bool = True) -> "SegmentationHead":
         """As `nn.Module.train`; RuntimeError for a head folded for inference."""
         if mode and self.linear_fuse is None:
             raise RuntimeError("this head was folded for inference; train another copy of it")
         return super().train(mode)
 
+    def _stages(self) -> tuple[_Projection, ...]:
+        return self.linear_c1, self.linear_c2, self.linear_c3, self.linear_c4
+
     def _projections(self) -> list[nn.Linear]:
-        stages = (self.linear_c1, self.linear_c2, self.linear_c3, self.linear_c4)
-        return [stage.proj for stage in stages]
+        return [stage.proj for stage in self._stages()]
+
+    def _is_plain(self) -> bool:
+        """Whether products of weights may stand for calls of the projections and what fuses."""
+        if not is_plain(*self._stages()):
+            return False
+        fuse = self.linear_fuse
+        if fuse is None:
+            return is_plain(*self._projections())
+        if not is_plain(fuse) or not is_plain(fuse.conv):
+            return False
+        fits = keeps_size(fuse.conv, 1) and fuse.conv.bias is None
+        return fits and plain_parameters(*self._projections()) is not None
 
     def _composed(self) -> tuple[list[Tensor], Tensor]:
         """Weights `[dim, C_s]` of the four stages behind the fusing convolution, bias `[dim]`."""
@@ -178,19 +213,20 @@ class SegmentationHead(nn.Module):
         fused = pointwise_conv(next(maps), weights[0], bias)
         for x, weight in zip(maps, weights[1:], strict=True):
             fused += _upsample(pointwise_conv(x, weight, None), sizes[0])
-        return fused
+        return fused if self.linear_fuse is None else self.linear_fuse.bn(fused)
 
     def _published(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
         maps = [
-            _upsample(to_map(p(x), *size), sizes[0])
-            for x, size, p in zip(features, sizes, self._projections(), strict=True)
+            _upsample(to_map(stage(x), *size), sizes[0])
+            for x, size, stage in zip(features, sizes, self._stages(), strict=True)
         ]
-        return self.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
+        if self.linear_fuse is None:
+            return maps[0] + maps[1] + maps[2] + maps[3]
+        return self.linear_fuse(torch.cat(maps[::-1], dim=1))
 
     def extra_repr(self) -> str:
-        channels = [p.in_features for p in self._projections()]
-        sizes = f"dim={self.linear_pred.in_channels}, num_classes={self.linear_pred.out_channels}"
-        return f"in_channels={channels}, {sizes}, fold={self.fold}"
+        sizes = f"dim={self.dim}, num_classes={self.num_classes}"
+        return f"in_channels={list(self.in_channels)}, {sizes}, fold={self.fold}"
 
 
 def _size(s: int, size: Any) -> tuple[int, int]:

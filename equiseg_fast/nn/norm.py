@@ -9,7 +9,10 @@ from torch import Tensor, nn
 
 from equiseg_fast.ops._layout import to_map, to_tokens
 
+from ._plain import plain, plain_parameters
 
+
+@plain
 class BatchNorm2d(nn.BatchNorm2d):
     """`nn.BatchNorm2d` that also works when parameters are cast and running statistics are not, as
     in sharded training with mixed precision: it computes in the dtype of the statistics."""
@@ -34,11 +37,14 @@ def batch_norm_tokens(
     norm: `nn.BatchNorm2d`, or what `nn.SyncBatchNorm.convert_sync_batchnorm` makes of it: then the
     statistics in training are those of all its processes, on any device and backend.
     rows `[R]` bool: those that the statistics in training are taken from; rows of absent modalities
-    hold nothing real. Without any such row the running statistics serve.
+    hold nothing real. Without any such row the running statistics serve. A norm that has hooks or
+    is of another class is called instead, with these rows alone, and the others are zero.
     """
     synchronised = isinstance(norm, nn.SyncBatchNorm) and _distributed()
     if not norm.training or (rows is None and not synchronised):
         return to_tokens(norm(to_map(x, height, width)))
+    if plain_parameters(norm) is None or norm.momentum is None or norm.running_mean is None:
+        return _called(norm, x, height, width, rows)
 
     def total(x: Tensor) -> Tensor:
         return _AllReduce.apply(x, norm.process_group) if synchronised else x
@@ -56,6 +62,16 @@ def batch_norm_tokens(
     var = torch.where(some, var, norm.running_var.to(var.dtype))
     scale = (var + norm.eps).rsqrt() * norm.weight
     return ((stats - mean) * scale + norm.bias).to(x.dtype)
+
+
+def _called(norm: nn.Module, x: Tensor, height: int, width: int, rows: Tensor | None) -> Tensor:
+    if rows is None:
+        return to_tokens(norm(to_map(x, height, width)))
+    y = torch.zeros_like(x)
+    if rows.any():
+        chosen = to_tokens(norm(to_map(x[rows], height, width)))
+        y = y.index_put((rows,), chosen.to(x.dtype))
+    return y
 
 
 def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:

@@ -3,6 +3,7 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast.ops import _checks, mix_ffn, pooling_mixer
@@ -10,8 +11,9 @@ from equiseg_fast.ops._layout import to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
-from .common import DepthwiseConv, DropPath, backend_repr
+from .common import DepthwiseConv, DropPath, backend_repr, ffn_parameters
 from .norm import BatchNorm2d, batch_norm_tokens, scale_and_shift
 
 _SCALES = ("layer_scale_1", "layer_scale_2")
@@ -26,10 +28,18 @@ class _Mixing(nn.Module):
         self.conv4 = nn.Conv2d(dim, dim, 1)
 
     def forward(self, u: Tensor, height: int, width: int) -> Tensor:
-        a = pooling_mixer(u, self.conv0.weight, self.conv0.bias, height, width)
-        return to_tokens(self.conv4(to_map(a, height, width))).sigmoid()
+        parameters = plain_parameters(self.conv0)
+        if parameters is None or not keeps_size(self.conv0, 7, u.shape[-1]):
+            y = self.conv0(to_map(u, height, width))
+            pools = (F.avg_pool2d(y, k, 1, k // 2, count_include_pad=False) for k in (3, 7, 11))
+            a = sum(pools, start=y)
+        else:
+            weight, bias = parameters
+            a = to_map(pooling_mixer(u, weight, bias, height, width), height, width)
+        return to_tokens(self.conv4(a)).sigmoid()
 
 
+@plain
 class _ConvFFN(nn.Module):
     """Mix-FFN with 1x1 convolutions for linear layers, as CMNeXt names and shapes them."""
 
@@ -40,11 +50,12 @@ class _ConvFFN(nn.Module):
         self.fc2 = nn.Conv2d(hidden, dim, 1)
 
     def forward(self, x: Tensor, height: int, width: int) -> Tensor:
-        conv = self.dwconv.dwconv
-        return mix_ffn(
-            x, self.fc1.weight.flatten(1), self.fc1.bias, conv.weight, conv.bias,
-            self.fc2.weight.flatten(1), self.fc2.bias, height, width,
-        )  # fmt: skip
+        parameters = ffn_parameters(self)
+        if parameters is None or not (keeps_size(self.fc1, 1) and keeps_size(self.fc2, 1)):
+            x = self.dwconv(to_tokens(self.fc1(to_map(x, height, width))), height, width)
+            return to_tokens(self.fc2(to_map(x, height, width)))
+        w1, b1, dw_weight, dw_bias, w2, b2 = parameters
+        return mix_ffn(x, w1.flatten(1), b1, dw_weight, dw_bias, w2.flatten(1), b2, height, width)
 
 
 class ParallelPoolingMixer(nn.Module):
@@ -61,6 +72,7 @@ class ParallelPoolingMixer(nn.Module):
     ) -> None:
         super().__init__()
         check_sizes(dim=dim, ratio=ratio)
+        self.ratio = ratio
         self.norm1 = BatchNorm2d(dim)
         self.attn = _Mixing(dim)
         self.layer_scale_1 = nn.Parameter(torch.full((dim,), layer_scale))
@@ -122,15 +134,16 @@ class ParallelPoolingMixer(nn.Module):
         u = batch_norm_tokens(self.norm1, x, height, width, rows)
         # layer_scale_1 * (u + gate * u), with one product on the features
         scale = torch.addcmul(self.layer_scale_1, self.attn(u, height, width), self.layer_scale_1)
-        if self.training:
-            x = x + self.drop_path(u * scale)
-        else:
+        if is_plain(self.drop_path) and not self.drop_path.training:
             x = torch.addcmul(x, u, scale)
+        else:
+            x = x + self.drop_path(u * scale)
         gate = self.c_nets(x.mean(dim=1, keepdim=True)).sigmoid()
         if self.norm2 is None:
-            return torch.addcmul(self.mlp(x, height, width), gate, x)
-        y = batch_norm_tokens(self.norm2, x, height, width, rows)
-        y = self.layer_scale_2 * self.mlp(y, height, width)
+            y = self.mlp(x, height, width)
+        else:
+            y = batch_norm_tokens(self.norm2, x, height, width, rows)
+            y = self.layer_scale_2 * self.mlp(y, height, width)
         return torch.addcmul(self.drop_path(y), gate, x)
 
     @torch.no_grad()
@@ -139,10 +152,12 @@ class ParallelPoolingMixer(nn.Module):
 
         Exactly the same function of its inputs with two passes less over the features. `norm1`
         stays, because what it returns is also what the gate multiplies. Cannot be undone, and
-        training raises RuntimeError afterwards. Returns the module.
+        training raises RuntimeError afterwards, as this does where one of them has hooks, a
+        parametrisation or an adapter. Returns the module.
         """
         if self.norm2 is None:
             return self
+        self.check_foldable()
         scale, shift = scale_and_shift(self.norm2)
         fc1, fc2 = self.mlp.fc1, self.mlp.fc2
         # New parameters: those of a mixer from `from_torch` are somebody else's, too.
@@ -154,6 +169,11 @@ class ParallelPoolingMixer(nn.Module):
         self.layer_scale_2 = None
         return self.eval()
 
+    def check_foldable(self) -> None:
+        """RuntimeError if `fold_` would refuse."""
+        if self.norm2 is not None:
+            demand_plain(self, "norm2", "mlp", "mlp.fc1", "mlp.fc2")
+
     def train(self, mode: bool = True) -> "ParallelPoolingMixer":
         """As `nn.Module.train`; RuntimeError for a mixer folded for inference."""
         if mode and self.norm2 is None:
@@ -161,6 +181,5 @@ class ParallelPoolingMixer(nn.Module):
         return super().train(mode)
 
     def extra_repr(self) -> str:
-        dim, hidden = len(self.layer_scale_1), self.mlp.fc1.out_channels
-        backend = backend_repr("pooling_mixer", self.attn.conv0.weight)
-        return f"dim={dim}, ratio={hidden // dim}, {backend}"
+        backend = backend_repr("pooling_mixer", self, (0,))
+        return f"dim={len(self.layer_scale_1)}, ratio={self.ratio}, {backend}"

@@ -104,8 +104,8 @@ class SelfQueryHub(nn.Module):
 
     def extra_repr(self) -> str:
         modalities, dim = self.dw_bias.shape
-        example = next(self.parameters()).new_empty((modalities, 0, 0, dim))
-        return f"dim={dim}, modalities={modalities}, {backend_repr('query_hub', example)}"
+        backend = backend_repr("query_hub", self, (modalities, 0, 0, dim))
+        return f"dim={dim}, modalities={modalities}, {backend}"
 
 
 def _check_conv(label: str, conv: Any, channels: int, out: int, kernel: int, groups: int) -> None:

@@ -1,6 +1,9 @@
 """Self-guided module (SGM): the gate that balances modalities, and the loss that teaches it."""
 
+from typing import Literal, overload
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from equiseg_fast import reference
@@ -23,6 +26,7 @@ from ._forms import (
     map_to_tokens,
 )
 from ._init import init_module
+from ._plain import plain_parameters
 from .common import backend_repr
 
 
@@ -31,7 +35,8 @@ class SelfGuidedGate(nn.Module):
 
     dim: channels; reduction: width of the perceptron is dim // reduction; rho: strength of the
     reweighting of the branches; tau: temperature of the softmax over modalities. The last layer
-    starts at zero, so that every modality starts with the same weight. Runs in fp32.
+    starts at zero, so that every modality starts with the same weight. Runs in fp32, but
+    for linear layers with hooks, adapters and their like, which are called in the dtype of x.
     """
 
     def __init__(self, dim: int, reduction: int = 4, rho: float = 0.5, tau: float = 1.0) -> None:
@@ -40,6 +45,7 @@ class SelfGuidedGate(nn.Module):
         if dim < reduction:
             raise ValueError(f"reduction must be at most dim = {dim}; got {reduction}")
         check_positive("tau", tau)
+        self.dim = dim
         self.rho = rho
         self.tau = tau
         self.fc1 = nn.Linear(2 * dim, dim // reduction)
@@ -50,41 +56,60 @@ class SelfGuidedGate(nn.Module):
 
     def logits(self, x: Tensor, *, present: Tensor | None = None) -> Tensor:
         """x as for `forward`, present `[M, B]` bool -> `[M, B, dim]` fp32."""
-        x = self._tokens(x, present)
-        with without_autocast(x.device.type):
-            descriptors = reference.gate_descriptors(x, present=present)
-            layers = (self.fc1.weight, self.fc1.bias, self.fc2.weight, self.fc2.bias)
-            w1, b1, w2, b2 = (p.to(descriptors.dtype) for p in layers)
-            return reference.gate_logits(descriptors, w1, b1, w2, b2, tau=self.tau)
+        return self._logits(self._tokens(x, present), present)
 
-    def forward(self, x: Tensor, *, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @overload
+    def forward(
+        self, x: Tensor, *, present: Tensor | None = None, return_weights: Literal[False] = False
+    ) -> tuple[Tensor, Tensor]: ...
+
+    @overload
+    def forward(
+        self, x: Tensor, *, present: Tensor | None = None, return_weights: Literal[True]
+    ) -> tuple[Tensor, Tensor, Tensor]: ...
+
+    def forward(
+        self, x: Tensor, *, present: Tensor | None = None, return_weights: bool = False
+    ) -> tuple[Tensor, ...]:
         """x, tokens `[M, B, L, dim]` or maps `[M, B, dim, H, W]` -> branches of its shape and
-        fused `[B, L, dim]` or `[B, dim, H, W]`.
+        fused `[B, L, dim]` or `[B, dim, H, W]`; with return_weights also the weights, `[M, B, dim]`
+        fp32, which sum to 1 over the present modalities.
 
         present `[M, B]` bool. Nothing here needs height and width. Raises TypeError or ValueError
         naming the argument.
         """
         tokens = self._tokens(x, present)
-        logits = self.logits(tokens, present=present)
+        logits = self._logits(tokens, present)
         branches, fused = guided_gate(tokens, logits, present=present, rho=self.rho)
-        if x.dim() == tokens.dim():
-            return branches, fused
-        size = (x.shape[-2], x.shape[-1])
-        return like(branches, x, *size), like(fused, x[0], *size)
+        if x.dim() > tokens.dim():
+            size = (x.shape[-2], x.shape[-1])
+            branches, fused = like(branches, x, *size), like(fused, x[0], *size)
+        if return_weights:
+            return branches, fused, reference.gate_weights(logits, present=present)
+        return branches, fused
+
+    def _logits(self, x: Tensor, present: Tensor | None) -> Tensor:
+        parameters = plain_parameters(self.fc1, self.fc2)
+        with without_autocast(x.device.type):
+            descriptors = reference.gate_descriptors(x, present=present)
+            if parameters is not None:
+                w1, b1, w2, b2 = (p.to(descriptors.dtype) for p in parameters)
+                return reference.gate_logits(descriptors, w1, b1, w2, b2, tau=self.tau)
+        y = self.fc2(F.gelu(self.fc1(descriptors.to(x.dtype))))
+        return y.to(descriptors.dtype) / self.tau
 
     def _tokens(self, x: Tensor, present: Tensor | None) -> Tensor:
         tokens = map_to_tokens(x) if check_form("x", x, "M, B") else x
         if len(tokens) < 1:
             raise ValueError(f"x must have at least one modality; got shape {list(x.shape)}")
-        check_channels("x", tokens, self.fc2.out_features)
+        check_channels("x", tokens, self.dim)
         check_present(present, tokens)
         return tokens
 
     def extra_repr(self) -> str:
-        w, dim = self.fc1.weight, self.fc2.out_features
-        example = w.new_empty((0, 0, 0, dim)), w.new_empty((0, 0, dim))
-        settings = f"dim={dim}, rho={self.rho}, tau={self.tau}"
-        return f"{settings}, {backend_repr('guided_gate', *example)}"
+        shapes = (0, 0, 0, self.dim), (0, 0, self.dim)
+        settings = f"dim={self.dim}, rho={self.rho}, tau={self.tau}"
+        return f"{settings}, {backend_repr('guided_gate', self, *shapes)}"
 
 
 class PrototypeLoss(nn.Module):
