@@ -10,6 +10,7 @@ from equiseg_fast.ops._layout import linear, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._layer import Layer
 from ._sharing import adopt
 
 
@@ -52,7 +53,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Layer):
     """Overlapping patch embedding: convolution, then LayerNorm on tokens."""
 
     def __init__(
@@ -74,7 +75,7 @@ class PatchEmbed(nn.Module):
         return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
 
 
-class MixFFN(nn.Module):
+class MixFFN(Layer):
     """Mix-FFN of SegFormer: linear, 3x3 depthwise convolution, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -119,7 +120,7 @@ class MixFFN(nn.Module):
         return f"dim={dim}, hidden={hidden}, {backend_repr('mix_ffn', self.fc1.weight)}"
 
 
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Layer):
     """3x3 depthwise convolution and GELU; the parameters are those of `nn.Conv2d`."""
 
     def __init__(self, dim: int) -> None:

@@ -10,6 +10,7 @@ from equiseg_fast.ops._layout import to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._layer import Layer
 from ._sharing import adopt
 from .common import DepthwiseConv, DropPath, backend_repr
 from .norm import BatchNorm2d, batch_norm_tokens, scale_and_shift
@@ -47,7 +48,7 @@ class _ConvFFN(nn.Module):
         )  # fmt: skip
 
 
-class ParallelPoolingMixer(nn.Module):
+class ParallelPoolingMixer(Layer):
     """One PPX block. dim: channels; ratio: hidden width of its feed-forward part over dim.
 
     drop_path: rate of its two branches; layer_scale: what the scales of both start with. Parameter
