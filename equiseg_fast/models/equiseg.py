@@ -16,6 +16,7 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
+from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
@@ -48,7 +49,7 @@ class StageOutput(NamedTuple):
     """(height, width)."""
 
 
-class EQUISeg(nn.Module):
+class EQUISeg(Layer):
     """Semantic segmentation from any number of sensors, any of which may be absent.
 
     All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of

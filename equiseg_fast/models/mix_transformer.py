@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
+from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import plain_parameters
 from equiseg_fast.ops import add_layer_norm
 from equiseg_fast.ops._layout import to_map
@@ -22,7 +23,7 @@ def _add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Te
     return add_layer_norm(x, update, weight, bias, norm.eps)
 
 
-class TransformerBlock(nn.Module):
+class TransformerBlock(Layer):
     """Pre-norm efficient self-attention, then Mix-FFN, both residual."""
 
     def __init__(
@@ -60,7 +61,7 @@ class TransformerBlock(nn.Module):
         return (x, update) if defer else x + update
 
 
-class MixTransformer(nn.Module):
+class MixTransformer(Layer):
     """Four stages of patch embedding, transformer blocks and LayerNorm, at strides 4, 8, 16, 32.
 
     variant: "b0" to "b5"; in_channels of the images; drop_path of the last block, growing from 0;

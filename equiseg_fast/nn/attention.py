@@ -10,6 +10,7 @@ from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_same_form, check_sizes, like
+from ._layer import Layer
 from ._plain import is_plain, reduces
 from ._sharing import adopt
 from .common import Linear, backend_repr
@@ -27,7 +28,7 @@ def reduce_tokens(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor
     return linear(patches.flatten(3).flatten(1, 2), weight, conv.bias)
 
 
-class CrossModalAttention(nn.Module):
+class CrossModalAttention(Layer):
     """Queries from one sequence, keys and values from another of the same size.
 
     dim: channels; heads: number of heads (divides dim); sr_ratio: the keys are reduced by a

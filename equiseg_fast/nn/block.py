@@ -9,12 +9,13 @@ from equiseg_fast.ops._checks import check_present
 from equiseg_fast.reference import has_others
 
 from ._forms import as_tokens, check_same_form, like
+from ._layer import Layer
 from .attention import CrossModalAttention
 from .pooling_mixer import ParallelPoolingMixer
 from .query_hub import SelfQueryHub
 
 
-class CrossModalBlock(nn.Module):
+class CrossModalBlock(Layer):
     """Every modality as primary attends to what the others have to say, all in one batch.
 
     dim: channels; modalities: number of score nets; heads, sr_ratio: of the cross-attention;

@@ -12,6 +12,7 @@ from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._layer import Layer
 from ._plain import is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 
@@ -59,7 +60,7 @@ class DropPath(nn.Module):
         return f"rate={self.rate:.3f}"
 
 
-class PatchEmbed(nn.Module):
+class PatchEmbed(Layer):
     """Overlapping patch embedding: convolution, then LayerNorm on tokens."""
 
     def __init__(
@@ -82,7 +83,7 @@ class PatchEmbed(nn.Module):
         return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
 
 
-class MixFFN(nn.Module):
+class MixFFN(Layer):
     """Mix-FFN of SegFormer: linear, 3x3 depthwise convolution, GELU, linear."""
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -139,7 +140,7 @@ def ffn_parameters(ffn: Any) -> Any:
 
 
 @plain
-class DepthwiseConv(nn.Module):
+class DepthwiseConv(Layer):
     """3x3 depthwise convolution and GELU; the parameters are those of `nn.Conv2d`."""
 
     def __init__(self, dim: int) -> None:

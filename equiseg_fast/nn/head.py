@@ -11,6 +11,7 @@ from equiseg_fast.ops._layout import pointwise_conv, to_map
 
 from . import _foreign
 from ._forms import as_tokens, check_form, check_sizes
+from ._layer import Layer
 from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 from .norm import BatchNorm2d
@@ -37,7 +38,7 @@ class _Fuse(nn.Module):
         return self.bn(self.conv(x))
 
 
-class SegmentationHead(nn.Module):
+class SegmentationHead(Layer):
     """Four stages to one map of logits at the resolution of the first.
 
     in_channels: channels of the four stages; dim: decoder width; num_classes; dropout: rate of

@@ -11,6 +11,7 @@ from equiseg_fast.ops._layout import to_map, to_tokens
 
 from . import _foreign
 from ._forms import as_tokens, check_channels, check_sizes, like
+from ._layer import Layer
 from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
 from .common import DepthwiseConv, DropPath, backend_repr, ffn_parameters
@@ -58,7 +59,7 @@ class _ConvFFN(nn.Module):
         return mix_ffn(x, w1.flatten(1), b1, dw_weight, dw_bias, w2.flatten(1), b2, height, width)
 
 
-class ParallelPoolingMixer(nn.Module):
+class ParallelPoolingMixer(Layer):
     """One PPX block. dim: channels; ratio: hidden width of its feed-forward part over dim.
 
     drop_path: rate of its two branches; layer_scale: what the scales of both start with. Parameter

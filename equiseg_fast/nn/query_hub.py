@@ -11,13 +11,14 @@ from equiseg_fast.ops import query_hub
 
 from ._foreign import child
 from ._forms import as_tokens, check_sizes, like
+from ._layer import Layer
 from ._sharing import JoinedParameter, replace_by_joined
 from .common import backend_repr
 
 _NETS = ("dw_weight", "dw_bias", "pw_weight", "pw_bias")
 
 
-class SelfQueryHub(nn.Module):
+class SelfQueryHub(Layer):
     """One score net per modality; all primaries are served in one pass (`ops.query_hub`)."""
 
     def __init__(self, dim: int, modalities: int) -> None:

@@ -26,11 +26,12 @@ from ._forms import (
     map_to_tokens,
 )
 from ._init import init_module
+from ._layer import Layer
 from ._plain import plain_parameters
 from .common import backend_repr
 
 
-class SelfGuidedGate(nn.Module):
+class SelfGuidedGate(Layer):
     """Mutual-guidance gate: weights per modality and channel from all modalities' means.
 
     dim: channels; reduction: width of the perceptron is dim // reduction; rho: strength of the
@@ -112,7 +113,7 @@ class SelfGuidedGate(nn.Module):
         return f"{settings}, {backend_repr('guided_gate', self, *shapes)}"
 
 
-class PrototypeLoss(nn.Module):
+class PrototypeLoss(Layer):
     """Prototype self-distillation of one stage: half of the modalities teach the others.
 
     num_classes: K; tau: temperature of the softmax over classes; ignore_index: label to skip.

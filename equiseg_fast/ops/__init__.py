@@ -5,6 +5,7 @@ Features are tokens, channels last: `[B, L, C]` with `L = height * width`, or mo
 `equiseg_fast.reference`, which has the formulas.
 """
 
+from . import _checks
 from ._backend import explain, use_backend
 from .attention import attention
 from .depthwise import depthwise_conv_gelu
@@ -30,3 +31,10 @@ __all__ = [
     "upsample_cross_entropy",
     "use_backend",
 ]
+
+for _operation in (
+    add_layer_norm, attention, class_prototypes, depthwise_conv_gelu, guided_gate, mix_ffn, ohem,
+    pooling_mixer, query_hub, upsample_cross_entropy,
+):  # fmt: skip
+    # `torch.jit.script` asks for this first.
+    vars(_operation)["__prepare_scriptable__"] = _checks.refuse_torchscript

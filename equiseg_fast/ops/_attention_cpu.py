@@ -185,10 +185,10 @@ class _Attention(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
-        tensors = ctx.saved_tensors
+        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
         if torch.is_grad_enabled() or not has_values(grad_out):
             function = partial(reference.attention, scale=ctx.scale)
-            grads = reference_gradients(lambda *a: (function(*a),), tensors, (grad_out,))
+            grads = reference_gradients(lambda *a: (function(*a),), tensors, (grad_out,), needs)
         else:
             grads = _backward(grad_out, *tensors, ctx.scale)
-        return *only_needed(grads, ctx.needs_input_grad[:3]), None
+        return *only_needed(grads, needs), None

@@ -8,18 +8,34 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 
+_NO_TORCHSCRIPT = (
+    "torch.jit.trace, torch.jit.script and the ONNX export with dynamo=False are not supported: "
+    "they would record the sizes of the example for good; use torch.export (for ONNX "
+    "torch.onnx.export with dynamo=True)"
+)
+
+
+def refuse_torchscript(*_: object, **__: object) -> Any:
+    """Raise what every operation and layer says to TorchScript."""
+    raise RuntimeError(_NO_TORCHSCRIPT)
+
+
 def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: str) -> None:
     """x is a tensor of one of the dtypes whose rank is the number of names in `shape`.
 
     shape: the documented shape, e.g. "[B, L, C]", or "[..., C]" for one dimension or more. Raises
-    TypeError or ValueError.
+    TypeError or ValueError, and RuntimeError where `torch.jit.trace` is at work: every operation
+    begins here.
     """
+    if torch.jit.is_tracing():
+        refuse_torchscript()
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
     if x.dtype not in dtypes:
@@ -90,12 +106,17 @@ def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
         )
 
 
+def is_transformed() -> bool:
+    """Whether a transform of `torch.func` or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def has_values(x: Tensor) -> bool:
     """Whether x is plain CPU memory in an eager call: nothing that traces or transforms would take
     what depends on its values, or on its sizes, for what always holds."""
-    if x.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return False
-    if torch._C._are_functorch_transforms_active() or get_proxy_mode() is not None:
+    if is_transformed() or get_proxy_mode() is not None:
         return False
     if torch._C._functorch.is_legacy_batchedtensor(x):  # as cotangents with is_grads_batched are
         return False

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from . import _backend
+from ._checks import is_transformed
 
 _LIBRARY = torch.library.Library("equiseg_fast", "FRAGMENT")
 
@@ -58,18 +59,48 @@ def register(
     return getattr(torch.ops.equiseg_fast, name).default
 
 
+_NO_FORWARD_MODE = (
+    "forward-mode differentiation (jvp, jacfwd, linearize, torch.func.hessian, dual tensors) is "
+    "not supported by this backend; use reverse mode (grad, vjp, jacrev, jacrev of jacrev), or "
+    'backend="reference"'
+)
+
+
 class Function(torch.autograd.Function):
     """A `torch.autograd.Function` whose arguments are all given and by position.
 
     The `apply` of PyTorch looks up the signature of `forward` on every call, to fill in defaults:
     three times the work of all the rest.
+
+    All transforms of `torch.func` work but those of forward mode, which are refused.
     """
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        if torch._C._are_functorch_transforms_active():
-            return super().apply(*args)
-        return super(torch.autograd.Function, cls).apply(*args)
+        try:
+            if torch._C._are_functorch_transforms_active():
+                return super().apply(*args)
+            return super(torch.autograd.Function, cls).apply(*args)
+        except NotImplementedError as error:
+            # The compiler refuses classes that have a `jvp`, even one that does nothing but this.
+            if "jvp" not in str(error):
+                raise
+            raise RuntimeError(_NO_FORWARD_MODE) from None
+
+    @classmethod
+    def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
+        """One example after the other: as slow as so many calls, and as right."""
+
+        def call(i: int) -> Any:
+            mapped = zip(args, in_dims, strict=True)
+            return cls.apply(*(x if dim is None else x.select(dim, i) for x, dim in mapped))
+
+        if info.batch_size == 0:
+            raise RuntimeError("vmap over no examples at all is not supported by this backend")
+        outputs = [call(i) for i in range(info.batch_size)]
+        if isinstance(outputs[0], Tensor):
+            return torch.stack(outputs), 0
+        return tuple(map(torch.stack, zip(*outputs, strict=True))), (0,) * len(outputs[0])
 
 
 def as_result(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -119,10 +150,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 def needs_grad(*tensors: Tensor) -> bool:
     """Whether the call has to go through the `autograd.Function`.
 
-    Yes if autograd would record it, and under any transform of `torch.func`: only the Function
-    refuses those it has no rule for, the bare operation would compute without derivatives.
+    Yes if autograd would record it, and under any transform: only the Function has rules for them
+    or refuses, the bare operation would compute without derivatives.
     """
-    if torch._C._are_functorch_transforms_active():
+    if is_transformed():
         return True
     if torch.is_grad_enabled():
         for x in tensors:  # a loop costs half of `any` over a generator
@@ -148,25 +179,52 @@ def only_needed(
     return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
 
 
+def by_reference(*cotangents: Tensor | None) -> bool:
+    """Whether a backward has to be done in operators that PyTorch itself can differentiate and
+    transform (`reference_gradients`): for a graph of it, under transforms, and for cotangents that
+    stand for several (`is_grads_batched`)."""
+    if torch.is_grad_enabled():
+        return True
+    if torch.compiler.is_compiling():
+        return False
+    if is_transformed():
+        return True
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    return any(g is not None and batched(g) for g in cotangents)
+
+
 def reference_gradients(
-    function: Callable[..., Any], inputs: Sequence[Tensor], cotangents: Sequence[Tensor | None]
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    cotangents: Sequence[Tensor | None],
+    needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
     """Gradients of `function` at the inputs, where gradients are enabled as a graph that can be
     differentiated again.
 
     function takes the inputs and returns one tensor per cotangent; a cotangent may be None. Inputs
-    that need no gradient get None. This is the double backward of every operation: its first
-    backward, done over in the reference.
+    that `needs` no gradient get None. This is the double backward of every operation, its first
+    backward done over in the reference, and its backward under transforms.
     """
+    given = [i for i, g in enumerate(cotangents) if g is not None]
+    wanted = [i for i, needed in enumerate(needs) if needed]
+
+    def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
+        at = dict(zip(wanted, chosen, strict=True))
+        ys = function(*(at.get(i, x) for i, x in enumerate(inputs)))
+        return tuple(ys[i] for i in given)
+
     again = torch.is_grad_enabled()
     # The inputs were cast when the operation was called.
     with without_autocast(inputs[0].device.type), torch.enable_grad():
         # Views stand for the inputs: if one input was computed from another, only the direct
         # dependence of the operation itself may be differentiated here.
-        views = [x.view_as(x) for x in inputs]
-        outputs = function(*views)
-        pairs = [(y, g) for y, g in zip(outputs, cotangents, strict=True) if g is not None]
-        wanted = [x for x in views if x.requires_grad]
-        ys, gs = zip(*pairs, strict=True)
-        gradients = iter(torch.autograd.grad(ys, wanted, gs, create_graph=again))
-    return tuple(next(gradients) if x.requires_grad else None for x in views)
+        views = [inputs[i].view_as(inputs[i]) for i in wanted]
+        gs = tuple(cotangents[i] for i in given)
+        if all(x.requires_grad for x in views):
+            found = torch.autograd.grad(outputs(*views), views, gs, create_graph=again)
+        else:
+            # The transform that the operation was called in has ended, as in `torch.func.vjp`.
+            found = torch.func.vjp(outputs, *views)[1](gs)
+    gradients = dict(zip(wanted, found, strict=True))
+    return tuple(gradients.get(i) for i in range(len(inputs)))

@@ -13,6 +13,7 @@ from . import _attention_cpu, _backend, _checks
 from ._registry import (
     Function,
     autocast,
+    by_reference,
     empty_gradients,
     needs_grad,
     only_needed,
@@ -117,10 +118,19 @@ def _stock(
     # On the CPU the backward of scaled_dot_product_attention gains nothing from 16-bit matrix
     # units; matmul, softmax, matmul is up to 3 times faster there.
     half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
-    if return_lse or half_training:
+    # Transforms know no scaled_dot_product_attention.
+    if return_lse or half_training or _checks.is_transformed():
         return _matmul_softmax(q, k, v, scale, return_lse)
     if _attention_cpu.suits(q, k):
         return _attention_cpu.attend(q, k, v, scale)
+    out = _sdpa(q, k, v, scale)
+    # The compiler has no double backward.
+    if needs_grad(q, k, v) and not torch.compiler.is_compiling():
+        return _Twice.apply(out, q, k, v, scale)
+    return out
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     parts = _query_parts(q) if needs_grad(q, k, v) else 1
     if parts > 1:
         batch, _, heads, dim = q.shape
@@ -130,6 +140,33 @@ def _stock(
         return out.transpose(1, 2).reshape(batch, -1, heads, dim)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
+
+
+class _Twice(Function):
+    """What scaled_dot_product_attention returned, differentiable twice, which it is not itself.
+
+    An ordinary backward is the one it recorded; a backward of which a graph is made leaves it out
+    and goes through the reference.
+    """
+
+    @staticmethod
+    def forward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+        return out.detach()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, q, k, v, ctx.scale = inputs
+        ctx.save_for_backward(q, k, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad_out: Tensor) -> Any:
+        if not torch.is_grad_enabled():
+            return grad_out, None, None, None, None
+        function = partial(reference.attention, scale=ctx.scale)
+        grads = reference_gradients(
+            lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,), ctx.needs_input_grad[1:4]
+        )
+        return None, *grads, None
 
 
 def _query_parts(q: Tensor) -> int:
@@ -265,19 +302,20 @@ class _Attention(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
         q, k, v, out, lse = ctx.saved_tensors
+        needs = ctx.needs_input_grad[:3]
         if grad_out is None and grad_lse is None:
             return None, None, None, None, None
         if grad_out is None:
             grad_out = torch.zeros_like(out)
-        if torch.is_grad_enabled():
+        if by_reference(grad_out, grad_lse):
             grads = reference_gradients(
                 partial(reference.attention, scale=ctx.scale, return_lse=True),
                 (q, k, v),
                 (grad_out, grad_lse),
+                needs,
             )
         else:
             grads = _BACKWARD(
-                grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.allow_tf32,
-                *ctx.needs_input_grad[:3],
-            )  # fmt: skip
-        return *only_needed(grads, ctx.needs_input_grad[:3]), None, None
+                grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.allow_tf32, *needs
+            )
+        return *only_needed(grads, needs), None, None

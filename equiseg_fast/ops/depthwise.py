@@ -13,6 +13,7 @@ from ._layout import to_map, to_tokens
 from ._registry import (
     Function,
     autocast,
+    by_reference,
     empty_gradients,
     needs_grad,
     only_needed,
@@ -169,11 +170,12 @@ class _DepthwiseConvGelu(Function):
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         height, width, needs = ctx.height, ctx.width, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if by_reference(grad_out):
             grads = reference_gradients(
                 lambda *inputs: (reference.depthwise_conv_gelu(*inputs, height, width),),
                 ctx.saved_tensors,
                 (grad_out,),
+                needs,
             )
         else:
             grads = _BACKWARD(grad_out, *ctx.saved_tensors, height, width, *needs)

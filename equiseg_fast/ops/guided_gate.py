@@ -9,7 +9,15 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import Function, as_result, needs_grad, only_needed, reference_gradients, register
+from ._registry import (
+    Function,
+    as_result,
+    by_reference,
+    needs_grad,
+    only_needed,
+    reference_gradients,
+    register,
+)
 
 MAX_MODALITIES = 8
 
@@ -182,11 +190,12 @@ class _GuidedGate(Function):
         x, logits, present = ctx.saved_tensors
         if grad_branches is None and grad_fused is None:
             return None, None, None, None, None
-        if torch.is_grad_enabled():
+        if by_reference(grad_branches, grad_fused):
             grads = reference_gradients(
                 partial(reference.guided_gate, present=present, rho=ctx.rho),
                 (x, logits),
                 (grad_branches, grad_fused),
+                ctx.needs_input_grad[:2],
             )
         else:
             grads = (_stock_backward if ctx.stock else _BACKWARD)(

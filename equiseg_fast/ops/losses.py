@@ -11,7 +11,14 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import Function, needs_grad, reference_gradients, register, without_autocast
+from ._registry import (
+    Function,
+    by_reference,
+    needs_grad,
+    reference_gradients,
+    register,
+    without_autocast,
+)
 
 MAX_CLASSES = 256
 _CHUNK = 32
@@ -67,6 +74,8 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     selected pixel. Nothing waits for the device and no shape depends on data. Raises TypeError or
     ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv 2303.01480).
     """
+    if torch.jit.is_tracing():
+        _checks.refuse_torchscript()
     for name, x, dtypes in (("loss", loss, _checks.FLOATING), ("valid", valid, (torch.bool,))):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
@@ -219,7 +228,7 @@ def _reference_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
 ) -> Tensor | None:
     function = partial(reference.upsample_cross_entropy, ignore_index=ignore_index)
-    return reference_gradients(lambda x: (function(x, labels),), (logits,), (grad,))[0]
+    return reference_gradients(lambda x: (function(x, labels),), (logits,), (grad,), (True,))[0]
 
 
 class _Chunked(Function):
@@ -236,7 +245,7 @@ class _Chunked(Function):
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> Any:
-        backward = _reference_backward if torch.is_grad_enabled() else _chunked_backward
+        backward = _reference_backward if by_reference(grad) else _chunked_backward
         return backward(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
 
 
@@ -307,6 +316,6 @@ class _UpsampleCrossEntropy(Function):
         logits, labels, lse = ctx.saved_tensors
         if grad is None:
             return None, None, None
-        if torch.is_grad_enabled():
+        if by_reference(grad):
             return _reference_backward(grad, logits, labels, ctx.ignore_index), None, None
         return _BACKWARD(grad, logits, labels, lse, ctx.ignore_index), None, None

@@ -251,11 +251,13 @@ class _MixFFN(Function):
 
     @staticmethod
     def backward(ctx: Any, grad_out: Tensor) -> Any:
+        needs = ctx.needs_input_grad[:7]
         if torch.is_grad_enabled() or not _checks.has_values(grad_out):
             function = partial(reference.mix_ffn, height=ctx.height, width=ctx.width)
-            grads = reference_gradients(lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,))
+            grads = reference_gradients(
+                lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,), needs
+            )
         else:
             *tensors, _ = ctx.saved_tensors
-            needs = ctx.needs_input_grad[:7]
             grads = _backward(grad_out, *tensors, ctx.height, ctx.width, needs)
         return *grads, None, None

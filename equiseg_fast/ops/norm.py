@@ -12,6 +12,7 @@ from . import _backend, _checks
 from ._registry import (
     Function,
     autocast_is_on,
+    by_reference,
     empty_gradients,
     needs_grad,
     reference_gradients,
@@ -223,7 +224,7 @@ class _AddLayerNorm(Function):
         needs_x, needs_update, *needs = ctx.needs_input_grad[:4]
         if grad_normed is None:
             dx, dweight, dbias = grad_total, None, None
-        elif torch.is_grad_enabled():
+        elif by_reference(grad_total, grad_normed):
             total, weight, bias, _, _ = ctx.saved_tensors
             dx, dweight, dbias = reference_gradients(
                 lambda *inputs: reference.add_layer_norm(
@@ -231,6 +232,7 @@ class _AddLayerNorm(Function):
                 ),
                 (total, weight, bias),
                 (grad_total, grad_normed),
+                (needs_x or needs_update, *needs),
             )
         else:
             total, weight, _, mean, rstd = ctx.saved_tensors

@@ -15,6 +15,7 @@ from ._registry import (
     Function,
     as_result,
     autocast,
+    by_reference,
     needs_grad,
     only_needed,
     reference_gradients,
@@ -234,9 +235,11 @@ class _PoolingMixer(Function):
     def backward(ctx: Any, grad_out: Tensor) -> Any:
         x, weight, bias = ctx.saved_tensors
         needed = ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled():
+        if by_reference(grad_out):
             mixer = partial(reference.pooling_mixer, height=ctx.height, width=ctx.width)
-            grads = reference_gradients(lambda *a: (mixer(*a),), (x, weight, bias), (grad_out,))
+            grads = reference_gradients(
+                lambda *a: (mixer(*a),), (x, weight, bias), (grad_out,), needed
+            )
         else:
             backward = _stock_backward if ctx.stock else _BACKWARD
             grads = backward(grad_out, x, weight, ctx.height, ctx.width, *needed)

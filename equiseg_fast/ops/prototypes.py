@@ -8,7 +8,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import Function, needs_grad, register, without_autocast
+from ._registry import Function, by_reference, needs_grad, register, without_autocast
 
 MAX_CLASSES = 256
 
@@ -121,7 +121,9 @@ def _stock_backward(
     rows = torch.nn.functional.pad(grad / counts.clamp(min=1)[..., None], (0, 0, 0, 1)).to(dtype)
     first = torch.arange(0, grad.shape[0] * grad.shape[1], device=grad.device) * (num_classes + 1)
     index = classes + first.view(grad.shape[0], grad.shape[1], 1)
-    return rows.flatten(0, 2).index_select(0, index.flatten()).view(*index.shape, grad.shape[-1])
+    # Written without `flatten`, which batched cotangents do not know.
+    chosen = rows.reshape(-1, grad.shape[-1]).index_select(0, index.flatten())
+    return chosen.reshape(*index.shape, grad.shape[-1])
 
 
 def _fake_forward(
@@ -185,5 +187,5 @@ class _ClassPrototypes(Function):
         if grad is None:
             return None, None, None, None, None
         labels, counts = ctx.saved_tensors
-        backward = _stock_backward if ctx.stock or torch.is_grad_enabled() else _BACKWARD
+        backward = _stock_backward if ctx.stock or by_reference(grad) else _BACKWARD
         return backward(grad, labels, counts, ctx.ignore_index, ctx.dtype), None, None, None, None

@@ -14,6 +14,7 @@ from ._registry import (
     Function,
     as_result,
     autocast,
+    by_reference,
     needs_grad,
     only_needed,
     reference_gradients,
@@ -428,12 +429,13 @@ class _QueryHub(Function):
             return (None,) * 9
         x, *nets, present, score, winner, weight = ctx.saved_tensors
         needs = ctx.needs_input_grad[:5]
-        if torch.is_grad_enabled():
+        if by_reference(grad_out):
             sizes = {"height": ctx.height, "width": ctx.width}
             grads = reference_gradients(
                 lambda *inputs: (reference.query_hub(*inputs, **sizes, present=present),),
                 (x, *nets),
                 (grad_out,),
+                needs,
             )
         else:
             needs_dw = any(needs[1:])
