@@ -51,8 +51,9 @@ def with_layout(x: Tensor, layout: str, *, unit_last_stride: bool = False) -> Te
     if layout == "sliced":
         step = 1 if unit_last_stride else 2
         padded = [n + 1 for n in x.shape[:-1]] + [step * x.shape[-1] + 3]
-        around = torch.full(padded, float("nan") if x.is_floating_point() else 1, dtype=x.dtype)
-        window = around.to(x.device)[tuple(slice(1, None) for _ in x.shape[:-1])]
+        filling = float("nan") if x.is_floating_point() else 1
+        around = torch.full(padded, filling, dtype=x.dtype, device=x.device)
+        window = around[tuple(slice(1, None) for _ in x.shape[:-1])]
         window = window[..., 1 : 1 + step * x.shape[-1] : step]
         return window.copy_(x)
     if layout == "expanded" and x.numel():
@@ -70,6 +71,7 @@ def random_normal(
     layout: str = "contiguous",
     unit_last_stride: bool = False,
     scale: float = 1.0,
+    mean: float = 0.0,
     device: torch.device | str = "cpu",
 ) -> Tensor:
     """Normal random numbers of their own generator: the same values on every device and, but for
@@ -80,14 +82,17 @@ def random_normal(
         dtype: a floating dtype; values are drawn in fp32 and rounded once.
         seed: of the generator of this tensor alone.
         layout, unit_last_stride: see `with_layout`.
-        scale: standard deviation.
+        scale, mean: standard deviation and mean.
         device: where the tensor goes.
 
     Raises:
         ValueError: as `with_layout`.
     """
     generator = torch.Generator().manual_seed(seed)
-    values = (torch.randn(tuple(shape), generator=generator) * scale).to(device, dtype)
+    values = torch.randn(
+        tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
+    )
+    values = (values * scale + mean).to(device, dtype)
     return with_layout(values, layout, unit_last_stride=unit_last_stride)
 
 

@@ -292,7 +292,8 @@ class EQUISeg(Layer):
         if present is None:
             return x, None, None
         if subset is not None:
-            mask = torch.tensor([i in subset for i in needed])[:, None].expand(*x.shape[:2])
+            mask = torch.tensor([i in subset for i in needed], device="cpu")
+            mask = mask[:, None].expand(*x.shape[:2])
         else:
             assert isinstance(present, Tensor)
             mask = present
@@ -367,7 +368,8 @@ class EQUISeg(Layer):
         modalities = x.shape[0]
         device = x.device if generator is None else generator.device
         draw = torch.randint(1, 2**modalities, (), generator=generator, device=device)
-        drop = torch.rand((), generator=generator, device=device) < self.config.modality_dropout
+        chance = torch.rand((), generator=generator, device=device, dtype=torch.float32)
+        drop = chance < self.config.modality_dropout
         bits = draw >> torch.arange(modalities, device=device) & 1
         keep = ((bits == 1) | ~drop).to(x.device)[:, None]
         if mask is not None:

@@ -1,4 +1,5 @@
-"""Tokens and channels-last maps are the same memory; these views say so."""
+"""Tokens and channels-last maps are the same memory; these views say so, of memory that stock
+operators can read."""
 
 import torch
 import torch.nn.functional as F
@@ -7,8 +8,30 @@ from torch import Tensor
 _WIDTH = 8
 
 
+def separate(x: Tensor) -> Tensor:
+    """x, or a copy if its elements might share memory, as those of sliding windows and of expanded
+    tensors do.
+
+    Attention, convolution and GELU of the libraries below PyTorch take strides for those of a
+    matrix: of others they read outside, or refuse them.
+    """
+    if x.is_contiguous():
+        return x
+    # Of any two dimensions one strides over all of the other. (The compiler cannot sort them.)
+    dims = [(stride, size) for stride, size in zip(x.stride(), x.shape, strict=True) if size > 1]
+    for i, (stride, size) in enumerate(dims):
+        if stride == 0:
+            return x.contiguous()
+        for other, n in dims[:i]:
+            if stride < other * n and other < stride * size:
+                return x.contiguous()
+    return x
+
+
 def to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens `[B, L, C]` -> map `[B, C, height, width]` in channels-last memory, without a copy."""
+    """Tokens `[B, L, C]` -> map `[B, C, height, width]` in channels-last memory, without a copy
+    if they are `separate`."""
+    x = separate(x)
     return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 

@@ -104,14 +104,19 @@ class Function(torch.autograd.Function):
 
 
 def as_result(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype, contiguous, as a `Function` returns it: without calls that change nothing.
+    """x in a dtype, contiguous, as a `Function` returns it: without calls that change nothing, and
+    no view, which nobody could change in place.
 
     The compiler of PyTorch 2.11 takes what those return for another tensor, and the gradient of the
     result gets lost. So it does after operators that work in place.
     """
     if x.dtype != dtype:
         x = x.to(dtype)
-    return x if x.is_contiguous() else x.contiguous()
+    if not x.is_contiguous():
+        return x.contiguous()
+    if not torch.compiler.is_compiling() and x._is_view():
+        return torch.ops.aten._unsafe_view(x, x.shape)
+    return x
 
 
 def _has_autocast(device: str) -> bool:

@@ -10,6 +10,7 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _attention_cpu, _backend, _checks
+from ._layout import separate
 from ._registry import (
     Function,
     autocast,
@@ -19,6 +20,7 @@ from ._registry import (
     only_needed,
     reference_gradients,
     register,
+    without_autocast,
 )
 
 MAX_HEAD_DIM = 128
@@ -67,8 +69,9 @@ def attention(
     Returns `[B, Lq, H, D]` in the dtype of q. Products accumulate in fp32; fp32 inputs are
     multiplied in true fp32 unless `torch.backends.cuda.matmul.allow_tf32` is set. The backward is
     deterministic. The torch backend is `scaled_dot_product_attention`, but with many queries in
-    fp32 on the CPU convolutions over blocks of them, which save the inputs alone. Under autocast
-    the inputs are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
+    fp32 on the CPU convolutions over blocks of them, which save the inputs alone; with gradients in
+    half precision on the CPU, and with return_lse, it computes in fp32. Under autocast the inputs
+    are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
     input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
     _checks.check_tensor("q", q, _checks.FLOATING, _QUERIES)
@@ -115,12 +118,17 @@ def _stock(
     q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
     """The fastest composition of stock operators for the device and dtype."""
+    q, k, v = separate(q), separate(k), separate(v)
+    dtype, wide = q.dtype, reference.statistics_dtype(q)
     # On the CPU the backward of scaled_dot_product_attention gains nothing from 16-bit matrix
-    # units; matmul, softmax, matmul is up to 3 times faster there.
-    half_training = q.device.type == "cpu" and q.element_size() == 2 and needs_grad(q, k, v)
+    # units, and scores in half precision are wrong by the rounding of their mean.
+    if dtype != wide and (return_lse or (q.device.type == "cpu" and needs_grad(q, k, v))):
+        with without_autocast(q.device.type):
+            result = _stock(q.to(wide), k.to(wide), v.to(wide), scale, return_lse)
+        return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
     # Transforms know no scaled_dot_product_attention.
-    if return_lse or half_training or _checks.is_transformed():
-        return _matmul_softmax(q, k, v, scale, return_lse)
+    if return_lse or _checks.is_transformed():
+        return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
     if _attention_cpu.suits(q, k):
         return _attention_cpu.attend(q, k, v, scale)
     out = _sdpa(q, k, v, scale)
@@ -184,22 +192,13 @@ def _query_parts(q: Tensor) -> int:
     return min(candidates, key=lambda n: (rows * n % threads != 0, n), default=1)
 
 
-def _matmul_softmax(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
-) -> Tensor | tuple[Tensor, Tensor]:
-    dtype = reference.statistics_dtype(q) if return_lse else q.dtype
-    # The scale goes into q, which is far smaller than the scores.
-    q, k, v = (x.transpose(1, 2) for x in (q.to(dtype) * scale, k.to(dtype), v))
-    scores = q @ k.transpose(-1, -2)
-    out = (scores.softmax(dim=-1).to(v.dtype) @ v).transpose(1, 2)
-    return (out, scores.logsumexp(dim=-1)) if return_lse else out
-
-
 def _stock_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
 ) -> tuple[Tensor, Tensor]:
-    out, lse = reference.attention(q, k, v, scale=scale, return_lse=True)
-    return out.contiguous(), lse
+    wide = (x.to(reference.statistics_dtype(q)) for x in (q, k, v))
+    with without_autocast(q.device.type):
+        out, lse = reference.attention(*wide, scale=scale, return_lse=True)
+    return out.to(q.dtype).contiguous(), lse
 
 
 def _stock_backward(

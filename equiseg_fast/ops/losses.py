@@ -151,9 +151,10 @@ class _Upsampling:
         self.samples = logits.to(dtype).permute(0, 3, 1, 2).contiguous()
         self.height, self.width = size
         rows, unit = logits.shape[2], 2 * self.height
+        arange = partial(torch.arange, device=logits.device)
         # The position of output row y is (2 y + 1) rows - height, in units of 1 / unit input rows.
-        source = (2 * torch.arange(self.height) + 1) * rows - self.height
-        source = source.clamp(0, unit * (rows - 1)) - unit * torch.arange(rows)[:, None]
+        source = (2 * arange(self.height) + 1) * rows - self.height
+        source = source.clamp(0, unit * (rows - 1)) - unit * arange(rows)[:, None]
         self.band = (1 - source.abs().to(dtype) / unit).clamp(min=0)
 
     def chunks(self) -> list[tuple[slice, slice]]:

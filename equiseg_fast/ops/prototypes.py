@@ -98,7 +98,7 @@ def _stock_forward(
     counts = index.new_zeros(rows).index_add_(0, index.flatten(), torch.ones_like(index).flatten())
     counts = counts.view(x.shape[1], num_classes + 1)[:, :num_classes].contiguous()
     if x.device.type == "cpu" and not torch.compiler.is_compiling():
-        index = index + torch.arange(len(x)).view(-1, 1, 1) * rows
+        index = index + torch.arange(len(x), device=x.device).view(-1, 1, 1) * rows
         sums = x.new_zeros((len(x) * rows, x.shape[-1]), dtype=dtype)
         sums.index_add_(0, index.flatten(), x.to(dtype).flatten(0, 2))
         sums = sums.view(*x.shape[:2], num_classes + 1, x.shape[3])[:, :, :num_classes]
