@@ -3,15 +3,18 @@
 Three backends compute the same mathematics: `"triton"` (our fused kernels), `"torch"` (the fastest
 composition of stock PyTorch operators) and `"reference"` (`equiseg_fast.reference`). `"auto"` takes
 triton on a GPU when it can, else torch. A choice is made, in this order, by the `backend` argument,
-an active `use_backend(...)`, the environment variable EQUISEG_FAST_BACKEND, and `"auto"`.
+the `use_backend(...)` around the call, the environment variable EQUISEG_FAST_BACKEND (the default
+of the whole process), and `"auto"`.
 An explicit choice never falls back: what it cannot do it refuses, with the reasons.
 """
 
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import cache
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,19 +38,63 @@ def _check_choice(choice: str, source: str) -> str:
 
 _check_choice(_default, "EQUISEG_FAST_BACKEND")
 
+_blocks: ContextVar[tuple[tuple[str], ...]] = ContextVar("equiseg_fast_blocks", default=())
+_choice: ContextVar[Any] = ContextVar("equiseg_fast_choice")
+_traced: str | None = None  # by a block inside of what the compiler traces; None at run time
+
+
+class _Here:
+    """Looks up the choice of this thread or task.
+
+    The compiler cannot trace `ContextVar.get`, but it takes a property whose getter is built in for
+    a plain attribute, and guards on what it reads. Without a choice, `get` returns the object.
+    """
+
+    choice = property(_choice.get)
+
+
+_here = _Here()
+
+
+def current() -> str:
+    """What decides without a `backend` argument: the choice around the call, else the process's."""
+    choice = _traced or _here.choice
+    return _default if choice is _here else choice
+
 
 @contextmanager
 def use_backend(backend: str) -> Iterator[None]:
-    """Choose the backend of every operation called inside the `with` block, in all threads.
+    """Choose the backend of every operation called inside the `with` block.
 
     backend: "triton", "torch", "reference" or "auto". Raises ValueError on any other name.
+
+    The choice holds in this thread, or in this asyncio task and those that it starts inside; other
+    threads, also those that are started inside, keep theirs. Where blocks overlap, the one entered
+    last that is still open decides. A backward runs on the backend of its forward, wherever it is
+    called. Activation checkpointing, however, runs the forward again in the thread of the backward,
+    which on a GPU belongs to autograd and knows no choice: open the block inside the function that
+    is checkpointed, or set EQUISEG_FAST_BACKEND.
     """
-    global _default
-    previous, _default = _default, _check_choice(backend, "backend")
+    global _traced
+    _check_choice(backend, "backend")
+    if torch.compiler.is_dynamo_compiling():
+        outer, _traced = _traced, backend
+        try:
+            yield
+        finally:
+            _traced = outer
+        return
+    block = (backend,)  # a tuple, to be told from others with the same choice
+    _enter((*_blocks.get(), block))
     try:
         yield
     finally:
-        _default = previous
+        _enter(tuple(b for b in _blocks.get() if b is not block))
+
+
+def _enter(blocks: tuple[tuple[str], ...]) -> None:
+    _blocks.set(blocks)
+    _choice.set(blocks[-1][0] if blocks else _here)
 
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -114,7 +161,7 @@ def resolve(
 
     Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
     """
-    choice = _default if requested is None else _check_choice(requested, "backend")
+    choice = current() if requested is None else _check_choice(requested, "backend")
     if choice == "auto":
         if device.type != "cuda" or _REASONS[op](*args, **kwargs):
             return "torch"
@@ -128,9 +175,9 @@ def choice_for(op: str, *args: object) -> tuple[str, str]:
     """The current choice, and the backend it comes to for these arguments of `op` (or "none")."""
     device = next(a for a in args if isinstance(a, Tensor)).device
     try:
-        return _default, resolve(op, None, device, *args)
+        return current(), resolve(op, None, device, *args)
     except ValueError:
-        return _default, "none"
+        return current(), "none"
 
 
 def explain(op: str, *args: object, **kwargs: object) -> str:
@@ -142,7 +189,7 @@ def explain(op: str, *args: object, **kwargs: object) -> str:
     if op not in _REASONS:
         raise ValueError(f"op must be one of {', '.join(sorted(_REASONS))}; got {op!r}")
     requested = kwargs.pop("backend", None)
-    choice = _default if requested is None else str(requested)
+    choice = current() if requested is None else str(requested)
     reasons = _REASONS[op](*args, **kwargs)
     device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
     try:
