@@ -323,7 +323,7 @@ def on_meta(autocast: torch.dtype | None = None, backend: str = "triton") -> Ite
     """
 
     def resolve(op: str, requested: str | None, device: Any, *args: Any, **kwargs: Any) -> str:
-        choice = _backend._default if requested is None else requested
+        choice = _backend.current() if requested is None else requested
         if choice not in ("auto", "triton"):
             return choice
         reasons = [r for r in _backend._REASONS[op](*args, **kwargs) if "tensors are on" not in r]

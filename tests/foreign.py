@@ -1,7 +1,7 @@
 """Layers in the spellings of others, as small as they can be, for tests of what takes them over.
 
-Written after SegFormer (arXiv 2105.15203), CMNeXt (arXiv 2303.01480), and
-transformers 4.
+Written after SegFormer (arXiv 2105.15203), CMNeXt (arXiv 2303.01480), PVTv2 (arXiv 2106.13797), and
+the names of children in transformers 4, MMSegmentation and timm.
 """
 
 from typing import Any
@@ -107,6 +107,114 @@ class MLPMiT(nn.Module):
     def forward(self, x: Tensor, H: int, W: int) -> Tensor:
         y = self.dwconv(self.fc1(x), H, W)
         return self.fc2(F.gelu(y, approximate=self.approximate))
+
+
+class ConvMM(nn.Conv2d):
+    """A convolution as MMCV has it: a class of its own that adds nothing."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x)
+
+
+class DropPath(nn.Module):
+    """Stochastic depth as MMCV has it."""
+
+    def __init__(self, drop_prob: float = 0.0) -> None:
+        super().__init__()
+        self.drop_prob = drop_prob
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training or self.drop_prob == 0:
+            return x
+        kept = torch.rand((x.shape[0], 1, 1), dtype=x.dtype, device=x.device) >= self.drop_prob
+        return x * kept / (1 - self.drop_prob)
+
+
+class AttentionMM(nn.Module):
+    """Attention as MMSegmentation has it: around `nn.MultiheadAttention`, with the residual."""
+
+    def __init__(
+        self, sr_ratio: int = 2, p: float = 0.0, bias: bool = True, path: float = 0.0, **fields: Any
+    ) -> None:
+        super().__init__()
+        self.embed_dims, self.sr_ratio, self.batch_first = 16, sr_ratio, True
+        self.attn = nn.MultiheadAttention(16, 2, p, bias=bias, **fields)
+        self.proj_drop, self.dropout_layer = nn.Dropout(0.1), DropPath(path)
+        if sr_ratio > 1:
+            self.sr, self.norm = ConvMM(16, 16, sr_ratio, sr_ratio), nn.LayerNorm(16)
+
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None
+    ) -> Tensor:
+        source = x
+        if self.sr_ratio > 1:
+            source = self.norm(self.sr(x.mT.unflatten(-1, hw_shape)).flatten(2).mT)
+        q, kv = x.transpose(0, 1), source.transpose(0, 1)
+        out = self.attn(query=q, key=kv, value=kv)[0].transpose(0, 1)
+        return (x if identity is None else identity) + self.dropout_layer(self.proj_drop(out))
+
+
+class MixFFNMM(nn.Module):
+    """Mix-FFN as MMSegmentation has it: 1x1 convolutions on maps, with the residual."""
+
+    def __init__(
+        self, act: Any = nn.GELU, p: float = 0.0, path: float = 0.0, kernel: int = 3
+    ) -> None:
+        super().__init__()
+        self.embed_dims = 16
+        self.activate, drop = act(), nn.Dropout(p)
+        self.layers = nn.Sequential(
+            ConvMM(16, 24, 1), ConvMM(24, 24, kernel, padding=kernel // 2, groups=24),
+            self.activate, drop, ConvMM(24, 16, 1), drop,
+        )  # fmt: skip
+        self.dropout_layer = DropPath(path)
+
+    def forward(
+        self, x: Tensor, hw_shape: tuple[int, int], identity: Tensor | None = None
+    ) -> Tensor:
+        out = self.layers(x.mT.unflatten(-1, hw_shape)).flatten(2).mT
+        return (x if identity is None else identity) + self.dropout_layer(out)
+
+
+class AttentionPVT(nn.Module):
+    """Attention as timm's PVTv2 has it."""
+
+    def __init__(self, sr_ratio: int = 2, linear: bool = False, p: float = 0.0) -> None:
+        super().__init__()
+        self.num_heads, self.scale = 2, 8**-0.5
+        self.q, self.kv, self.proj = nn.Linear(16, 16), nn.Linear(16, 32), nn.Linear(16, 16)
+        self.attn_drop, self.proj_drop = nn.Dropout(p), nn.Dropout(0.1)
+        self.pool = nn.AdaptiveAvgPool2d(7) if linear else None
+        self.sr = nn.Conv2d(16, 16, sr_ratio, sr_ratio) if sr_ratio > 1 or linear else None
+        self.norm = nn.LayerNorm(16) if self.sr is not None else None
+        self.act = nn.GELU() if linear else None
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        q, source = self.q(x).unflatten(-1, (2, -1)).transpose(1, 2), x
+        if self.sr is not None and self.norm is not None:
+            maps = source.mT.unflatten(-1, feat_size)
+            maps = maps if self.pool is None else self.pool(maps)
+            source = self.norm(self.sr(maps).flatten(2).mT)
+            source = source if self.act is None else self.act(source)
+        k, v = self.kv(source).unflatten(-1, (2, 2, -1)).permute(2, 0, 3, 1, 4).unbind()
+        weights = self.attn_drop((q * self.scale @ k.mT).softmax(dim=-1))
+        return self.proj_drop(self.proj((weights @ v).transpose(1, 2).flatten(2)))
+
+
+class MLPPVT(nn.Module):
+    """Mix-FFN as timm's PVTv2 has it: the convolution itself is `dwconv`."""
+
+    def __init__(self, p: float = 0.0, extra_relu: bool = False) -> None:
+        super().__init__()
+        self.fc1, self.fc2 = nn.Linear(16, 24), nn.Linear(24, 16)
+        self.relu = nn.ReLU() if extra_relu else nn.Identity()
+        self.dwconv, self.act = nn.Conv2d(24, 24, 3, padding=1, groups=24), nn.GELU()
+        self.drop = nn.Dropout(p)
+
+    def forward(self, x: Tensor, feat_size: tuple[int, int]) -> Tensor:
+        x = self.relu(self.fc1(x).mT.unflatten(-1, feat_size))
+        x = self.act(self.dwconv(x).flatten(2).mT)
+        return self.drop(self.fc2(self.drop(x)))
 
 
 class SegformerAttention4(nn.Module):

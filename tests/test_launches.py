@@ -84,7 +84,7 @@ class TestCounter:
             raise ValueError("stop")
         assert kernels.launch is _common.launch
         assert _backend.INTERPRET is before
-        assert _backend._default == "auto"
+        assert _backend.current() == "auto"
 
 
 class TestCrossModalBlock:

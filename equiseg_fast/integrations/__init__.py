@@ -6,12 +6,22 @@ a faster `forward` and print what they replaced or skipped, and why; `revert(mod
 Importing this package does not import transformers.
 """
 
+from equiseg_fast.nn._plain import hooked
+
 from .attention_interface import attention_forward, register_attention
-from .modules import Change, Report, Rule, accelerate_module, hooked, revert
-from .segformer import MIT_RULES, SEGFORMER_RULES, accelerate_segformer
+from .modules import Change, Report, Rule, accelerate_module, revert
+from .segformer import (
+    MIT_RULES,
+    MMSEG_RULES,
+    PVT_RULES,
+    SEGFORMER_RULES,
+    accelerate_segformer,
+)
 
 __all__ = [
     "MIT_RULES",
+    "MMSEG_RULES",
+    "PVT_RULES",
     "SEGFORMER_RULES",
     "Change",
     "Report",

@@ -16,9 +16,17 @@ from re import sub
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx import Proxy
+from torch.overrides import TorchFunctionMode
+from torch.utils._device import _device_constructors
 
+from equiseg_fast.nn._plain import hooked
 from equiseg_fast.ops import use_backend
+
+Around = tuple[tuple[tuple[str, ...], type[nn.Module]], ...]
+"""The descendants of a module that a rule does not call: the names on the way, and their class."""
 
 _MARK = "_equiseg_fast_rule"
 # The wrong approximation of GELU differs by 1e-4, softmax in fp32, which some models insist on, by
@@ -37,9 +45,11 @@ class Rule:
     forward: takes the module and the arguments of its own `forward` (those given by keyword at
         their place, so that names need not agree), and returns what that returns. It looks
         parameters up when it is called, and returns NotImplemented, before it computes anything,
-        for a call that it cannot serve: the module's own `forward` serves that one. If it goes
-        around children instead of calling them, it does so only unless `hooked(children)`.
+        for a call that it cannot serve: the module's own `forward` serves that one.
     examples: takes the module and returns a few tuples of positional arguments for `forward`.
+    calls: the names of the children that `forward` calls, whatever they are ("norm", "body.norm").
+        It goes around all others. So while one of them has hooks (see `hooked`) or is of another
+        class than when it was examined, an adapter for example, the module's own `forward` runs.
 
     Structure cannot tell what a module computes. So before a module is replaced, a copy of it with
     random parameters computes every example with both, the first one in training, too, on the CPU
@@ -62,6 +72,7 @@ class Rule:
     matches: Callable[[Any], bool | str]
     forward: Callable[..., Any]
     examples: Callable[[Any], Iterable[tuple[Any, ...]]]
+    calls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -124,11 +135,13 @@ def accelerate_module(model: nn.Module, rules: Sequence[Rule], *, verbose: bool 
     verbose: print the report.
 
     Works in place, on any device (`meta` too) and dtype, in any mode; does not touch parameters,
-    the state dict or random number generators; a second call finds everything already replaced.
+    the state dict, or what other threads share (random number generators, the default device, the
+    backend); a second call finds everything already replaced.
     Sharding and compiling come after it. A module is skipped, with the reason in the report, if its
     rule says so, if it computes something else than the rule, or if something else replaced its
     `forward` before. While accelerated its class is `Fast<its class>`, a subclass of it, and
-    its structure must not change; a saved whole model needs `equiseg_fast` to be loaded.
+    its sizes must not change; a saved whole model needs `equiseg_fast` to be loaded. Calls that
+    `torch.fx` or `torch.jit.trace` record run its own `forward`.
 
     Raises TypeError if the model is no `nn.Module`, ValueError if no rule matches anything in it.
     """
@@ -164,20 +177,6 @@ def revert(model: nn.Module, *, verbose: bool = True) -> Report:
             remark = f"its class was changed to {cls.__name__} since; undo that first"
             changes.append(Change(path, cls.__name__, rule.name, "skipped", remark))
     return _reported(type(model).__name__, changes, verbose)
-
-
-def hooked(*modules: Any) -> bool:
-    """Whether a call of one of these modules does more than its class says.
-
-    True with forward or backward hooks (sharding, offloading and weight normalisation work with
-    them, too) and with a `forward` set on the instance: then a rule must not go around the module.
-    Arguments that are no modules do not count.
-    """
-    for module in modules:
-        if isinstance(module, nn.Module):
-            if "forward" in module.__dict__ or any(_hooks(module)):
-                return True
-    return False
 
 
 def _hooks(module: nn.Module) -> tuple[dict[int, Any], ...]:
@@ -217,14 +216,44 @@ def _accelerate(path: str, module: nn.Module, rules: Sequence[Rule]) -> list[Cha
         else:
             status, remark = _examine(module, rule)
         if status == "replaced":
-            module.__class__ = _subclass(cls, rule)
+            module.__class__ = _subclass(cls, rule, _around(module, rule))
             return [Change(path, name, rule.name, status, remark)]
         skipped.append(Change(path, name, rule.name, status, remark))
     return skipped
 
 
+def _around(module: nn.Module, rule: Rule) -> Around:
+    called = tuple(f"{name}." for name in rule.calls)
+    return tuple(
+        (tuple(path.split(".")), type(child))
+        for path, child in module.named_modules(remove_duplicate=False)
+        if path and not f"{path}.".startswith(called)
+    )
+
+
+def _is_as_found(module: Any, around: Around) -> bool:
+    """Whether what a rule goes around still does what its class says, and that is what it was."""
+    children = []
+    for names, kind in around:  # what contains others comes before them
+        child = module
+        for name in names:
+            child = child._modules.get(name)
+        if type(child) is not kind:
+            return False
+        children.append(child)
+    return not hooked(*children)
+
+
+def _is_recorded(args: tuple[Any, ...]) -> bool:
+    """Whether `torch.fx` or `torch.jit.trace` records the call; neither knows the sizes in it."""
+    for arg in args:
+        if isinstance(arg, Proxy):
+            return True
+    return torch.jit.is_tracing()
+
+
 @cache  # one class per kind of module: the compiler guards on types
-def _subclass(cls: Any, rule: Rule) -> Any:
+def _subclass(cls: Any, rule: Rule, around: Around) -> Any:
     parameters = list(signature(cls.forward).parameters.values())[1:]
     names = [p.name for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
 
@@ -234,21 +263,24 @@ def _subclass(cls: Any, rule: Rule) -> Any:
             if name not in kwargs:
                 break
             args = (*args, kwargs.pop(name))
-        out = rule.forward(self, *args, **kwargs)
-        return cls.forward(self, *args, **kwargs) if out is NotImplemented else out
+        if not _is_recorded(args) and _is_as_found(self, around):
+            out = rule.forward(self, *args, **kwargs)
+            if out is not NotImplemented:
+                return out
+        return cls.forward(self, *args, **kwargs)
 
     def reduce_ex(self: Any, protocol: Any) -> tuple[Any, ...]:
         _, _, *state = super(fast, self).__reduce_ex__(protocol)
-        return (_blank, (cls, rule), *state)
+        return (_blank, (cls, rule, around), *state)
 
     body = {"forward": forward, "__reduce_ex__": reduce_ex, "__module__": __name__, _MARK: rule}
     fast = type(cls)(f"Fast{cls.__name__}", (cls,), body)
     return fast
 
 
-def _blank(cls: Any, rule: Rule) -> Any:
+def _blank(cls: Any, rule: Rule, around: Around) -> Any:
     """An accelerated module before its state, for `pickle` and `copy`."""
-    fast = _subclass(cls, rule)
+    fast = _subclass(cls, rule, around)
     return fast.__new__(fast)
 
 
@@ -256,32 +288,32 @@ def _examine(module: nn.Module, rule: Rule) -> tuple[str, str]:
     """What should become of a module that matches, "replaced" or "skipped", and a remark."""
     if "forward" in vars(module):
         return "skipped", "something else has replaced the forward of this instance; undo it first"
+    for names, _ in _around(module, rule):
+        path = ".".join(names)
+        if hooked(module.get_submodule(path)):
+            return "skipped", f"the rule goes around its {path}, which has hooks or another forward"
     try:
-        with (
-            torch.random.fork_rng(devices=()),
-            torch.device("cpu"),
-            torch.no_grad(),
-            use_backend("torch"),
-        ):
-            return _compare(module, rule)
+        with _Aside() as aside, torch.no_grad(), use_backend("torch"):
+            return _compare(module, rule, aside)
     except Exception as error:
         first, *_ = str(error).splitlines() or [""]
         return "skipped", f"a copy could not be tried: {type(error).__name__}: {first}"
 
 
-def _compare(module: nn.Module, rule: Rule) -> tuple[str, str]:
+def _compare(module: nn.Module, rule: Rule, aside: "_Aside") -> tuple[str, str]:
     own_class: Any = type(module)
     twin = _random_twin(module)
-    twin.__class__ = _subclass(own_class, rule)
     unserved = []
     examples = list(rule.examples(module))
     for mode, example in (("training", examples[0]), *(("evaluation", e) for e in examples)):
         twin.train(mode == "training")
         args = [_double(x) for x in example]
+        aside.restart()
         fast = rule.forward(twin, *args)
         if fast is NotImplemented:
             unserved.append(mode)
             continue
+        aside.restart()
         own = own_class.forward(twin, *args)
         if type(own) is not type(fast):
             return "skipped", f"it returns {type(own).__name__}, the rule {type(fast).__name__}"
@@ -293,7 +325,7 @@ def _compare(module: nn.Module, rule: Rule) -> tuple[str, str]:
         if not error <= _TOLERANCE:  # so that NaN counts
             return "skipped", f"it computes something else (by {error:.0e} in {mode})"
     if "evaluation" in unserved:
-        return "skipped", "the rule serves no call of it as it is (e.g. with hooks on its children)"
+        return "skipped", "the rule serves no call of it as it is"
     return "replaced", "its own forward runs in training" if unserved else ""
 
 
@@ -306,7 +338,6 @@ def _random_twin(module: nn.Module) -> nn.Module:
 
     Random, because zero biases and unit weights, as in a fresh model, would hide differences.
     """
-    torch.default_generator.manual_seed(0)
     memo: dict[int, Any] = {}
     for p in module.parameters():
         bound = (3 / p[0].numel()) ** 0.5 if p.dim() > 1 else 1.0
@@ -319,19 +350,47 @@ def _random_twin(module: nn.Module) -> nn.Module:
     for child in module.modules():
         for hooks in _hooks(child):
             memo[id(hooks)] = OrderedDict.fromkeys(hooks, _do_nothing)
-    twin = copy.deepcopy(module, memo)
-    for child in twin.modules():
-        if isinstance(child, nn.Dropout):
-            child.__class__ = _VisibleDropout
-    return twin
+    return copy.deepcopy(module, memo)
 
 
 def _do_nothing(*args: Any, **kwargs: Any) -> None:
     pass
 
 
-class _VisibleDropout(nn.Dropout):
-    """Shows in the result where it is applied, without chance."""
+class _Aside(TorchFunctionMode):
+    """What is made inside is on the CPU, random numbers come from a generator of its own, and
+    dropout shows where it is applied, without chance. Other threads notice nothing: contexts of
+    PyTorch for these change the default device and generator of the process.
+    """
 
-    def forward(self, x: Tensor) -> Tensor:
-        return x.tanh() if self.training and self.p > 0 else x
+    _DROPOUTS = (
+        F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout,
+    )  # fmt: skip
+    _RANDOM = (
+        torch.rand, torch.randn, torch.randint, torch.randperm, torch.normal, torch.bernoulli,
+        torch.multinomial, Tensor.normal_, Tensor.uniform_, Tensor.bernoulli_, Tensor.random_,
+    )  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._generator = torch.Generator()
+
+    def restart(self) -> None:
+        """Random numbers from the beginning."""
+        self._generator.manual_seed(0)
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in self._DROPOUTS:
+            return _visible_dropout(*args, **kwargs)
+        if func in _device_constructors() and kwargs.get("device") is None:
+            kwargs["device"] = "cpu"
+        if func in self._RANDOM:
+            kwargs.setdefault("generator", self._generator)
+        return func(*args, **kwargs)
+
+
+def _visible_dropout(
+    x: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> Tensor:
+    return x.tanh() if training and p > 0 else x

@@ -32,11 +32,29 @@ def is_reduction(conv: Any, ratio: int) -> bool | str:
     """Whether a spatial reduction by this ratio is a convolution of that kernel and stride."""
     if ratio == 1:
         return True
-    if isinstance(conv, nn.Conv2d):
+    if is_convolution(conv):
         shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
         if shape == ((ratio, ratio), (ratio, ratio), (0, 0), (1, 1), 1):
             return True
     return f"its reduction {conv} is not a convolution of kernel and stride {ratio}"
+
+
+def is_convolution(module: Any) -> bool:
+    """Whether it is `nn.Conv2d`, or of a class that adds nothing to it (MMCV has one): no attribute
+    that could make it compute something else later, as adapters have."""
+    if type(module) is nn.Conv2d:
+        return True
+    return isinstance(module, nn.Conv2d) and vars(module).keys() <= vars(nn.Conv2d(1, 1, 1)).keys()
+
+
+def is_depthwise(conv: Any, channels: int) -> bool | str:
+    """Whether it is the 3x3 convolution of Mix-FFN on so many channels."""
+    if is_convolution(conv):
+        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
+        same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), channels)
+        if same and conv.padding_mode == "zeros" and conv.bias is not None:
+            return True
+    return f"{conv} is not a depthwise 3x3 convolution with padding 1 and bias"
 
 
 def is_attention_v5(module: Any) -> bool | str:
@@ -62,25 +80,72 @@ def is_attention_mit(module: Any) -> bool | str:
     return is_reduction(find(module, "sr"), ratio)
 
 
+def is_attention_mmseg(module: Any) -> bool | str:
+    ratio, inner = getattr(module, "sr_ratio", None), find(module, "attn")
+    if not isinstance(ratio, int) or not isinstance(inner, nn.MultiheadAttention):
+        return False
+    if type(inner) is not nn.MultiheadAttention or not module.batch_first or inner.batch_first:
+        return f"its attention {type(inner).__name__} or the order of its axes is another"
+    if inner.in_proj_weight is None or inner.bias_k is not None or inner.add_zero_attn:
+        return "its keys or values have channels, a bias or a token of their own"
+    return is_reduction(find(module, "sr"), ratio)
+
+
+def is_attention_pvt(module: Any) -> bool | str:
+    parts = find(module, "q"), find(module, "kv"), find(module, "proj"), find(module, "num_heads")
+    if None in parts or not hasattr(module, "sr") or hasattr(module, "sr_ratio"):
+        return False
+    if find(module, "pool") is not None:
+        return "it is linear: its keys are pooled to one size, and activated"
+    return module.sr is None or is_reduction(module.sr, getattr(module.sr, "stride", (0,))[0])
+
+
 def is_mix_ffn(module: Any) -> bool | str:
+    return _is_mix_ffn(module, find(find(module, "dwconv"), "dwconv"))
+
+
+def is_mix_ffn_pvt(module: Any) -> bool | str:
+    verdict = _is_mix_ffn(module, find(module, "dwconv"))
+    relu = find(module, "relu")
+    if verdict is True and not isinstance(relu, nn.Identity | None):
+        return f"it applies {relu} before the convolution"
+    return verdict
+
+
+def _is_mix_ffn(module: Any, conv: Any) -> bool | str:
     first, last = find(module, "fc1", "dense1"), find(module, "fc2", "dense2")
-    conv = find(find(module, "dwconv"), "dwconv")
     if None in (first, last) or not isinstance(conv, nn.Conv2d):
         return False
     hidden = conv.out_channels
     if getattr(first, "out_features", 0) != hidden or getattr(last, "in_features", 0) != hidden:
         return f"{first} and {last} are not linear layers around {hidden} channels"
-    shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-    zeros = conv.padding_mode == "zeros"
-    if shape != ((3, 3), (1, 1), (1, 1), (1, 1), hidden) or not zeros or conv.bias is None:
-        return f"{conv} is not a depthwise 3x3 convolution with padding 1 and bias"
-    return has_gelu(module)
+    verdict = is_depthwise(conv, hidden)
+    return has_gelu(module) if verdict is True else verdict
+
+
+def is_mix_ffn_mmseg(module: Any) -> bool | str:
+    layers = find(module, "layers")
+    if not isinstance(layers, nn.Sequential) or find(module, "dropout_layer") is None:
+        return False
+    if len(layers) != 6 or not all(isinstance(layers[i], nn.Conv2d) for i in (0, 1, 4)):
+        return False
+    first, conv, activation, *_, last = list(layers)[:5]
+    for pointwise in (first, last):
+        shape = (pointwise.kernel_size, pointwise.stride, pointwise.padding, pointwise.groups)
+        same = shape == ((1, 1), (1, 1), (0, 0), 1) and pointwise.bias is not None
+        if not same or not is_convolution(pointwise):
+            return f"{pointwise} is not a 1x1 convolution with bias"
+    verdict = is_depthwise(conv, first.out_channels)
+    return _has_gelu(activation) if verdict is True else verdict
 
 
 def has_gelu(module: Any) -> bool | str:
     """Whether the activation of a feed-forward module is the exact GELU, as far as can be seen."""
-    found = activation(module)
-    return _is_gelu(found) or f"its activation {found} is not the exact GELU"
+    return _has_gelu(activation(module))
+
+
+def _has_gelu(activation: Any) -> bool | str:
+    return _is_gelu(activation) or f"its activation {activation} is not the exact GELU"
 
 
 def activation(module: Any) -> Any:

@@ -50,16 +50,16 @@ class _Here:
     a plain attribute, and guards on what it reads. Without a choice, `get` returns the object.
     """
 
-    choice: "property | _Here | str" = property(_choice.get)
+    choice = property(_choice.get)
 
 
 _here = _Here()
 
 
-def default() -> str:
+def current() -> str:
     """What decides without a `backend` argument: the choice around the call, else the process's."""
     choice = _traced or _here.choice
-    return _default if choice is _here else choice  # type: ignore[return-value]
+    return _default if choice is _here else choice
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def resolve(
 
     Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
     """
-    choice = default() if requested is None else _check_choice(requested, "backend")
+    choice = current() if requested is None else _check_choice(requested, "backend")
     if choice == "auto":
         if device.type != "cuda" or _REASONS[op](*args, **kwargs):
             return "torch"
@@ -183,9 +183,9 @@ def choice_for(op: str, *args: object) -> tuple[str, str]:
     """The current choice, and the backend it comes to for these arguments of `op` (or "none")."""
     device = next(a for a in args if isinstance(a, Tensor)).device
     try:
-        return default(), resolve(op, None, device, *args)
+        return current(), resolve(op, None, device, *args)
     except ValueError:
-        return default(), "none"
+        return current(), "none"
 
 
 def explain(op: str, *args: object, **kwargs: object) -> str:
@@ -197,7 +197,7 @@ def explain(op: str, *args: object, **kwargs: object) -> str:
     if op not in _REASONS:
         raise ValueError(f"op must be one of {', '.join(sorted(_REASONS))}; got {op!r}")
     requested = kwargs.pop("backend", None)
-    choice = default() if requested is None else str(requested)
+    choice = current() if requested is None else str(requested)
     reasons = _REASONS[op](*args, **kwargs)
     device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
     try:
