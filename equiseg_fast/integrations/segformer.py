@@ -20,6 +20,7 @@ from equiseg_fast.nn._foreign import (
 )
 from equiseg_fast.nn.attention import reduce_tokens
 from equiseg_fast.ops import attention, depthwise_conv_gelu, mix_ffn
+from equiseg_fast.ops.mix_ffn import gains
 
 from .modules import Report, Rule, accelerate_module, hooked
 
@@ -116,6 +117,8 @@ def _matches_ffn(module: Any) -> bool | str:
 def _mix_ffn(module: Any, x: Tensor, height: int, width: int, *more: Any, **others: Any) -> Any:
     holder = module.dwconv
     conv = holder.dwconv
+    if not gains(x, conv.weight):
+        return NotImplemented
     if more or others or hooked(holder, conv, activation(module)):
         return NotImplemented
     first, last = find(module, "fc1", "dense1"), find(module, "fc2", "dense2")
