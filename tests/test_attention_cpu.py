@@ -13,7 +13,7 @@ from torch._subclasses import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from equiseg_fast import attention, reference
-from equiseg_fast.ops import _attention_cpu
+from equiseg_fast.ops import _attention_cpu, _layout
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
 
 torch_attention = partial(attention, backend="torch")
@@ -30,7 +30,8 @@ def _two_threads() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 40 queries for 2 heads and 32 keys, or for 1 head and 64 keys."""
+    """Blocks of 40 queries for 2 heads and 32 keys, or for 1 head and 64 keys, on any processor."""
+    monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", True)
     monkeypatch.setattr(_attention_cpu, "_SCORE_BYTES", 40 * 2 * 32 * 4)
     monkeypatch.setattr(_attention_cpu, "_MIN_QUERIES", 8)
     monkeypatch.setattr(_attention_cpu, "_MIN_SCORES", 1)
@@ -212,6 +213,7 @@ def test_parity_as_in_the_model(
 ) -> None:
     """With the real limits, where convolutions are certainly oneDNN's."""
     monkeypatch.undo()
+    monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", True)
     inputs = make(batch=1, queries=queries, heads=heads, keys=keys, dim=32)
     block = inputs["q"][0, : _attention_cpu._block(heads, keys)]
     weight = torch.empty((heads * keys, 32, 1, 1))
@@ -222,12 +224,15 @@ def test_parity_as_in_the_model(
     parity(inputs)
 
 
-def test_sizes_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    """With the real limits: stages 1 and 2 of EQUISeg-B0 at 512 x 512, not the small ones."""
+@pytest.mark.parametrize("wide", [False, True])
+def test_sizes_of_the_model(wide: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the real limits: stages 1 and 2 of EQUISeg-B0 at 512 x 512, not the small ones; none
+    where products of matrices are as wide as convolutions."""
     monkeypatch.undo()
+    monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", wide)
     for queries, heads, keys, expected in (
         (16384, 1, 256, True), (4096, 2, 256, True), (1024, 5, 256, False), (256, 8, 256, False),
         (2048, 1, 16, False),
     ):  # fmt: skip
         q, k = (torch.empty((1, n, heads, 32)) for n in (queries, keys))
-        assert _attention_cpu.suits(q, k) is expected
+        assert _attention_cpu.suits(q, k) is (expected and wide)

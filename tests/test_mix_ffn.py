@@ -176,6 +176,24 @@ class TestBands:
         rows = [len(r) for _, r in BANDS._bands(1, 130, BANDS._HIDDEN_BYTES // 32)]
         assert rows == [26, 26, 26, 26, 26]
 
+    @pytest.mark.parametrize(
+        ("rows", "training", "expected"),
+        [
+            (12288, False, False), (12289, False, True),
+            (12289, True, False), (65535, True, False), (65536, True, True),
+        ],
+    )  # fmt: skip
+    def test_only_where_they_are_faster(self, rows: int, training: bool, expected: bool) -> None:
+        """With 128 hidden channels: from 6 MiB on forward, in a step from 32 MiB."""
+        assert BANDS._is_large(torch.empty(1, rows, 32), 128, training) is expected
+
+    @pytest.mark.parametrize(("batch", "height", "sizes"), [(4, 8, [2, 2]), (7, 9, [3, 3, 1])])
+    def test_images_share_bands_evenly(
+        self, batch: int, height: int, sizes: list[int], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(BANDS, "_HIDDEN_BYTES", 3 * height)
+        assert [i.stop - i.start for i, _ in BANDS._bands(batch, height, 1)] == sizes
+
     @pytest.mark.skipif(DEVICE == "cuda", reason="there the vendor's products save their inputs")
     @pytest.mark.parametrize("kept", [False, True])
     def test_only_the_inputs_are_saved_unless_hidden_features_are_small(
@@ -192,7 +210,7 @@ class TestBands:
 
     @pytest.mark.skipif(DEVICE == "cuda", reason="memory of the CPU")
     def test_wide_tensors_never_exist(self) -> None:
-        """A step needs about half of one of them beside features; eager needs six."""
+        """A step needs about two thirds of one of them beside features; eager needs six."""
         from benchmarks.memory import peak_bytes
 
         inputs = make(1, 512, 256, (16, 128, 16))
@@ -206,10 +224,10 @@ class TestBands:
         step()
         peak, _ = peak_bytes(step, torch.device("cpu"))
         features = 3 * inputs["x"].numel() * 4  # out, its gradient, dx
-        assert peak - features < 0.6 * hidden
+        assert peak - features < 0.75 * hidden
         with torch.no_grad():
             peak, _ = peak_bytes(lambda: torch_op(**inputs), torch.device("cpu"))
-        assert peak < 0.4 * hidden
+        assert peak < 0.5 * hidden
 
 
 class TestBehaviour:

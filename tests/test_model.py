@@ -2,8 +2,10 @@
 
 import copy
 import re
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from equiseg_fast import reference, use_backend
 from equiseg_fast.models import EQUISeg, EQUISegConfig, MixTransformer
+from equiseg_fast.ops import _layout
 from equiseg_fast.ops._layout import linear
 
 NAMES = ("rgb", "depth", "event", "lidar")
@@ -647,12 +650,53 @@ class TestFolded:
 
 
 class TestLinear:
-    """`nn.Linear` on tokens takes another way on the CPU, where sizes allow."""
+    """`nn.Linear` on tokens is a convolution on the CPU, where those are faster."""
+
+    @pytest.fixture
+    def convolved(self, monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+        """The calls that became convolutions, on a processor on which those are faster."""
+        calls, convolve, threads = [], _layout.pointwise_conv, torch.get_num_threads()
+        monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", True)
+        monkeypatch.setattr(
+            _layout, "pointwise_conv", lambda *args: calls.append(args) or convolve(*args)
+        )
+        torch.set_num_threads(2)
+        yield calls
+        torch.set_num_threads(threads)
+
+    def test_only_where_that_is_faster(
+        self, convolved: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """By size, half of it without gradients; never where matrices are multiplied as well."""
+        small, large = torch.ones(2, 8192, 32), torch.ones(2, 16384, 32)
+        weight = torch.ones(32, 32)
+        for x, trained, expected in (
+            (small[:, :8184], False, 0), (small, False, 1), (small, True, 0), (large, True, 1),
+            (large[:, ::2], False, 0), (large.double(), False, 0),
+        ):  # fmt: skip
+            convolved.clear()
+            linear(x, weight.to(x.dtype).requires_grad_(trained), None)
+            assert len(convolved) == expected
+        convolved.clear()
+        monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", False)
+        linear(large, weight, None)
+        torch.set_num_threads(1)
+        monkeypatch.setattr(_layout, "_WIDE_CONVOLUTIONS", True)
+        linear(large, weight, None)
+        assert not convolved
 
     @pytest.mark.parametrize("tokens", [1, 8, 12, 35, 64])
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-    def test_agrees_with_torch(self, tokens: int, bias: bool, dtype: torch.dtype) -> None:
+    def test_agrees_with_torch(
+        self,
+        tokens: int,
+        bias: bool,
+        dtype: torch.dtype,
+        convolved: list[Any],
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(_layout, "_MIN_PRODUCTS_WITH_GRADIENTS", 1)
         x = torch.randn(2, tokens, 12, dtype=dtype, requires_grad=True)
         weight = torch.randn(7, 12, dtype=dtype, requires_grad=True)
         leaves = [x, weight]
@@ -661,6 +705,7 @@ class TestLinear:
         arguments = leaves if bias else [*leaves, None]
         expected, actual = F.linear(*arguments), linear(*arguments)
         assert actual.shape == expected.shape
+        assert len(convolved) == (tokens % 8 == 0 and dtype == torch.float32)
         tolerance = {torch.bfloat16: 0.05, torch.float32: 1e-5, torch.float64: 1e-12}[dtype]
         torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance)
         g = torch.randn_like(expected)
@@ -672,6 +717,9 @@ class TestLinear:
             torch.testing.assert_close(a, b, rtol=tolerance, atol=20 * tolerance)
 
     @pytest.mark.parametrize("transposed", [False, True])
-    def test_result_is_contiguous(self, transposed: bool) -> None:
+    def test_result_is_contiguous(
+        self, transposed: bool, convolved: list[Any], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setattr(_layout, "_MIN_PRODUCTS", 1)
         x = torch.randn(2, 12, 16).mT if transposed else torch.randn(2, 16, 12)
         assert linear(x, torch.randn(7, 12), None).is_contiguous()

@@ -26,6 +26,7 @@ from equiseg_fast.nn._foreign import (
 from equiseg_fast.nn._plain import hooked, is_plain
 from equiseg_fast.nn.attention import reduce_tokens
 from equiseg_fast.ops import attention, depthwise_conv_gelu, mix_ffn
+from equiseg_fast.ops.mix_ffn import gains
 
 from .modules import Report, Rule, accelerate_module
 
@@ -205,7 +206,9 @@ def _mix_ffn_pvt(module: Any, x: Tensor, feat_size: Size) -> Any:
     return _ffn(module, module.dwconv, x, *feat_size)
 
 
-def _ffn(module: Any, conv: Any, x: Tensor, height: int, width: int) -> Tensor:
+def _ffn(module: Any, conv: Any, x: Tensor, height: int, width: int) -> Any:
+    if not gains(x, conv.weight):
+        return NotImplemented
     first, last = find(module, "fc1", "dense1"), find(module, "fc2", "dense2")
     dropout = find(module, "dropout", "drop")
     passes = dropout is None or (

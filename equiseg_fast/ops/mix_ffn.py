@@ -11,14 +11,24 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks, depthwise
-from ._layout import conv_weight_gradient, linear, pointwise_conv, to_map, to_tokens
+from ._layout import (
+    conv_weight_gradient,
+    linear,
+    pointwise_conv,
+    to_map,
+    to_tokens,
+    worth_convolving,
+)
 from ._registry import Function, autocast, needs_grad, reference_gradients, without_autocast
 
-_HIDDEN_BYTES = 3 * 2**20
-"""Size of the hidden features that the CPU works on at a time; they stay in its caches."""
+_HIDDEN_BYTES = 6 * 2**20
+"""Size of the hidden features that the CPU works on at a time; they stay in its caches. Up to this
+size a forward takes all of them. With bands of 3 MiB it took 1.0 to 1.3 times as long."""
 
-_WHOLE_BYTES = 2 * _HIDDEN_BYTES
-"""Up to this size the CPU keeps all of them: computing them again would cost more."""
+_WHOLE_BYTES = 32 * 2**20 - 1
+"""Up to this size the CPU keeps all of them for the backward: computing them again would cost more
+(bands took 1.0 to 1.8 times as long). From 32 MiB on glibc asks the system for the memory of every
+tensor anew, and page faults cost more than products (bands were 1.1 to 2 times as fast)."""
 
 _MIN_ROWS = 8
 """A band of an image has at least so many rows: up to two before and after are computed twice."""
@@ -46,11 +56,11 @@ def mix_ffn(
     backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
     Returns `[B, L, D]` in the dtype of x. On a GPU this is two matrix products of the vendor around
-    `depthwise_conv_gelu`. On the CPU, if the hidden features take more than 6 MiB, it runs over
-    bands of the image whose share fits into the caches, forward and backward; the backward computes
-    them again, so that nothing but the inputs is saved. Under autocast all inputs are cast to its
-    dtype. Raises TypeError or ValueError naming the argument. Source: SegFormer (arXiv 2105.15203),
-    equation 3.
+    `depthwise_conv_gelu`. On the CPU, if the hidden features take more than 6 MiB, or 32 MiB with
+    gradients, it runs over bands of the image whose share fits into the caches, forward and
+    backward; the backward computes them again, so that nothing but the inputs is saved. Under
+    autocast all inputs are cast to its dtype. Raises TypeError or ValueError naming the argument.
+    Source: SegFormer (arXiv 2105.15203), equation 3.
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[B, L, C]")
     _checks.check_tokens("x", x, height, width)
@@ -59,9 +69,12 @@ def mix_ffn(
     chosen = _backend.resolve("mix_ffn", backend, x.device, x)
     if chosen == "reference":
         return reference.mix_ffn(x, *parameters, height, width)
-    if chosen == "torch" and _in_bands(x, parameters[0].shape[0]):
-        banded = _MixFFN.apply if needs_grad(x, *parameters) else _forward
-        return banded(x, *parameters, height, width)
+    training = needs_grad(x, *parameters)
+    # Bands would only hide from a compiler what belongs together.
+    if chosen == "torch" and not torch.compiler.is_compiling():
+        if _is_large(x, parameters[0].shape[0], training) and _checks.has_values(x):
+            banded = _MixFFN.apply if training else _forward
+            return banded(x, *parameters, height, width)
     fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
     with without_autocast(x.device.type):
         hidden = linear(x, fc1_weight, fc1_bias)
@@ -107,17 +120,33 @@ def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
 _backend.register_reasons("mix_ffn", _reasons)
 
 
-def _in_bands(x: Tensor, hidden: int) -> bool:
-    # Bands would only hide from a compiler what belongs together.
-    if not _checks.has_values(x):
-        return False
-    return x.shape[0] * x.shape[1] * hidden * x.element_size() > _WHOLE_BYTES
+def gains(x: Tensor, dw_weight: Tensor) -> bool:
+    """Whether `mix_ffn` of x `[B, L, C]` is faster than the operators it is made of, one by one.
+
+    If not, all it adds are checks and choices: a tenth or two of the time of small inputs. Of a
+    single image the view as a map that other code makes of tokens is not in channels-last memory
+    for PyTorch, and what follows up to twice as slow.
+    """
+    if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
+        return True
+    hidden, training = dw_weight.shape[0], needs_grad(x, dw_weight)
+    if x.shape[0] == 1 or _is_large(x, hidden, training):
+        return True
+    if worth_convolving(x.numel() * hidden, training):
+        return True
+    return _backend.resolve("mix_ffn", None, x.device, x) != "torch"
+
+
+def _is_large(x: Tensor, hidden: int, training: bool) -> bool:
+    hidden_bytes = x.shape[0] * x.shape[1] * hidden * x.element_size()
+    return hidden_bytes > (_WHOLE_BYTES if training else _HIDDEN_BYTES)
 
 
 def _bands(batch: int, height: int, row_bytes: int) -> Iterator[tuple[slice, range]]:
     """Images and rows to work on together: several whole images, or a band of one image."""
     rows = max(_MIN_ROWS, _HIDDEN_BYTES // row_bytes)
     images = max(1, rows // height)
+    images = -(-batch // -(-batch // images)) if batch else 1
     rows = -(-height // -(-height // rows))
     for i in range(0, batch, images):
         for r in range(0, height, rows):
