@@ -617,6 +617,12 @@ def nested(*keys: str) -> dict[str, State]:
     return {key: nvlabs_state() for key in keys}
 
 
+def endless() -> dict[str, object]:
+    state: dict[str, object] = {}
+    state["model"] = state
+    return state
+
+
 def two(first: str, second: str) -> Callable[[], State]:
     return lambda: prefixed(first, nvlabs_state()) | prefixed(second, nvlabs_state())
 
@@ -632,6 +638,9 @@ class TestRefusals:
         (fake("decode_head.linear_c1.proj.weight"), "like a decode head only"),
         (fake("linear_c.0.proj.weight"), "like a decode head only"),
         (fake("alpha", "beta"), "no Mix Transformer encoder: it has alpha, beta$"),
+        (lambda: {k: v.numpy() for k, v in nvlabs_state().items()}, "none of which is a tensor$"),
+        (lambda: {"net": MixTransformer("b0")}, "it has net, none of which is a tensor$"),
+        (endless, "it has model, none of which is a tensor$"),
         (dict, "it is empty"),
         (lambda: {"state": {0: {}}, "param_groups": []}, "like an optimizer state"),
         (lambda: {"epoch": 1, "optimizer_state_dict": {}}, "like an optimizer state"),

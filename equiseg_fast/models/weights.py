@@ -346,7 +346,8 @@ def load_backbone(
     everything = _find(state)
     if not everything:
         names = [*own] or [*others] or [*map(str, content)]
-        raise ValueError(f"{origin} has no Mix Transformer encoder: {_describe(names)}")
+        without = ", none of which is a tensor" if content and not state else ""
+        raise ValueError(f"{origin} has no Mix Transformer encoder: {_describe(names)}{without}")
     if prefix is None:
         found = _distribute(origin, _find(own) or everything, len(encoders))
         _check_order(origin, state, found, model)
@@ -494,11 +495,11 @@ def _tensors(
             yield from _tensors(value, f"{path}{key}.", levels - 1)
 
 
-def _main(content: Mapping[str, Any]) -> str:
+def _main(content: Mapping[str, Any], levels: int = 5) -> str:
     """What the names of the weights themselves begin with, by the keys around them."""
     for key in _WRAPPERS:
-        if isinstance(inner := content.get(key), Mapping):
-            return f"{key}.{_main(inner)}"
+        if levels and isinstance(inner := content.get(key), Mapping):
+            return f"{key}.{_main(inner, levels - 1)}"
     return ""
 
 
