@@ -16,7 +16,7 @@ from benchmarks.network import enliven, network_problem
 from benchmarks.registry import Op, Outputs, Problem, Shape
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
-from equiseg_fast.models.weights import HUGGING_FACE_V5
+from equiseg_fast.models.layouts import HUGGING_FACE_V5
 
 
 def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Callable[[], Outputs]:

@@ -1,18 +1,19 @@
 """Encoder weights from the checkpoints of SegFormer and of what was built on it."""
 
 import os
-import pickle
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from .checkpoint import main_path, read, tensors
 from .config import VARIANTS
 from .equiseg import EQUISeg, modality_names
+from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found
 from .mix_transformer import MixTransformer
 
 
@@ -60,217 +61,6 @@ class LoadReport:
             if names:
                 lines.append(f"  {len(names)} {label}: {_summary(names)}")
         return "\n".join(lines)
-
-
-@dataclass(frozen=True)
-class _Layout:
-    """How one family of checkpoints names an encoder, against our names.
-
-    patch_embed, block, norm: their modules, with {s} for the stage, counted from `first`, and {j}
-    for the block; stem: the first patch embedding, if named otherwise. inside: our name in such a
-    module -> theirs, where they differ; several of theirs, separated by spaces, are rows of ours
-    below one another, and [i] is third i of the rows. "weight" or "bias" follows, or replaces
-    {kind}.
-    """
-
-    name: str
-    first: int
-    patch_embed: str
-    block: str
-    norm: str
-    inside: Mapping[str, str] = field(default_factory=dict)
-    stem: str | None = None
-
-    def sources(self, name: str) -> list[str]:
-        """Our parameter -> where the file has it, one after another along the first axis.
-
-        With [i] behind it third i of what is there. Nowhere, if the published encoder has no such
-        parameter.
-        """
-        match = _OURS.fullmatch(name)
-        if match is None:
-            return []
-        module, stage, block, inner, kind = match.groups(default="")
-        theirs = getattr(self, module).format(s=int(stage) - 1 + self.first, j=block)
-        if self.stem is not None and module == "patch_embed" and stage == "1":
-            theirs = self.stem
-        if not inner:
-            return [f"{theirs}.{kind}"]
-        parts = self.inside.get(inner, inner).split()
-        paths = [x.format(kind=kind) if "{kind}" in x else f"{x}.{kind}" for x in parts]
-        return [f"{theirs}.{x}" for x in paths]
-
-    def pattern(self, module: str) -> str:
-        """Regular expression of a module's name, capturing the numbers of stage and block."""
-        return getattr(self, module).replace(".", r"\.").format(s=r"(\d)", j=r"(\d+)")
-
-
-class _Source(NamedTuple):
-    """Where a file has a parameter of ours, or rows of it."""
-
-    name: str
-    third: int | None
-    """Which third of the rows of that tensor; None for all."""
-
-
-class _Found(NamedTuple):
-    """An encoder in a file."""
-
-    layout: _Layout
-    prefix: str
-
-    def sources(self, name: str) -> list[_Source]:
-        """As those of the layout, with whole names."""
-        parts = (x.partition("[") for x in self.layout.sources(name))
-        return [_Source(self.prefix + x, int(i[0]) if i else None) for x, _, i in parts]
-
-
-_OURS = re.compile(
-    r"(patch_embed|block|norm)([1-4])(?:\.(\d+))?"
-    r"(?:\.(proj|norm[12]?|attn\.(?:q|kv|proj|sr|norm)|mlp\.(?:fc1|dwconv\.dwconv|fc2)))?"
-    r"\.(weight|bias)"
-)
-_FIRST = "patch_embed1.proj.weight"
-
-HUGGING_FACE_V5 = _Layout(
-    "Hugging Face v5",
-    0,
-    "stages.{s}.patch_embeddings",
-    "stages.{s}.blocks.{j}",
-    "stages.{s}.layer_norm",
-    {
-        "norm": "layer_norm",
-        "norm1": "layernorm_before",
-        "norm2": "layernorm_after",
-        "attn.q": "attention.q_proj",
-        "attn.kv": "attention.k_proj attention.v_proj",
-        "attn.proj": "attention.o_proj",
-        "attn.sr": "attention.sequence_reduction.sequence_reduction",
-        "attn.norm": "attention.sequence_reduction.layer_norm",
-    },
-)
-
-_LAYOUTS = (
-    _Layout("NVlabs", 1, "patch_embed{s}", "block{s}.{j}", "norm{s}"),
-    _Layout(
-        "MMSegmentation",
-        0,
-        "layers.{s}.0",
-        "layers.{s}.1.{j}",
-        "layers.{s}.2",
-        {
-            "proj": "projection",
-            "attn.q": "attn.attn.in_proj_{kind}[0]",
-            "attn.kv": "attn.attn.in_proj_{kind}[1] attn.attn.in_proj_{kind}[2]",
-            "attn.proj": "attn.attn.out_proj",
-            "mlp.fc1": "ffn.layers.0",
-            "mlp.dwconv.dwconv": "ffn.layers.1",
-            "mlp.fc2": "ffn.layers.4",
-        },
-    ),
-    _Layout(
-        "timm PVTv2",
-        0,
-        "stages.{s}.downsample",
-        "stages.{s}.blocks.{j}",
-        "stages.{s}.norm",
-        {"mlp.dwconv.dwconv": "mlp.dwconv"},
-        stem="patch_embed",
-    ),
-    _Layout(
-        "Hugging Face v4",
-        0,
-        "encoder.patch_embeddings.{s}",
-        "encoder.block.{s}.{j}",
-        "encoder.layer_norm.{s}",
-        {
-            "norm": "layer_norm",
-            "norm1": "layer_norm_1",
-            "norm2": "layer_norm_2",
-            "attn.q": "attention.self.query",
-            "attn.kv": "attention.self.key attention.self.value",
-            "attn.proj": "attention.output.dense",
-            "attn.sr": "attention.self.sr",
-            "attn.norm": "attention.self.layer_norm",
-            "mlp.fc1": "mlp.dense1",
-            "mlp.fc2": "mlp.dense2",
-        },
-    ),
-    HUGGING_FACE_V5,
-)
-
-# Models around an encoder with NVlabs' names, told apart by what else they have.
-_BUILT_ON = (
-    (r"\bextra_downsample_layers\.", "CMNeXt"),
-    (r"\badap2?_t", "StitchFusion"),
-    (r"\bextra_patch_embed1\.", "CMX"),
-)
-
-# What a file without a known encoder may be; the first that fits is the answer.
-_OTHERS = (
-    (
-        r"\bpatch_embed\d\.norm\.ln_\d",
-        "a Mix Transformer with a LayerNorm per modality, as in GeminiFusion and TokenFusion",
-    ),
-    (r"\blayer1\.0\.conv1\.|\bresnet\.", "a ResNet"),
-    (r"\brelative_position_bias_table$", "a Swin Transformer"),
-    (r"\bcls_token$|\bblocks\.\d+\.attn\.qkv\.", "a plain Vision Transformer"),
-    (r"\bstages\.\d\.(blocks\.|layers\.)?\d+\.(dwconv|conv_dw)\.", "a ConvNeXt"),
-    (r"\b(decode_head|linear_c\d?|linear_fuse|linear_projections)\.", "a decode head only"),
-    (r"^(param_groups$|optimizer)", "an optimizer state"),
-)
-
-# Where the weights themselves are, if a file has copies (averages, teachers) under other names.
-_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")
-
-# Types of values beside the weights in training checkpoints. NumPy renamed its core.
-_BESIDE = {
-    "argparse.Namespace",
-    "mmengine.logging.history_buffer.HistoryBuffer",
-    "numpy.dtype",
-    "numpy.ndarray",
-    *(f"numpy.{x}.multiarray.{y}" for x in ("core", "_core") for y in ("scalar", "_reconstruct")),
-}
-# What tensors and the mappings around them are made of.
-_NEEDED = {
-    "_codecs.encode",
-    "collections.OrderedDict",
-    "torch.Size",
-    "torch.device",
-    "torch._utils._rebuild_parameter",
-    "torch._utils._rebuild_tensor_v2",
-}
-
-
-class _Beside:
-    """Stands for a value beside the weights: not even NumPy's code runs on what a file says."""
-
-    def __init__(self, *_: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
-class _Pickle:
-    """A `pickle_module` that makes tensors and nothing else.
-
-    PyTorch's own, of `weights_only=True`, has one list of what is allowed for the whole process.
-    """
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module: str, name: str) -> Any:
-            path = f"{module}.{name}"
-            if path in _BESIDE:
-                return _Beside
-            dtype = module == "torch" and isinstance(getattr(torch, name, None), torch.dtype)
-            if dtype or path in _NEEDED:
-                return super().find_class(module, name)
-            raise pickle.UnpicklingError(f"GLOBAL {path} is not allowed")
-
-    @classmethod
-    def load(cls, file: Any, **options: Any) -> Any:
-        return cls.Unpickler(file, **options).load()
 
 
 def load_backbone(
@@ -338,9 +128,9 @@ def load_backbone(
         if not isinstance(flag, bool):
             raise TypeError(f"{argument} must be True or False; got {flag!r}")
     encoders = _encoders(model)
-    origin, content = _read(path_or_state_dict)
-    main = _main(content)
-    others = dict(_tensors(content))
+    origin, content = read(path_or_state_dict)
+    main = main_path(content)
+    others = dict(tensors(content))
     own = {x.removeprefix(main): others.pop(x) for x in [*others] if x.startswith(main)}
     state = others | own
     everything = _find(state)
@@ -377,14 +167,14 @@ def load_backbone(
             values = []
             for source, third in parts:
                 value = state[source]
-                if adapt_channels and name == _FIRST and value.dim() == 4 and value.shape[1]:
+                if adapt_channels and name == FIRST and value.dim() == 4 and value.shape[1]:
                     value = _adapt_channels(value, target.shape[1])
                 values.append(_rows(f"{source} (for {path}{name})", value, third, shape))
             new = _joined(f"{parts[0].name} (for {path}{name})", values, target)
             plan.append((target, new))
             loaded.append(path + name)
             used.update(x.name for x in parts)
-            if name == _FIRST and state[parts[0].name].shape[1] != target.shape[1]:
+            if name == FIRST and state[parts[0].name].shape[1] != target.shape[1]:
                 adapted.append(path + name)
             if not new.isfinite().all():
                 finite = all(bool(value.double().isfinite().all()) for value in values)
@@ -400,7 +190,7 @@ def load_backbone(
             target.copy_(new)
 
     prefixes = tuple(x.prefix for x in found)
-    built_on = [x for pattern, x in _BUILT_ON if any(re.search(pattern, name) for name in state)]
+    built_on = [x for pattern, x in BUILT_ON if any(re.search(pattern, name) for name in state)]
     return LoadReport(
         built_on[0] if built_on else found[0].layout.name,
         tuple(loaded),
@@ -423,98 +213,18 @@ def _encoders(model: nn.Module) -> list[tuple[str, MixTransformer]]:
     return encoders
 
 
-def _read(source: object) -> tuple[str, Mapping[str, Any]]:
-    """What to call the source in messages, and the mapping it holds."""
-    origin = "path_or_state_dict"
-    content = source
-    if isinstance(source, str | os.PathLike):
-        origin = os.fspath(source)
-        content = _read_safetensors(origin) if origin.endswith(".safetensors") else _load(origin)
-    if not isinstance(content, Mapping):
-        raise TypeError(
-            f"{origin} must hold or be a mapping from names to tensors; "
-            f"got {type(content).__name__}"
-        )
-    return origin, content
-
-
-def _read_safetensors(path: str) -> Mapping[str, Tensor]:
-    try:
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-    except ImportError as error:
-        raise ImportError(
-            f"reading {path} needs safetensors, which `pip install safetensors` installs"
-        ) from error
-    try:
-        return load_file(path)
-    except SafetensorError as error:
-        raise ValueError(f"{path} is no safetensors file: {error}") from error
-
-
-def _load(path: str) -> object:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as error:  # a damaged file raises nearly anything
-        cause, refused = error, _refused(path, error)
-    if refused and refused <= _BESIDE:
-        try:
-            return torch.load(path, "cpu", _Pickle, weights_only=False)
-        except Exception as error:
-            cause, refused = error, _refused(path, error)
-    names = ", ".join(sorted(refused - _BESIDE))
-    reason = "it is no file that torch.save wrote, or damaged"
-    if names:
-        reason = (
-            f"it holds more than tensors and plain values: {names}. If you trust it, pass the "
-            "state dict instead of the path"
-        )
-    raise ValueError(
-        f"{path} cannot be read by torch.load with weights_only=True: {reason}"
-    ) from cause
-
-
-def _refused(path: str, error: Exception) -> set[str]:
-    """What PyTorch does not allow in a file; of a file in the format before 1.6 the first alone."""
-    try:
-        return set(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except Exception:  # of the old format, or damaged
-        return set(re.findall(r"GLOBAL (\S+)", str(error))[:1])
-
-
-def _tensors(
-    content: Mapping[str, Any], path: str = "", levels: int = 5
-) -> Iterator[tuple[str, Tensor]]:
-    """The tensors of nested mappings, named by their keys joined by dots."""
-    for key, value in content.items():
-        if isinstance(key, str) and isinstance(value, Tensor):
-            yield path + key, value
-        elif isinstance(key, str) and isinstance(value, Mapping) and levels:
-            yield from _tensors(value, f"{path}{key}.", levels - 1)
-
-
-def _main(content: Mapping[str, Any], levels: int = 5) -> str:
-    """What the names of the weights themselves begin with, by the keys around them."""
-    for key in _WRAPPERS:
-        if levels and isinstance(inner := content.get(key), Mapping):
-            return f"{key}.{_main(inner, levels - 1)}"
-    return ""
-
-
-def _find(state: Mapping[str, Tensor]) -> list[_Found]:
+def _find(state: Mapping[str, Tensor]) -> list[Found]:
     """Encoders of the file, by layout and by the prefix of their names, in alphabetical order."""
     found = []
-    for layout in _LAYOUTS:
+    for layout in LAYOUTS:
         embedding, projection = layout.pattern("patch_embed"), layout.inside.get("proj", "proj")
         pattern = re.compile(rf"(.*?){embedding}\.{projection}\.(?:weight|bias)")
         prefixes = {match[1] for name in state if (match := pattern.fullmatch(name))}
-        found += [_Found(layout, prefix) for prefix in sorted(prefixes)]
+        found += [Found(layout, prefix) for prefix in sorted(prefixes)]
     return found
 
 
-def _choose(found: list[_Found], prefix: str | Sequence[str], count: int) -> list[_Found]:
+def _choose(found: list[Found], prefix: str | Sequence[str], count: int) -> list[Found]:
     """The encoders below the prefixes asked for, one for each of the `count` of the model."""
     if not isinstance(prefix, str | Sequence):
         raise TypeError(
@@ -533,7 +243,7 @@ def _choose(found: list[_Found], prefix: str | Sequence[str], count: int) -> lis
     return [by_prefix[x] for x in wanted]
 
 
-def _distribute(origin: str, found: list[_Found], count: int) -> list[_Found]:
+def _distribute(origin: str, found: list[Found], count: int) -> list[Found]:
     """Which encoder of the file serves each of the `count` encoders of the model."""
     if len(found) == 1:
         return found * count
@@ -552,7 +262,7 @@ def _distribute(origin: str, found: list[_Found], count: int) -> list[_Found]:
 
 
 def _check_order(
-    origin: str, state: Mapping[str, Tensor], found: list[_Found], model: nn.Module
+    origin: str, state: Mapping[str, Tensor], found: list[Found], model: nn.Module
 ) -> None:
     """Numbered encoders of an `EQUISeg` go by their numbers into the same modalities."""
     owners = [m for m in model.modules() if isinstance(m, EQUISeg)]
@@ -597,7 +307,7 @@ def _check_target(name: str, target: Tensor) -> None:
 
 
 def _check_variant(
-    origin: str, state: Mapping[str, Tensor], theirs: _Found, encoder: MixTransformer
+    origin: str, state: Mapping[str, Tensor], theirs: Found, encoder: MixTransformer
 ) -> None:
     """The encoder of the file has the channels and the number of blocks of `encoder`."""
 
@@ -649,7 +359,7 @@ def _rows(label: str, value: Tensor, third: int | None, shape: list[int]) -> Ten
     as_convolution = [*whole, 1, 1] if len(whole) == 2 else whole
     if list(value.shape) not in (whole, as_convolution):
         hint = ""
-        if label.endswith(f"{_FIRST})") and [*value.shape[:1], *value.shape[2:]] == [
+        if label.endswith(f"{FIRST})") and [*value.shape[:1], *value.shape[2:]] == [
             *shape[:1],
             *shape[2:],
         ]:
@@ -676,7 +386,7 @@ def _describe(names: Sequence[str]) -> str:
     """What a file without a known encoder seems to be."""
     if not names:
         return "it is empty"
-    for pattern, what in _OTHERS:
+    for pattern, what in OTHERS:
         if any(re.search(pattern, name) for name in names):
             return f"it looks like {what}; it has {_summary(names)}"
     return f"it has {_summary(names)}"
