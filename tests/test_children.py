@@ -149,6 +149,7 @@ def calls(path: str) -> int:
     return 2 if path.endswith("drop_path") else 1
 
 
+QUANTISATION = pytest.mark.filterwarnings("ignore:(?s).*quantiz")
 EVERY_LAYER = pytest.mark.parametrize("name", LAYERS)
 
 
@@ -261,7 +262,7 @@ WEIGHTS: dict[str, Callable[[Any], Any]] = {
 
 
 class TestWeights:
-    @pytest.mark.filterwarnings("ignore:.*weight_norm:FutureWarning")
+    @pytest.mark.filterwarnings("ignore:(?s).*weight_norm:FutureWarning")
     @pytest.mark.parametrize("change", WEIGHTS)
     @EVERY_LAYER
     def test_trains_and_computes_with_the_weights_of_the_child(
@@ -287,6 +288,7 @@ class TestWeights:
                     setattr(plain, key, nn.Parameter(getattr(child, key).detach().clone()))
             close(result, run(name, twin), path)
 
+    @QUANTISATION
     @pytest.mark.parametrize("name", ["Mix-FFN", "gate", "head", "head as published"])
     def test_quantised(self, name: str) -> None:
         layer, args = copy.deepcopy(pristine(name))
@@ -384,6 +386,7 @@ class TestFolding:
                 layer.fold_()
             assert all(torch.equal(p, before[n]) for n, p in layer.named_parameters())
 
+    @QUANTISATION
     def test_quantised_afterwards(self) -> None:
         layer = copy.deepcopy(pristine("head")[0]).fold_().float()
         maps = [x.float() for x in pristine("head")[1][0]]
