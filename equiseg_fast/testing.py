@@ -5,7 +5,8 @@ in float64, on the inputs as they were already rounded to the tested dtype), and
 measured with a yardstick that scales by itself:
 
 * the *floor*: the oracle rounded once to the tested dtype, the best any kernel can do;
-* *eager*: the error plain PyTorch makes in the tested dtype, TF32 off.
+* *eager*: the error plain PyTorch makes in the tested dtype, TF32 off; in half precision that is
+  no excuse for more than a few floors.
 
 Root mean squares see a small bias everywhere (a scale that is 0.3 % off), maxima see one wrong row;
 both are asserted. `POLICY` is the whole policy, `check_op_parity` applies it to an operation.

@@ -17,6 +17,11 @@ needs_interpreter = pytest.mark.skipif(
 )
 
 
+MEAN = 3.0
+"""Of the features in every parity test: rounding what has an offset shows where it should not be
+rounded, and centred numbers hide it."""
+
+
 class Sizes(NamedTuple):
     """What the inputs of an operation are made of; each uses what it needs."""
 
@@ -35,7 +40,7 @@ Shapes = dict[str, tuple[int, ...]]
 class Operation(NamedTuple):
     """shapes: of the floating inputs, all differentiable; others: labels, masks, sizes, numbers,
     from a seed; fp32: floating inputs that are fp32 for half-precision features; kinds and
-    contraction: as for `check_op_parity`."""
+    contraction: as for `check_op_parity`; centred: floating inputs without a mean."""
 
     function: Callable[..., Any]
     reference: Callable[..., Any]
@@ -44,6 +49,7 @@ class Operation(NamedTuple):
     fp32: tuple[str, ...] = ()
     kinds: dict[str, str] = {}  # noqa: RUF012 (never changed)
     contraction: Callable[[Sizes], int | None] = lambda sizes: None
+    centred: tuple[str, ...] = ()
 
     def inputs(
         self,
@@ -58,7 +64,9 @@ class Operation(NamedTuple):
             wide = torch.float32 if name in self.fp32 and dtype.itemsize < 4 else dtype
             # Weights as a network has them: what they make has the size of what they take.
             fan_in = prod(shape[1:]) if name.endswith("weight") else 1
-            x = random_normal(shape, wide, seed=100 * seed + i, scale=fan_in**-0.5)
+            centred = name in self.centred or name.endswith(("weight", "bias"))
+            mean = 0.0 if centred else MEAN
+            x = random_normal(shape, wide, seed=100 * seed + i, scale=fan_in**-0.5, mean=mean)
             tensors[name] = layout(x)
         return {**tensors, **self.others(sizes, seed)}
 
@@ -129,6 +137,8 @@ OPERATIONS: dict[str, Operation] = {
     "attention": Operation(
         ops.attention, reference.attention, _attention_shapes,
         contraction=lambda s: min(s.channels, s.height * s.width // 4),
+        # The kernels take dq from differences with the rounded result, which is to have no offset.
+        centred=("v",),
     ),
     "depthwise_conv_gelu": Operation(
         ops.depthwise_conv_gelu, reference.depthwise_conv_gelu, _stencil_shapes(3), _map_size,
@@ -140,6 +150,7 @@ OPERATIONS: dict[str, Operation] = {
             "x": _tokens(s), "update": _tokens(s), "weight": (s.channels,), "bias": (s.channels,)
         },
         kinds={"dweight": "parameter", "dbias": "parameter"},
+        contraction=lambda s: 0 if s.channels < 8 else 8, centred=("update",),
     ),
     "mix_ffn": Operation(
         ops.mix_ffn, reference.mix_ffn, _mix_ffn_shapes, _map_size,

@@ -15,6 +15,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from equiseg_fast import attention, reference
 from equiseg_fast.ops import _attention_cpu, _layout
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
+from tests.operations import MEAN
 
 torch_attention = partial(attention, backend="torch")
 
@@ -47,7 +48,7 @@ def make(
 ) -> dict[str, Tensor]:
     lengths = {"q": queries, "k": keys, "v": keys}
     return {
-        name: random_normal((batch, length, heads, dim), torch.float32, seed=i, layout=layout)
+        name: random_normal((batch, length, heads, dim), seed=i, mean=MEAN, layout=layout)
         for i, (name, length) in enumerate(lengths.items())
     }
 

@@ -11,6 +11,7 @@ from torch import Tensor
 from equiseg_fast import depthwise_conv_gelu, explain, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -39,6 +40,7 @@ def make(
             dtype,
             seed=i,
             scale=sizes[name],
+            mean=MEAN if name == "x" else 0.0,
             layout=layout if name == "x" else "contiguous",
             device=DEVICE,
         )

@@ -16,6 +16,7 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -38,8 +39,8 @@ def make(
     size = (modalities, batch, tokens, channels)
     logits = (modalities, batch, channels)
     return {
-        "x": random_normal(size, dtype, seed=seed, layout=layout, device=DEVICE),
-        "logits": random_normal(logits, seed=seed + 1, device=DEVICE, layout=layout),
+        "x": random_normal(size, dtype, seed=seed, mean=MEAN, layout=layout, device=DEVICE),
+        "logits": random_normal(logits, seed=seed + 1, mean=MEAN, device=DEVICE, layout=layout),
     }
 
 

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equiseg_fast import explain, ohem, reference, upsample_cross_entropy
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, override, random_normal
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -40,7 +41,9 @@ def make(
     label_dtype: torch.dtype = torch.uint8,
 ) -> dict[str, Any]:
     """Normal random logits, and labels of which a fifth are ignored."""
-    logits = random_normal((batch, classes, *samples), dtype, seed=1, layout=layout, device=DEVICE)
+    logits = random_normal(
+        (batch, classes, *samples), dtype, seed=1, mean=MEAN, layout=layout, device=DEVICE
+    )
     labels = torch.randint(0, classes, (batch, *size), device=DEVICE)
     labels[torch.rand(batch, *size, device=DEVICE) < 0.2] = 100
     return {"logits": logits, "labels": labels.to(label_dtype), "ignore_index": 100}

@@ -21,6 +21,7 @@ from equiseg_fast.testing import (
     random_normal,
     same_bits,
 )
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -43,6 +44,7 @@ def make(
             shape if i < 2 else shape[-1:],
             dtype,
             seed=i,
+            mean=MEAN if name == "x" else 0.0,
             layout=layout if i < 2 else "contiguous",
             device=DEVICE,
         )
@@ -58,10 +60,10 @@ def leaves(inputs: dict[str, Any]) -> list[Tensor]:
 def parity(inputs: dict[str, Any], fn: Op = triton_op, **kwargs: Any) -> None:
     """Both outputs and all gradients under the tolerance policy.
 
-    total is stored in half precision before it is normalised, so the rest is held to eager alone;
-    `test_rounds_once` holds it to the floor.
+    total is stored in half precision before it is normalised, so the rest is held to eager within
+    its bound; `test_rounds_once` holds it to the floor.
     """
-    options = {"differentiable": NAMES, "contraction": 0, **kwargs}
+    options = {"differentiable": NAMES, "contraction": 8, **kwargs}
     rows = inputs["x"].numel() // inputs["x"].shape[-1]
     check_op_parity(
         fn,

@@ -18,6 +18,7 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -46,7 +47,7 @@ def make(
             seed=seed,
             layout=layout,
             device=DEVICE,
-            **options,
+            **{"mean": MEAN, **options},
         ),
         "weight": random_normal(
             (channels, 1, 7, 7), dtype, seed=seed + 1, scale=1 / 7, device=DEVICE

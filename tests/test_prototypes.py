@@ -16,6 +16,7 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -37,15 +38,14 @@ def make(
     layout: str = "contiguous",
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Features of mean 1, and labels with ignored pixels, unknown classes and an absent class."""
+    """Features, and labels with ignored pixels, unknown classes and an absent class."""
     size = (modalities, batch, height * width, channels)
     generator = torch.Generator().manual_seed(seed + 7)
     pixels = (batch, stride * height, stride * width)
     labels = torch.randint(-1, num_classes + 1, pixels, generator=generator)
     labels[labels == num_classes // 2] = 255
-    x = random_normal(size, seed=seed) + 1
     return {
-        "x": with_layout(x.to(DEVICE, dtype), layout),
+        "x": random_normal(size, dtype, seed=seed, mean=MEAN, layout=layout, device=DEVICE),
         "labels": labels.to(DEVICE),
         "num_classes": num_classes,
         "height": height,

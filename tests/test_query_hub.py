@@ -11,6 +11,7 @@ from torch import Tensor
 from equiseg_fast import explain, query_hub, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal, same_bits
+from tests.operations import MEAN
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
@@ -37,6 +38,7 @@ def make(
         (m, batch, height * width, c),
         dtype,
         seed=seed,
+        mean=MEAN,
         layout=layout,
         unit_last_stride=unit_last_stride,
         device=DEVICE,

@@ -50,6 +50,7 @@ def test_overrides_need_a_reason_and_are_listed(monkeypatch: pytest.MonkeyPatch)
 KNOWN_OVERRIDES: set[tuple[str, str, str | None]] = {
     ("attention", "A floor", "gradient"),
     ("attention", "B eager", "gradient"),
+    ("attention with a mean", "A floor", "gradient"),
     ("losses", "B eager", "gradient"),
 }
 
