@@ -435,7 +435,7 @@ class TestWhatSurvives:
         compiled = torch.compile(model, fullgraph=True, backend="eager")
         before = compiled(*args)
         quick(compiled, MIT_RULES)
-        assert torch.equal(compiled(*args), model(*args))
+        assert_close(compiled(*args), model(*args))
         with pytest.raises(Exception, match="backend 'triton' cannot run"), use_backend("triton"):
             compiled(*args)
         revert(model, verbose=False)
@@ -482,6 +482,16 @@ class TestWhatSurvives:
         slow = penalty()
         quick(model, rules)
         assert_close(penalty(), slow)
+
+    @pytest.mark.parametrize(("block", "rules"), BLOCKS[2:])
+    def test_other_spellings_compiled(self, block: Callable[..., nn.Module], rules: Any) -> None:
+        torch._dynamo.reset()
+        model, args = block(), tokens()
+        quick(model, rules)
+        compiled = torch.compile(model, fullgraph=True, backend="eager")
+        assert_close(compiled(*args), model(*args))
+        with pytest.raises(Exception, match="backend 'triton' cannot run"), use_backend("triton"):
+            compiled(*args)
 
     def test_exported(self) -> None:
         model, args = mit_block(), tokens()
