@@ -52,6 +52,7 @@ SCOPES = {
     "block": "the cross-modal block and the gate of one stage",
     "stage": "one stage of the encoder, for all modalities",
     "encoder": "the four stages of the encoder",
+    "accelerated": "encoders of others after accelerate_segformer or accelerate_module",
     "model": "EQUISeg, inference and training step",
 }
 

@@ -63,7 +63,7 @@ SQUARES: Sizes = tuple((n, n) for n in (128, 256, 384, 512, 768, 1024, 1536, 204
 WIDTHS = ("b0", "b2")
 DEPTHS = ("b0", "b1", "b2", "b3", "b4", "b5")
 PARTS = ("operation", "block")
-NETWORKS = ("stage", "encoder", "model")
+NETWORKS = ("stage", "encoder", "accelerated", "model")
 STENCILS = ("attention", "depthwise", "query_hub", "pooling_mixer")
 # Maps of 64 x 64 tokens with 32, 64, 128, 160, 256, 320 and 512 channels.
 CHANNELS = tuple(
@@ -91,6 +91,24 @@ SUITES = {
         providers=("baseline", "transformers", "torch"),
         seconds=20.0,
         rounds=(7, 30),
+    ),
+    # What acceleration does to models of others on a CPU, from small inputs to large ones.
+    "accelerated": Suite(
+        (
+            Grid(
+                ("b0",),
+                tuple((n, n) for n in (128, 224, 256, 512)),
+                (1, 2, 4, 8),
+                (1,),
+                of=("accelerated",),
+            ),
+            Grid(("b0",), ((1024, 1024),), (1, 2), (1,), of=("accelerated",)),
+        ),
+        dtypes=("fp32",),
+        modes=("fwd", "step"),
+        providers=("baseline", "torch"),
+        seconds=4.0,
+        rounds=(7, 100),
     ),
     # Meant for ten minutes on one GPU (a prediction), most of it spent in compilers: all stages at
     # the size of training, the largest at that of evaluation, one with odd maps, and networks.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -31,13 +32,14 @@ from benchmarks.registry import (
 from benchmarks.reporting import analysis, report
 from benchmarks.reporting.plots import sensors as sensor_plot
 from benchmarks.runner import Runner
-from equiseg_fast import add_layer_norm
+from equiseg_fast import add_layer_norm, attention
 from equiseg_fast.models import EQUISeg
 
 CPU = torch.device("cpu")
 SMALL = Shape("b0", 1, 64, 96, batch=2, modalities=3)
 PROVIDERS = ("baseline", "reference", "torch")
 NETWORKS = ("block", "block_training", "stage", "encoder", "model", "training")
+ACCELERATED = ("accelerate_segformer", "accelerate_mit")
 OPS = (
     "attention",
     "depthwise",
@@ -179,6 +181,23 @@ def test_segformer_of_transformers_runs_on_our_parameters() -> None:
             leaf.normal_(std=0.1)
     (ours,), (theirs,) = problem.calls["torch"](), problem.calls["transformers"]()
     torch.testing.assert_close(theirs, ours, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ACCELERATED)
+def test_accelerated_models_are_timed_beside_what_they_were(name: str) -> None:
+    if name == "accelerate_segformer":
+        pytest.importorskip("transformers", reason="transformers not installed")
+    case = replace(case_of(operations()[name]), modes=("step",), providers=("baseline", "torch"))
+    rows = run_case(case)
+    assert {(r.provider, r.status, r.n) for r in rows.values()} == {
+        ("baseline", "ok", 2), ("torch", "ok", 2),
+    }  # fmt: skip
+    problem = case.op.build(case.shape, torch.float32, CPU, 0)
+    with mock.patch("equiseg_fast.integrations.segformer.attention", wraps=attention) as ours:
+        problem.calls["baseline"]()
+        assert ours.call_count == 0
+        problem.calls["torch"]()
+        assert ours.call_count == 8  # blocks
 
 
 @pytest.mark.parametrize("name", [*OPS, *NETWORKS])
@@ -536,7 +555,8 @@ def test_every_suite_can_be_planned(suite: str) -> None:
     cases = plan(Options(suite=suite))
     quick = {*OPS, "model", "training"}
     networks = {"encoder", "model", "training"}
-    names = {"quick": quick, "cpu": networks, "headline": networks}
+    names = {"quick": quick, "cpu": networks, "headline": networks, "accelerated": {*ACCELERATED}}
+    names["core"] = {*operations()} - {*ACCELERATED}
     assert {case.op.name for case in cases} == names.get(suite, set(operations()))
     labels = [case.label for case in cases]
     assert len(set(labels)) == len(labels)

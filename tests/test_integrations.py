@@ -16,14 +16,14 @@ from functools import partial
 from inspect import signature
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
+from unittest import mock
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast import use_backend
+from equiseg_fast import mix_ffn, use_backend
 from equiseg_fast.integrations import (
     MIT_RULES,
     MMSEG_RULES,
@@ -41,6 +41,7 @@ from equiseg_fast.integrations import (
 )
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.ops import _backend
+from equiseg_fast.ops.mix_ffn import gains
 from tests.foreign import (
     MLPPVT,
     Attention4,
@@ -347,6 +348,37 @@ class TestOtherThreads:
             assert all(s == before for s in [*seen, shared()])
 
 
+class TestOwnForward:
+    """On the CPU a Mix-FFN in fp32 that would gain nothing runs the code it came with."""
+
+    @pytest.mark.parametrize(
+        ("batch", "side", "dtype", "expected"),
+        [
+            (2, 4, torch.float32, False), (1, 4, torch.float32, False),
+            (1, 74, torch.float32, True), (2, 182, torch.float32, True),
+            (2, 4, torch.float64, True), (2, 4, torch.bfloat16, True),
+        ],
+    )  # fmt: skip
+    def test_by_size(self, batch: int, side: int, dtype: torch.dtype, expected: bool) -> None:
+        ffn = MixFFN4().to(dtype).eval()
+        quick(ffn)
+        x = torch.randn(batch, side * side, 16, dtype=dtype)
+        with (
+            torch.no_grad(),
+            mock.patch("equiseg_fast.integrations.segformer.mix_ffn", wraps=mix_ffn) as ours,
+        ):
+            ffn(x, side, side)
+        assert ours.called is expected
+
+    def test_never_against_a_choice(self) -> None:
+        x, weight = torch.randn(2, 16, 16), torch.randn(24, 1, 3, 3)
+        assert not gains(x, weight)
+        with use_backend("reference"):
+            assert gains(x, weight)
+        with mock.patch("torch.compiler.is_compiling", return_value=True):
+            assert gains(x, weight)  # it would be one more size to compile for
+
+
 class TestWhatSurvives:
     def test_repeated_calls(self) -> None:
         model = segformer()
@@ -559,7 +591,7 @@ class TestWhatSurvives:
 
         attention, args = segformer().get_submodule(ATTENTION), tokens(8, 8)
         quick(attention)
-        with patch.dict(transformers.AttentionInterface._global_mapping, halved=halved):
+        with mock.patch.dict(transformers.AttentionInterface._global_mapping, halved=halved):
             attention.config._attn_implementation = "halved"
             fast = attention(*args)[0]
             revert(attention, verbose=False)

@@ -1,27 +1,31 @@
-"""The Mix Transformer alone, beside `SegformerModel` of transformers with the same parameters.
+"""The Mix Transformer alone, beside `SegformerModel` of transformers with the same parameters; and
+encoders that others wrote, accelerated, beside the same as they were ("accelerate_..").
 
 The images of all modalities are one batch. What is compared are the features of the last stage and
 the gradients of all parameters.
 """
 
+import copy
 from collections.abc import Callable
 from importlib.util import find_spec
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from benchmarks import baseline_model, data, model_cost
 from benchmarks.cost import Cost
 from benchmarks.network import enliven, network_problem
-from benchmarks.registry import Op, Outputs, Problem, Shape
+from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
+from equiseg_fast import use_backend
+from equiseg_fast.integrations import MIT_RULES, accelerate_module, accelerate_segformer
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
 from equiseg_fast.models.layouts import HUGGING_FACE_V5
 
 
-def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Callable[[], Outputs]:
-    """`SegformerModel` on the parameters of `encoder`; keys and values, one matrix here and two
-    there, are views of it."""
+def _segformer(variant: str) -> Any:
+    """`SegformerModel` of transformers, without anything random."""
     from transformers import SegformerConfig, SegformerModel
 
     dims, depths = VARIANTS[variant]
@@ -32,7 +36,13 @@ def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Call
         attention_probs_dropout_prob=0.0,
         drop_path_rate=0.0,
     )
-    theirs = SegformerModel(config).to(images.device).eval()
+    return SegformerModel(config).eval()
+
+
+def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Callable[[], Outputs]:
+    """`SegformerModel` on the parameters of `encoder`; keys and values, one matrix here and two
+    there, are views of it."""
+    theirs = _segformer(variant).to(images.device)
 
     def run() -> Outputs:
         parameters = {}
@@ -75,6 +85,97 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
 
 
+class _Attention(nn.Module):
+    """Attention as SegFormer's authors spell and write it, on the children of ours."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        self.heads = self.num_heads = ours.heads
+        self.sr_ratio = ours.sr_ratio
+        for name, child in ours.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        layer: Any = self
+        return baseline_model._attention_layer(layer, x, x, height, width)
+
+
+class _MixFFN(nn.Module):
+    """Mix-FFN as SegFormer's authors spell and write it, on the children of ours."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__()
+        for name, child in ours.named_children():
+            self.add_module(name, child)
+
+    def forward(self, x: Tensor, height: int, width: int) -> Tensor:
+        layer: Any = self
+        return baseline_model._mix_ffn(layer, x, height, width)
+
+
+def _mit(variant: str) -> MixTransformer:
+    """The encoder with the authors' attention and Mix-FFN in its blocks."""
+    encoder = MixTransformer(variant, drop_path=0.0)
+    for stage in range(1, 5):
+        for block in getattr(encoder, f"block{stage}"):
+            block.attn, block.mlp = _Attention(block.attn), _MixFFN(block.mlp)
+    return encoder
+
+
+def build_segformer(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    if not find_spec("transformers"):
+        raise Unsupported("transformers is not installed")
+    return _build_accelerated(
+        shape, dtype, device, seed, _segformer, lambda out: out.last_hidden_state,
+        lambda model: accelerate_segformer(model, verbose=False),
+    )  # fmt: skip
+
+
+def build_mit(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    return _build_accelerated(
+        shape, dtype, device, seed, _mit, lambda out: out[-1],
+        lambda model: accelerate_module(model, MIT_RULES, verbose=False),
+    )  # fmt: skip
+
+
+def _build_accelerated(
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+    make: Callable[[str], nn.Module],
+    features: Callable[[Any], Tensor],
+    accelerate: Callable[[nn.Module], Any],
+) -> Problem:
+    """A model of others is the baseline, ours the same one accelerated, on the same parameters."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        original = make(shape.variant)
+        enliven(original)
+    original.to(device)
+    accelerated = copy.deepcopy(original, {id(p): p for p in original.parameters()})
+    report = accelerate(accelerated)
+    if report.paths("skipped"):
+        raise RuntimeError(str(report))
+    size = (shape.modalities, shape.batch, shape.height, shape.width)
+    images = data.images(*size, seed, device).flatten(0, 1)
+
+    def theirs() -> Outputs:
+        with use_backend("torch"):  # for what the frame around the authors' layers has of ours
+            return (features(original(images)),)
+
+    return network_problem(
+        accelerated,
+        lambda network: (features(network(images)),),
+        theirs,
+        dict(original.named_parameters()),
+        device,
+        dtype,
+        output_names=("features",),
+        ignored=(images,),
+    )
+
+
 OPS = (
     Op(
         "encoder",
@@ -85,5 +186,20 @@ OPS = (
         extra_providers=("baseline_cl", "transformers"),
         stages=(0,),
         scope="encoder",
+    ),
+    *(
+        Op(
+            f"accelerate_{name}",
+            "",
+            build_one,
+            cost,
+            f"{whose}, accelerated, features of the last stage",
+            stages=(0,),
+            scope="accelerated",
+        )
+        for name, build_one, whose in (
+            ("segformer", build_segformer, "SegformerModel of transformers"),
+            ("mit", build_mit, "SegFormer's encoder as its authors spell it"),
+        )
     ),
 )

@@ -30,6 +30,9 @@ _WHOLE_BYTES = 32 * 2**20 - 1
 (bands took 1.0 to 1.8 times as long). From 32 MiB on glibc asks the system for the memory of every
 tensor anew, and page faults cost more than products (bands were 1.1 to 2 times as fast)."""
 
+_MIN_SINGLE_BYTES = 2**19
+"""From this size on a single image of others gains by a better memory format, see `gains`."""
+
 _MIN_ROWS = 8
 """A band of an image has at least so many rows: up to two before and after are computed twice."""
 
@@ -130,16 +133,21 @@ def gains(x: Tensor, dw_weight: Tensor) -> bool:
     if not x.is_cpu or x.dtype != torch.float32 or torch.compiler.is_compiling():
         return True
     hidden, training = dw_weight.shape[0], needs_grad(x, dw_weight)
-    if x.shape[0] == 1 or _is_large(x, hidden, training):
+    if _is_large(x, hidden, training):
+        return True
+    if x.shape[0] == 1 and _hidden_bytes(x, hidden) >= _MIN_SINGLE_BYTES:
         return True
     if worth_convolving(x.numel() * hidden, training):
         return True
     return _backend.resolve("mix_ffn", None, x.device, x) != "torch"
 
 
+def _hidden_bytes(x: Tensor, hidden: int) -> int:
+    return x.shape[0] * x.shape[1] * hidden * x.element_size()
+
+
 def _is_large(x: Tensor, hidden: int, training: bool) -> bool:
-    hidden_bytes = x.shape[0] * x.shape[1] * hidden * x.element_size()
-    return hidden_bytes > (_WHOLE_BYTES if training else _HIDDEN_BYTES)
+    return _hidden_bytes(x, hidden) > (_WHOLE_BYTES if training else _HIDDEN_BYTES)
 
 
 def _bands(batch: int, height: int, row_bytes: int) -> Iterator[tuple[slice, range]]:
