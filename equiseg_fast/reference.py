@@ -366,7 +366,7 @@ def prototype_kl(
     difference = torch.where(use, log_target - log_student, 0.0)
     divergence = (log_target.exp() * difference).sum(dim=-2).mean(dim=-1, keepdim=True)
     per_image = (divergence * student).sum(dim=0) / student.sum(dim=0).clamp(min=1)
-    return tau**2 * per_image.sum() / max(len(per_image), 1)
+    return tau**2 * per_image.sum() / max(per_image.shape[0], 1)
 
 
 # ---- decode head and segmentation loss ----------------------------------------------------------
@@ -425,8 +425,8 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     least = valid.sum() // min_kept_ratio
     ranked = flat.detach().masked_fill(~valid, float("-inf"))
     # `least` is known to the device only, but is never more than this.
-    largest = ranked.topk(len(flat) // min_kept_ratio).indices
-    rank = torch.arange(len(largest), device=loss.device)
+    largest = ranked.topk(flat.shape[0] // min_kept_ratio).indices
+    rank = torch.arange(largest.shape[0], device=loss.device)
     hardest = torch.zeros_like(valid).scatter(0, largest, rank < least)
     keep = torch.where(hard.sum() >= least, hard, hardest)
     return torch.where(keep, flat, 0.0).sum() / keep.sum().clamp(min=1)

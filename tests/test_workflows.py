@@ -120,10 +120,12 @@ class TestCompile:
 
 
 class TestExport:
-    def test_reloads_in_a_fresh_process(self, tmp_path: Path) -> None:
+    def test_serves_other_batches_in_a_fresh_process(self, tmp_path: Path) -> None:
         model = build().eval()
         images, _ = batch()
-        program = torch.export.export(model, (images,))
+        sizes = ({1: torch.export.Dim("batch", min=1, max=64)},)
+        program = torch.export.export(model, (images,), dynamic_shapes=sizes)
+        images = torch.cat([images, images[:, :1].flip(-1)], dim=1)
         with torch.no_grad():
             expected = model(images)
         torch.export.save(program, tmp_path / "model.pt2")

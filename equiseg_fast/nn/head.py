@@ -133,10 +133,10 @@ class SegmentationHead(Layer):
                 raise TypeError(f"sizes must be given for tokens {name} [B, L, C]; got None")
             height, width = (None, None) if sizes is None else _size(s, sizes[s])
             x, height, width = as_tokens(name, x, height, width)
-            if len(x) != len(features[0]):
+            batch = features[0].shape[0]  # of `len` the compiler makes a constant
+            if x.shape[0] != batch:
                 raise ValueError(
-                    f"{name} must have the batch size of features[0], {len(features[0])}; "
-                    f"got {len(x)}"
+                    f"{name} must have the batch size of features[0], {batch}; got {x.shape[0]}"
                 )
             if x.shape[-1] != channels:
                 raise ValueError(f"{name} must have {channels} channels; got {x.shape[-1]}")

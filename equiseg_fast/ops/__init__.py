@@ -5,7 +5,7 @@ Features are tokens, channels last: `[B, L, C]` with `L = height * width`, or mo
 `equiseg_fast.reference`, which has the formulas.
 """
 
-from . import _checks
+from . import _checks, _flops
 from ._backend import explain, use_backend
 from .attention import attention
 from .depthwise import depthwise_conv_gelu
@@ -38,3 +38,5 @@ for _operation in (
 ):  # fmt: skip
     # `torch.jit.script` asks for this first.
     vars(_operation)["__prepare_scriptable__"] = _checks.refuse_torchscript
+
+_flops.install()
