@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops import use_backend
+from equiseg_fast.ops._checks import check_callable, check_flags, check_sequence, check_strings
 
 _MARK = "_equiseg_fast_rule"
 # The wrong approximation of GELU differs by 1e-4, softmax in fp32, which some models insist on, by
@@ -62,6 +63,10 @@ class Rule:
     matches: Callable[[Any], bool | str]
     forward: Callable[..., Any]
     examples: Callable[[Any], Iterable[tuple[Any, ...]]]
+
+    def __post_init__(self) -> None:
+        check_strings(name=self.name)
+        check_callable(matches=self.matches, forward=self.forward, examples=self.examples)
 
 
 @dataclass(frozen=True)
@@ -130,9 +135,14 @@ def accelerate_module(model: nn.Module, rules: Sequence[Rule], *, verbose: bool 
     `forward` before. While accelerated its class is `Fast<its class>`, a subclass of it, and
     its structure must not change; a saved whole model needs `equiseg_fast` to be loaded.
 
-    Raises TypeError if the model is no `nn.Module`, ValueError if no rule matches anything in it.
+    Raises TypeError if the model is no `nn.Module` or the rules are none, ValueError if no rule
+    matches anything in it.
     """
     _check(model)
+    check_flags(verbose=verbose)
+    check_sequence("rules", rules, Rule, "Rule")
+    if not rules:
+        raise ValueError(f"rules must be at least one; got {rules!r}")
     name, modules = type(model).__name__, list(model.named_modules())
     changes = [c for path, module in modules for c in _accelerate(path, module, rules)]
     if not changes:
@@ -151,6 +161,7 @@ def revert(model: nn.Module, *, verbose: bool = True) -> Report:
     Raises TypeError if the model is no `nn.Module`.
     """
     _check(model)
+    check_flags(verbose=verbose)
     changes = []
     for path, module in model.named_modules():
         cls = type(module)

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equiseg_fast.ops._checks import check_dense, check_flags
+
 from .config import VARIANTS
 from .mix_transformer import MixTransformer
 
@@ -171,6 +173,7 @@ def load_backbone(
     licence.
     """
     encoders = _encoders(model)
+    check_flags(strict=strict)
     origin, content = _read(path_or_state_dict)
     state = {k: v for k, v in content.items() if isinstance(k, str) and isinstance(v, Tensor)}
     found = _find(state)
@@ -303,7 +306,8 @@ def _check_variant(
     for s, dim in enumerate(encoder.dims):
         weight = state.get(prefix + layout.sources(f"patch_embed{s + 1}.proj.weight")[0])
         # What is missing is reported as such, later.
-        channels.append(dim if weight is None else weight.shape[0] if weight.dim() else 0)
+        known = weight is not None and weight.dim() and not weight.is_nested
+        channels.append(dim if weight is None else weight.shape[0] if known else 0)
     pattern = re.compile(rf"{re.escape(prefix)}{layout.pattern('block')}\.")
     blocks = {match.groups() for name in state if (match := pattern.match(name))}
     per_stage = Counter(int(stage) - layout.first for stage, _ in blocks)
@@ -323,6 +327,7 @@ def _variant(channels: tuple[int, ...], blocks: tuple[int, ...]) -> str:
 
 def _check_source(source: str, value: Tensor, name: str, target: Tensor, parts: int) -> None:
     """A tensor of the file can become one of `parts` equal groups of rows of a parameter."""
+    check_dense(source, value)
     expected = [target.shape[0] // parts, *target.shape[1:]]
     label = f"{source} (for {name})"
     if list(value.shape) != expected:
