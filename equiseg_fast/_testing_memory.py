@@ -6,12 +6,27 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import wraps
+from numbers import Integral
 from typing import Any
 from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._device import _device_constructors
+
+from equiseg_fast.ops._checks import (
+    MAX_SIZE,
+    check_callable,
+    check_choice,
+    check_dense,
+    check_flags,
+    check_integer,
+    check_memory,
+    check_seed,
+    check_sequence,
+    check_sizes,
+    positive,
+)
 
 LAYOUTS = ("contiguous", "transposed", "channels_last", "sliced", "expanded")
 
@@ -31,16 +46,18 @@ def with_layout(x: Tensor, layout: str, *, unit_last_stride: bool = False) -> Te
             dimension longer than 1.
 
     Raises:
+        TypeError: arguments of other types.
         ValueError: an unknown layout, or one that `x` has too few dimensions for.
     """
-    if layout not in LAYOUTS:
-        raise ValueError(f"layout must be one of {LAYOUTS}, got {layout!r}")
+    check_dense("x", x)
+    check_choice("layout", layout, LAYOUTS)
+    check_flags(unit_last_stride=unit_last_stride)
     needs = {"transposed": 2, "channels_last": 3, "sliced": 1, "expanded": 1}.get(layout, 0)
     needs += unit_last_stride and layout in ("transposed", "expanded")
     if x.dim() < needs or (unit_last_stride and layout == "channels_last"):
         raise ValueError(
             f"layout {layout!r} with unit_last_stride={unit_last_stride} is impossible or needs"
-            f" at least {needs} dimensions, got shape {tuple(x.shape)}"
+            f" at least {needs} dimensions, got x of shape {tuple(x.shape)}"
         )
     x = x.detach()
     if layout == "transposed":
@@ -86,8 +103,21 @@ def random_normal(
         device: where the tensor goes.
 
     Raises:
-        ValueError: as `with_layout`.
+        TypeError, ValueError: arguments that are no such thing; as `with_layout`.
     """
+    check_sequence("shape", shape, Integral, "sizes")
+    for size in shape:
+        check_integer("shape", size)
+        if not 0 <= size <= MAX_SIZE:
+            raise ValueError(f"shape must hold sizes of 0 to {MAX_SIZE}; got {size}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
+    check_seed(seed)
+    scale = positive("scale", scale)
+    try:
+        device = torch.device(device)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ValueError(f"device must be a torch.device or its name; got {device!r}") from error
     generator = torch.Generator().manual_seed(seed)
     values = torch.randn(
         tuple(shape), generator=generator, dtype=torch.float32, device=generator.device
@@ -102,7 +132,12 @@ def storage_bytes(x: Tensor) -> Tensor:
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same bits: NaN equals NaN, and -0.0 is not 0.0."""
+    """Whether two tensors hold the same bits: NaN equals NaN, and -0.0 is not 0.0.
+
+    Raises TypeError for what is no dense tensor.
+    """
+    check_memory("a", a)
+    check_memory("b", b)
     if a.shape != b.shape or a.dtype != b.dtype:
         return False
     return torch.equal(
@@ -116,8 +151,11 @@ def assert_deterministic(fn: Callable[[], Any], repeats: int = 20) -> None:
 
     Raises:
         AssertionError: naming the repeat and the output that differs.
+        TypeError: a function that returns something else, or is none.
         ValueError: fewer than 2 repeats.
     """
+    check_callable(fn=fn)
+    check_sizes(repeats=repeats)
     if repeats < 2:
         raise ValueError(f"repeats must be at least 2, got {repeats}")
     # Cloned, because a function that hands out one buffer again and again agrees with itself.
@@ -135,7 +173,10 @@ def assert_deterministic(fn: Callable[[], Any], repeats: int = 20) -> None:
 
 
 def _as_tuple(outputs: Any) -> tuple[Tensor, ...]:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    if isinstance(outputs, Tensor):
+        return (outputs,)
+    check_sequence("what fn returns", outputs, Tensor, "tensors")
+    return tuple(outputs)
 
 
 @contextmanager
@@ -147,8 +188,9 @@ def nan_poison(modules: Sequence[str] = ("equiseg_fast.kernels",)) -> Iterator[N
     `Tensor.new_empty` and `Tensor.new_empty_strided`, called directly in the code of these modules,
     from any thread. It does not see integer and bool tensors, names bound before it was entered
     (`from torch import empty`), allocations of other modules, of C++ and of compiled graphs, and
-    stores beyond the end of a tensor.
+    stores beyond the end of a tensor. Raises TypeError for what is no sequence of names.
     """
+    check_sequence("modules", modules, str, "names of modules")
 
     def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
         @wraps(allocate)

@@ -10,6 +10,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from equiseg_fast.ops._checks import (
+    check_choice,
+    check_dense,
+    check_flags,
+    check_integer,
+    check_sequence,
+    check_sizes,
+    check_strings,
+    number,
+)
+
 EPS = {
     torch.float64: 2.0**-52,
     torch.float32: 2.0**-23,
@@ -126,14 +137,15 @@ def override(
             override of the same.
     """
     allowed = ("rms", "rms_eps", "amax", "amax_eps", "chain_eps")
-    if tier not in TIERS:
-        raise ValueError(f"tier must be one of {TIERS}, got {tier!r}")
-    if kind is not None and kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    check_strings(op=op, reason=reason)
+    check_choice("tier", tier, TIERS)
+    if kind is not None:
+        check_choice("kind", kind, KINDS)
     if not constants or not set(constants) <= set(allowed):
         raise ValueError(f"constants must be some of {allowed}, got {tuple(constants)}")
-    if not reason.strip():
-        raise ValueError(f"override of {tier} for {op} needs a written reason")
+    for name, constant in constants.items():
+        if number(name, constant) < 0:
+            raise ValueError(f"{name} must be at least 0; got {constant}")
     made = Override(op, tier, kind, reason, tuple(sorted(constants.items())))
     known = _OVERRIDES.setdefault((op, tier, kind), made)
     if known != made:
@@ -224,16 +236,21 @@ def assert_parity(
             oracle is, no NaN where it is NaN, another infinity; an error above its allowance.
         ValueError: an unknown kind, or `tf32` for a half-precision result.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind must be one of {KINDS}, got {kind!r}")
+    for label, x in (("actual", actual), ("oracle", oracle), ("eager", eager)):
+        check_dense(label, x)
+    check_strings(name=name)
+    check_choice("kind", kind, KINDS)
+    check_policy(tf32, chain, contraction, overrides)
     if tf32 and actual.dtype in HALF:
         raise ValueError(f"{name}: tf32 concerns fp32 results, got {actual.dtype}")
     for what in ("dtype", "shape", "device"):
         got, want = getattr(actual, what), getattr(eager, what)
         if got != want:
             raise AssertionError(f"{name}: {what} is {got}, expected {want}")
-    if oracle.shape != actual.shape:
-        raise AssertionError(f"{name}: shape is {actual.shape}, the oracle has {oracle.shape}")
+    for what in ("shape", "device"):
+        got, want = getattr(actual, what), getattr(oracle, what)
+        if got != want:
+            raise AssertionError(f"{name}: {what} is {got}, the oracle has {want}")
 
     rounded = oracle.to(actual.dtype)
     finite = torch.isfinite(rounded)
@@ -299,6 +316,19 @@ def assert_parity(
         raise AssertionError("\n".join(lines))
     relative = _ratio(_rms(error), _rms(truth))
     return Parity(name, kind, actual.dtype, tuple(actual.shape), relative, tuple(checks))
+
+
+def check_policy(
+    tf32: bool, chain: int, contraction: int | None, overrides: Sequence[Override]
+) -> None:
+    """What chooses rows of the policy and changes them, as in `assert_parity`."""
+    check_flags(tf32=tf32)
+    check_sizes(chain=chain)
+    if contraction is not None:
+        check_integer("contraction", contraction)
+        if contraction < 0:
+            raise ValueError(f"contraction must be at least 0; got {contraction}")
+    check_sequence("overrides", overrides, Override, "Override")
 
 
 def _rms(x: Tensor) -> float:

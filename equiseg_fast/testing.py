@@ -40,8 +40,17 @@ from equiseg_fast._tolerance import (
     Parity,
     Tolerance,
     assert_parity,
+    check_policy,
     override,
     overrides,
+)
+from equiseg_fast.ops._checks import (
+    FLOATING,
+    check_callable,
+    check_choice,
+    check_memory,
+    check_seed,
+    check_sequence,
 )
 
 __all__ = [
@@ -109,9 +118,26 @@ def check_op_parity(
             inputs or cotangents (or the memory around them) that changed.
         ValueError: names that do not exist; a `reference_fn` that does not stay in float64.
     """
+    eager_fn = reference_fn if eager_fn is None else eager_fn
+    check_callable(fn=fn, reference_fn=reference_fn, eager_fn=eager_fn)
+    for label, mapping in (("inputs", inputs), ("kinds", kinds)):
+        if not isinstance(mapping, Mapping):
+            raise TypeError(f"{label} must be a mapping by name; got {mapping!r}")
+    check_sequence("differentiable", differentiable, str, "names of inputs")
+    if output_names is not None:
+        check_sequence("output_names", output_names, str, "names")
+    check_seed(seed)
+    check_choice("cotangent", cotangent, LAYOUTS)
+    check_policy(tf32, chain, contraction, overrides)
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
-    if not set(differentiable) <= set(tensors):
-        raise ValueError(f"differentiable must name some of {tuple(tensors)}")
+    for label, x in tensors.items():
+        check_memory(f"inputs[{label!r}]", x)
+    floating = tuple(label for label, x in tensors.items() if x.dtype in FLOATING)
+    if not set(differentiable) <= set(floating):
+        raise ValueError(
+            f"differentiable must name some of the floating tensors in inputs, {floating}; "
+            f"got {tuple(differentiable)}"
+        )
     watched = dict(tensors)
     before = {name: storage_bytes(x).clone() for name, x in watched.items()}
 
@@ -125,20 +151,22 @@ def check_op_parity(
     assert_untouched()
     runs["oracle"] = _Run(reference_fn, inputs, differentiable, torch.float64)
     with _no_tf32():
-        runs["eager"] = _Run(eager_fn or reference_fn, inputs, differentiable, None)
+        runs["eager"] = _Run(eager_fn, inputs, differentiable, None)
         if half:
-            runs["eager32"] = _Run(eager_fn or reference_fn, inputs, differentiable, torch.float32)
+            runs["eager32"] = _Run(eager_fn, inputs, differentiable, torch.float32)
     counts = {name: len(run.outputs) for name, run in runs.items()}
     if len(set(counts.values())) != 1:
         raise AssertionError(f"not the same number of outputs: {counts}")
 
     count = counts["actual"]
-    names = output_names or (["out"] if count == 1 else [f"out{i}" for i in range(count)])
+    names = output_names
+    if names is None:
+        names = ["out"] if count == 1 else [f"out{i}" for i in range(count)]
     gradient_names = [f"d{name}" for name in differentiable]
     if len(names) != count or not set(kinds) <= {*names, *gradient_names}:
         raise ValueError(
-            f"{count} outputs are called {tuple(names)}, gradients {tuple(gradient_names)};"
-            f" kinds names {tuple(kinds)}"
+            f"output_names must be {count}, got {tuple(names)}; kinds must name some of those or of"
+            f" {tuple(gradient_names)}, got {tuple(kinds)}"
         )
 
     records: dict[str, Parity] = {}

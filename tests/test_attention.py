@@ -508,6 +508,53 @@ class TestBadInput:
                 with pytest.raises(error, match=message):
                     attention(*args, backend=backend)
 
+    @pytest.mark.parametrize("lengths", [(1024, 256), (1, 300), (300, 8)])
+    def test_another_layout_that_does_not_fit_has_a_hint(self, lengths: tuple[int, int]) -> None:
+        """As scaled_dot_product_attention takes it: [B, H, L, D]."""
+        q, k = (torch.randn(2, 8, length, 32) for length in lengths)
+        with pytest.raises(ValueError, match=r"k must have .* pass q.transpose\(1, 2\), and so k"):
+            attention(q, k, k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)
+        assert attention(q, k, k).shape == q.shape
+        # Keys that are shared by heads are another mistake.
+        q, k = torch.randn(2, 100, 8, 32), torch.randn(2, 100, 2, 32)
+        with pytest.raises(ValueError, match=r"k must have shape .* got \[2, 100, 2, 32\]$"):
+            attention(q, k, k)
+
+    @pytest.mark.parametrize(("heads", "length"), [(1, 256), (8, 1024), (64, 256)])
+    def test_another_layout_that_fits_is_refused(self, heads: int, length: int) -> None:
+        """As the projections of a layer leave it for scaled_dot_product_attention."""
+        q, k, v = torch.randn(1, length, 3, heads, 8).permute(2, 0, 3, 1, 4)
+        with pytest.raises(ValueError, match=r"q must have .* pass q.transpose\(1, 2\)"):
+            attention(q, k, v)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        assert attention(q, k, v).shape == q.shape
+
+    @pytest.mark.parametrize(
+        ("queries", "keys", "heads"),
+        [
+            (1, 1, 128), (1, 300, 128), (4, 4, 255), (64, 64, 128), (65, 65, 256), (1, 2, 512),
+            (49, 49, 32), (4096, 64, 8),
+        ],
+    )  # fmt: skip
+    def test_few_queries_and_many_heads_are_served(
+        self, queries: int, keys: int, heads: int
+    ) -> None:
+        """In either memory: of no model's heads are there 256."""
+        for layout in ("BLHD", "BHLD"):
+            q, k = (
+                torch.randn(1, n, heads, 4)
+                if layout == "BLHD"
+                else torch.randn(1, heads, n, 4).transpose(1, 2)
+                for n in (queries, keys)
+            )
+            assert attention(q, k, k).shape == q.shape
+
+    def test_pixels_for_heads_are_served(self) -> None:
+        """Attention over few frames, of every pixel on its own."""
+        frames = torch.randn(1, 4, 1024, 8)
+        assert attention(frames, frames, frames).shape == frames.shape
+
     def test_nothing_is_changed(self) -> None:
         inputs = make()
         before = {name: x.clone() for name, x in inputs.items()}

@@ -5,7 +5,9 @@ AssertionError, no IndexError, no RuntimeError from inside PyTorch. The operatio
 more on what is theirs alone.
 """
 
+import warnings
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -128,9 +130,9 @@ def test_sizes_of_operations(
         ("class_prototypes", {"ignore_index": "x"}, TypeError, "ignore_index must be an integer"),
         ("upsample_cross_entropy", {"ignore_index": None}, TypeError, "ignore_index must be"),
         ("upsample_cross_entropy", {"labels": torch.full((2, 7, 8), 77)}, ValueError,
-         r"labels must be 0\.\.4 or 255 \(ignored\); got 77"),
+         r"labels must be 0\.\.4 or 255 \(ignore_index\); got 77"),
         ("upsample_cross_entropy", {"labels": torch.full((2, 7, 8), -1)}, ValueError,
-         r"labels must be 0\.\.4 or 255 \(ignored\); got -1"),
+         r"labels must be 0\.\.4 or 255 \(ignore_index\); got -1"),
         ("ohem", {"thresh": 0.0}, ValueError, r"thresh must be in \(0, 1\]; got 0\.0"),
         ("ohem", {"thresh": "x"}, TypeError, "thresh must be a number; got 'x'"),
         ("ohem", {"min_kept_ratio": 0}, ValueError, "min_kept_ratio must be at least 1; got 0"),
@@ -285,7 +287,7 @@ def test_layers(
         (lambda: layers.DepthwiseConv(0), ValueError, "dim must be at least 1"),
         (lambda: layers.DropPath(1.0), ValueError, r"rate must be in \[0, 1\); got 1"),
         (lambda: layers.ParallelPoolingMixer(16, 0), ValueError, "ratio must be at least 1"),
-        (lambda: layers.ParallelPoolingMixer(16, 2, -0.1), ValueError, "rate must be in"),
+        (lambda: layers.ParallelPoolingMixer(16, 2, -0.1), ValueError, "drop_path must be"),
         (lambda: layers.SelfQueryHub(16, 0), ValueError, "modalities must be at least 1"),
         (lambda: layers.SelfGuidedGate(2), ValueError, "reduction must be at most dim = 2; got 4"),
         (lambda: layers.SelfGuidedGate(16, tau=0.0), ValueError, "tau must be positive; got 0"),
@@ -297,7 +299,7 @@ def test_layers(
         (lambda: layers.SegmentationHead([4, 8, 0, 4], 8, 3), ValueError, "in_channels must be"),
         (lambda: layers.SegmentationHead([4] * 4, 8, 0), ValueError, "num_classes must be at le"),
         (lambda: layers.PatchEmbed(3, 8, 3, 0), ValueError, "stride must be at least 1"),
-        (lambda: layers.CrossModalBlock(16, 3, 2, 2, ppx_ratio=0), ValueError, "ratio must be"),
+        (lambda: layers.CrossModalBlock(16, 3, 2, 2, ppx_ratio=0), ValueError, "ppx_ratio must"),
     ],
 )  # fmt: skip
 def test_building_layers(build: Callable, expected: type[Exception], message: str) -> None:
@@ -313,11 +315,64 @@ def test_layers_take_sizes_of_numpy() -> None:
         layers.DepthwiseConv(np.int64(0))
 
 
+# ---- the dtype of a layer -----------------------------------------------------------------------
+
+DOORS: dict[str, tuple[nn.Module, dict[str, Any]]] = {
+    "attention": (attention(), {"x": MAP}),
+    "cross": (cross(), {"x": MAP, "source": MAP}),
+    "ffn": (ffn(), {"x": MAP}),
+    "mixer": (mixer(), {"x": MAP}),
+    "depthwise": (layers.DepthwiseConv(16), {"x": MAP}),
+    "embed": (layers.PatchEmbed(16, 8, 3, 2), {"x": MAP}),
+    "block": (block(), {"embedded": MAPS, "encoded": MAPS}),
+    "head": (head(), {"features": STAGES}),
+}
+
+
+def to(dtype: torch.dtype, given: Any) -> Any:
+    return given.to(dtype) if isinstance(given, Tensor) else [x.to(dtype) for x in given]
+
+
+@pytest.mark.parametrize("name", DOORS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_a_dtype_that_is_not_the_layers(name: str, dtype: torch.dtype) -> None:
+    layer, inputs = DOORS[name]
+    for argument, given in inputs.items():
+        message = rf"^{argument}.* must have the dtype of the layer, torch.float32; got {dtype}"
+        with pytest.raises(TypeError, match=message):
+            layer(**{**inputs, argument: to(dtype, given)})
+    # Autocast casts half precision, and neither from nor to fp64.
+    with torch.autocast("cpu", torch.bfloat16):
+        if dtype is not torch.float64:
+            layer(**{argument: to(dtype, given) for argument, given in inputs.items()})
+            return
+        with pytest.raises(TypeError, match="must have the dtype of the layer"):
+            layer(**{argument: to(dtype, given) for argument, given in inputs.items()})
+    copy = deepcopy(layer).double()
+    copy(**{argument: to(dtype, given) for argument, given in inputs.items()})
+
+
+def test_a_child_that_is_not_plain_takes_what_it_takes() -> None:
+    """Whoever casts in a hook, or has quantised weights, is not asked for the dtype of those."""
+    layer = layers.MixFFN(16, 24)
+
+    def widen(module: nn.Module, args: tuple[Tensor]) -> Tensor:
+        return args[0].float()
+
+    layer.fc1.register_forward_pre_hook(widen)
+    assert layer(MAP.half()).dtype == torch.float32
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of PyTorch, that another package will have this
+        quantised = torch.ao.quantization.quantize_dynamic(layers.MixFFN(16, 24), {nn.Linear})
+    assert quantised(MAP).dtype == torch.float32
+
+
 # ---- models, integrations, testing --------------------------------------------------------------
 
 MODEL = EQUISeg.from_name("b0", modalities=("rgb", "depth"), num_classes=5)
 IMAGES = torch.randn(2, 1, 3, 32, 32)
 TARGETS = torch.zeros(1, 32, 32, dtype=torch.long)
+Q = torch.randn(1, 4, 2, 8)
 
 
 @pytest.mark.parametrize(
@@ -326,6 +381,12 @@ TARGETS = torch.zeros(1, 32, 32, dtype=torch.long)
         (lambda: MODEL(None), TypeError, "images must be a mapping or a tensor; got NoneType"),
         (lambda: MODEL(IMAGES[0]), ValueError, r"images must have shape \[M, B, 3, H, W\]"),
         (lambda: MODEL(IMAGES.half()), TypeError, "images must have the model's dtype"),
+        (lambda: MODEL({n: x.double() for n, x in zip(("rgb", "depth"), IMAGES, strict=True)}),
+         TypeError, r"images\['rgb'\] must have the model's dtype"),
+        (lambda: EQUISeg.from_name("b0", modalities="rgb"), TypeError,
+         "modalities must be a sequence of names; got 'rgb'"),
+        (lambda: MODEL.loss(IMAGES, TARGETS, order=torch.tensor([0, 0])), ValueError,
+         r"order must be a permutation of 0\.\.1; got \[0, 0\]"),
         (lambda: MODEL(IMAGES.to("meta")), ValueError, "images must be on the model's device"),
         (lambda: MODEL({"rgb": IMAGES[0]}), ValueError, "images lacks modality 'depth'"),
         (lambda: MODEL(IMAGES, present={"lidar"}), ValueError, "unknown modality 'lidar'"),
@@ -348,7 +409,12 @@ TARGETS = torch.zeros(1, 32, 32, dtype=torch.long)
         (lambda: foreign.accelerate_segformer(nn.ReLU()), ValueError, "model must contain"),
         (lambda: foreign.revert(None), TypeError, "model must be a torch.nn.Module; got NoneType"),
         (lambda: equiseg_fast.ops.explain("no"), ValueError, "op must be one of"),
-        (lambda: equiseg_fast.ops.explain("attention"), TypeError, "missing .* 'q', 'k'"),
+        (lambda: equiseg_fast.ops.explain("attention"), TypeError,
+         r"^attention\(\) missing .* 'q', 'k', and 'v'"),
+        (lambda: equiseg_fast.ops.explain("attention", Q), TypeError,
+         r"^attention\(\) missing .* 'k' and 'v'"),
+        (lambda: equiseg_fast.ops.explain("attention", Q, Q, Q[0]), ValueError, "v must have sh"),
+        (lambda: equiseg_fast.ops.explain("mix_ffn", TOKENS, 1), TypeError, "missing"),
         (lambda: testing.with_layout(MAP, "strange"), ValueError, "layout must be one of"),
         (lambda: testing.random_normal((2,), seed=0, layout="transposed"), ValueError, "layout"),
         (lambda: testing.assert_deterministic(lambda: MAP, 1), ValueError, "repeats must be"),

@@ -247,7 +247,11 @@ def test_addresses(name: str, shape: tuple[int, ...], monkeypatch: pytest.Monkey
             (meta(1, 2, 2**15, 4), meta(1, 2**16, 4, dtype=torch.uint8)),
             "positions of 65536 pixels over 32768 samples exceed 32 bits",
         ),
-        ("query_hub", (meta(2, 1, 2**31, 2),), "2147483648 tokens exceed 32 bits"),
+        (
+            "query_hub",
+            (meta(2, 1, 2**31, 2), meta(2, 2, 3, 3), meta(2, 2), meta(2, 2), meta(2), 2**16, 2**15),
+            "2147483648 tokens exceed 32 bits",
+        ),
     ],
 )
 def test_what_is_beyond_is_refused(op: str, arguments: tuple[Any, ...], words: str) -> None:

@@ -75,7 +75,7 @@ def test_unit_last_stride(layout: str, strides: tuple[int, ...]) -> None:
 
 def test_layouts_that_a_shape_cannot_have() -> None:
     for shape, layout in (((4,), "transposed"), ((4, 5), "channels_last"), ((), "sliced")):
-        with pytest.raises(ValueError, match=f"'{layout}'.*dimensions, got shape"):
+        with pytest.raises(ValueError, match=f"'{layout}'.*dimensions, got x of shape"):
             random_normal(shape, seed=0, layout=layout)
     with pytest.raises(ValueError, match="layout must be one of"):
         random_normal((2, 2), seed=0, layout="diagonal")

@@ -14,7 +14,7 @@ from equiseg_fast.testing import assert_parity, random_normal
 def test_overrides_need_a_reason_and_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("equiseg_fast._tolerance._OVERRIDES", {})
     for wrong, message in (
-        ({"reason": "  ", "rms": 2.0}, "needs a written reason"),
+        ({"reason": "  ", "rms": 2.0}, "reason must not be empty"),
         ({"reason": "r", "tier": "Z"}, "tier must be one of"),
         ({"reason": "r", "kind": "backward", "rms": 2.0}, "kind must be one of"),
         ({"reason": "r", "numel": 1.0}, "constants must be some of"),

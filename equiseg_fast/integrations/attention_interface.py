@@ -5,6 +5,15 @@ from typing import Any
 from torch import Tensor
 
 from equiseg_fast.ops import attention
+from equiseg_fast.ops._checks import (
+    FLOATING,
+    check_flags,
+    check_same,
+    check_shape,
+    check_strings,
+    check_tensor,
+    number,
+)
 
 # What other attention functions of transformers serve and this one does not.
 _UNSERVED = ("position_bias", "sliding_window", "softcap", "s_aux", "cache")
@@ -19,6 +28,7 @@ def register_attention(name: str = "equiseg_fast") -> None:
 
     Raises ImportError if transformers is missing or too old to have the interface (4.53).
     """
+    check_strings(name=name)
     try:
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.masking_utils import sdpa_mask
@@ -51,15 +61,20 @@ def attention_forward(
     window, soft cap, sinks, a paged cache. To choose this function was explicit, so nothing falls
     back.
     """
+    for label, x in (("query", query), ("key", key), ("value", value)):
+        check_tensor(label, x, FLOATING, "[B, H, L, D]")
+    dropout = number("dropout", dropout)
     if is_causal is None:
         is_causal = getattr(module, "is_causal", True)  # as in transformers
+    else:
+        check_flags(is_causal=is_causal)
     reasons = [f"{name} was passed" for name in _UNSERVED if kwargs.get(name) is not None]
     if attention_mask is not None:
         reasons.append("attention_mask was passed")
     if dropout:
         reasons.append(f"dropout of attention weights is {dropout}")
     if is_causal and query.shape[2] > 1:
-        reasons.append("the attention is causal")
+        reasons.append("the attention is causal (is_causal)")
     if kwargs.get("output_attentions"):
         reasons.append("output_attentions asks for weights, which never exist")
     if key.shape[1] != query.shape[1]:
@@ -70,5 +85,11 @@ def attention_forward(
             + "; ".join(reasons)
             + ". Choose another with set_attn_implementation, e.g. 'sdpa' or 'eager'"
         )
+    check_same(query=query, key=key, value=value)
+    batch, heads, _, dim = query.shape
+    check_shape("key", key, (batch, heads, key.shape[2], dim), "[B, H, Lk, D]")
+    check_shape("value", value, tuple(key.shape), "[B, H, Lk, D] (that of key)")
+    if scaling is not None:
+        scaling = number("scaling", scaling)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))
     return attention(q, k, v, scale=scaling), None

@@ -24,6 +24,7 @@ from torch.utils._device import _device_constructors
 
 from equiseg_fast.nn._plain import hooked
 from equiseg_fast.ops import use_backend
+from equiseg_fast.ops._checks import check_callable, check_flags, check_sequence, check_strings
 
 Around = tuple[tuple[tuple[str, ...], type[nn.Module]], ...]
 """The descendants of a module that a rule does not call: the names on the way, and their class."""
@@ -73,6 +74,10 @@ class Rule:
     forward: Callable[..., Any]
     examples: Callable[[Any], Iterable[tuple[Any, ...]]]
     calls: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_strings(name=self.name)
+        check_callable(matches=self.matches, forward=self.forward, examples=self.examples)
 
 
 @dataclass(frozen=True)
@@ -143,9 +148,14 @@ def accelerate_module(model: nn.Module, rules: Sequence[Rule], *, verbose: bool 
     its sizes must not change; a saved whole model needs `equiseg_fast` to be loaded. Calls that
     `torch.fx` or `torch.jit.trace` record run its own `forward`.
 
-    Raises TypeError if the model is no `nn.Module`, ValueError if no rule matches anything in it.
+    Raises TypeError if the model is no `nn.Module` or the rules are none, ValueError if no rule
+    matches anything in it.
     """
     _check(model)
+    check_flags(verbose=verbose)
+    check_sequence("rules", rules, Rule, "Rule")
+    if not rules:
+        raise ValueError(f"rules must be at least one; got {rules!r}")
     name, modules = type(model).__name__, list(model.named_modules())
     changes = [c for path, module in modules for c in _accelerate(path, module, rules)]
     if not changes:
@@ -164,6 +174,7 @@ def revert(model: nn.Module, *, verbose: bool = True) -> Report:
     Raises TypeError if the model is no `nn.Module`.
     """
     _check(model)
+    check_flags(verbose=verbose)
     changes = []
     for path, module in model.named_modules():
         cls = type(module)

@@ -2,7 +2,21 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Integral
 from typing import Literal
+
+from equiseg_fast.ops._checks import (
+    MAX_SIZE,
+    check_choice,
+    check_flags,
+    check_ignore_index,
+    check_integer,
+    check_sequence,
+    check_sizes,
+    number,
+    positive,
+    rate,
+)
 
 VARIANTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
     "b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
@@ -20,9 +34,8 @@ SR_RATIOS = (8, 4, 2, 1)
 
 def check_variant(variant: str) -> str:
     """The variant in lower case. Raises ValueError if there is none of that name."""
-    name = variant.lower()
-    if name not in VARIANTS:
-        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}; got {variant!r}")
+    name = variant.lower() if isinstance(variant, str) else variant
+    check_choice("variant", name, tuple(VARIANTS))
     return name
 
 
@@ -35,7 +48,8 @@ def drop_path_rates(last: float, depths: Sequence[int]) -> list[list[float]]:
 
 @dataclass(frozen=True)
 class EQUISegConfig:
-    """Configuration of EQUISeg; raises ValueError naming the field on a value it cannot have.
+    """Configuration of EQUISeg; raises TypeError or ValueError naming the field on a value that it
+    cannot have. Sequences may be lists, and are tuples afterwards.
 
     Fields marked with a star are choices of ours where the paper (arXiv 2509.24505) is silent.
 
@@ -55,7 +69,7 @@ class EQUISegConfig:
     drop_path: stochastic depth of the last block, growing linearly from 0.
     ln_eps_embed, ln_eps_block: LayerNorm eps behind convolutions, and in blocks and stage ends.
     head_dropout: channel dropout before the classifier. fold_head: see `nn.SegmentationHead`.
-    ohem_thresh: hard pixels have a predicted probability below this.
+    ohem_thresh: in (0, 1], hard pixels have a predicted probability below this.
     modality_dropout*: probability that a training step sees only a random non-empty subset.
     missing: what an absent modality is: "mask" (never used) or "zero" (an image of zeros).
     """
@@ -90,31 +104,57 @@ class EQUISegConfig:
     missing: Literal["mask", "zero"] = "mask"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "variant", check_variant(self.variant))
-        object.__setattr__(self, "modalities", tuple(self.modalities))
+        self._set("variant", check_variant(self.variant))
+        for name, kind, of in (
+            ("modalities", str, "names"),
+            ("ppx_ratio", Integral, "four integers"),
+            ("cross_heads", Integral, "four integers"),
+            ("cross_sr", Integral, "four integers"),
+            ("sgm_stages", Integral, "integers"),
+        ):
+            check_sequence(name, getattr(self, name), kind, of)
+            self._set(name, tuple(getattr(self, name)))
+        self._require("modalities", "" not in self.modalities, "names that are not empty")
         self._require("modalities", 1 <= len(self.modalities) <= 8, "1 to 8 names")
         unique = len(set(self.modalities)) == len(self.modalities)
         self._require("modalities", unique, "unique names")
+        check_integer("num_classes", self.num_classes)
         self._require("num_classes", 1 <= self.num_classes <= 256, "1 to 256")
-        self._require("decoder_dim", self.decoder_dim is None or self.decoder_dim > 0, "positive")
-        for name in ("ppx_depth", "gate_reduction"):
-            self._require(name, getattr(self, name) >= 1, "at least 1")
+        check_sizes(ppx_depth=self.ppx_depth, gate_reduction=self.gate_reduction)
+        smallest = min(self.dims)
+        self._require("gate_reduction", self.gate_reduction <= smallest, f"at most {smallest}")
+        check_ignore_index(self.ignore_index)
+        if self.decoder_dim is not None:
+            check_sizes(decoder_dim=self.decoder_dim)
         for name in ("ppx_ratio", "cross_heads", "cross_sr"):
             value = getattr(self, name)
-            four = len(value) == 4 and min(value) >= 1
+            four = len(value) == 4 and 1 <= min(value) <= max(value) <= MAX_SIZE
             self._require(name, four, "four positive numbers, one per stage")
-        for name, allowed in (
-            ("aux_source", ("embed", "encoded")),
-            ("fuse", ("gate", "mean")),
-            ("missing", ("mask", "zero")),
-        ):
-            self._require(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
+        pairs = zip(self.dims, self.cross_heads, strict=True)
+        divides = not any(dim % heads for dim, heads in pairs)
+        self._require("cross_heads", divides, f"divisors of the channels {self.dims}")
+        check_choice("aux_source", self.aux_source, ("embed", "encoded"))
+        check_choice("fuse", self.fuse, ("gate", "mean"))
+        check_choice("missing", self.missing, ("mask", "zero"))
+        check_flags(
+            share_encoder=self.share_encoder,
+            cross_proj=self.cross_proj,
+            gate=self.gate,
+            fold_head=self.fold_head,
+        )
         for name in ("drop_path", "head_dropout", "modality_dropout"):
-            self._require(name, 0.0 <= getattr(self, name) < 1.0, "in [0, 1)")
+            rate(name, getattr(self, name))
         for name in ("gate_tau", "sgm_tau", "ln_eps_embed", "ln_eps_block"):
-            self._require(name, getattr(self, name) > 0.0, "positive")
-        self._require("ohem_thresh", 0.0 < self.ohem_thresh <= 1.0, "in (0, 1]")
-        self._require("sgm_stages", set(self.sgm_stages) <= {1, 2, 3, 4}, "stages 1 to 4")
+            positive(name, getattr(self, name))
+        number("gate_rho", self.gate_rho)
+        self._require("sgm_weight", number("sgm_weight", self.sgm_weight) >= 0.0, "at least 0")
+        in_range = 0.0 < number("ohem_thresh", self.ohem_thresh) <= 1.0
+        self._require("ohem_thresh", in_range, "in (0, 1]")
+        once = sorted(self.sgm_stages) == [s for s in (1, 2, 3, 4) if s in self.sgm_stages]
+        self._require("sgm_stages", once, "stages 1 to 4, each once")
+
+    def _set(self, name: str, value: object) -> None:
+        object.__setattr__(self, name, value)
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

@@ -25,8 +25,11 @@ from .config import EQUISegConfig, drop_path_rates
 from .inputs import (
     Images,
     Present,
+    check_generator,
     check_labels,
     check_mask,
+    check_teachers,
+    holding,
     present_names,
     stack_images,
     teacher_order,
@@ -64,6 +67,8 @@ class EQUISeg(Layer):
 
     def __init__(self, config: EQUISegConfig) -> None:
         super().__init__()
+        if not isinstance(config, EQUISegConfig):
+            raise TypeError(f"config must be an EQUISegConfig; got {type(config).__name__}")
         self.config = config
         encoders = [
             MixTransformer(
@@ -105,7 +110,7 @@ class EQUISeg(Layer):
         fields: further fields of `EQUISegConfig`.
         """
         config = EQUISegConfig(
-            variant=variant, modalities=tuple(modalities), num_classes=num_classes, **fields
+            variant=variant, modalities=modalities, num_classes=num_classes, **fields
         )
         return cls(config)
 
@@ -239,11 +244,14 @@ class EQUISeg(Layer):
         """
         config = self.config
         x, mask, subset = self._inputs(images, present)
+        check_generator(generator)
+        check_teachers(order, x)
         check_labels(labels, x, config.num_classes, config.ignore_index)
         if self.training and config.modality_dropout > 0.0:
             x = self._drop_modalities(x, mask, generator)
         stages, (height, width) = self._stages(x, mask, subset)
         padding = (0, width - labels.shape[-1], 0, height - labels.shape[-2])
+        labels = holding(labels, config.ignore_index)
         labels = F.pad(labels, padding, value=config.ignore_index)
 
         per_pixel = upsample_cross_entropy(
@@ -297,7 +305,7 @@ class EQUISeg(Layer):
         else:
             assert isinstance(present, Tensor)
             mask = present
-            check_mask(mask, *x.shape[:2])
+            check_mask(mask, x)
         mask = mask.to(x.device, non_blocking=True)
         x = x.masked_fill(~mask[:, :, None, None, None], 0.0)
         return x, None if zero else mask, None

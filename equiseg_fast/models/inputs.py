@@ -1,12 +1,12 @@
 """What EQUISeg accepts, checked once at the door."""
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
 from torch import Tensor
 
+from equiseg_fast.nn._forms import will_have
 from equiseg_fast.ops import _checks
-from equiseg_fast.ops._registry import autocast_is_on
 
 Images = Mapping[str, Tensor] | Tensor
 Present = Tensor | Collection[str] | None
@@ -56,7 +56,7 @@ def _check_image(label: str, x: Tensor, like: Tensor) -> None:
         raise ValueError(f"{label} must not be empty; got shape {list(x.shape)}")
     if x.device != like.device:
         raise ValueError(f"{label} must be on the model's device {like.device}; got {x.device}")
-    if x.dtype != like.dtype and not autocast_is_on(x):
+    if not will_have(x, like.dtype):
         raise TypeError(f"{label} must have the model's dtype {like.dtype}; got {x.dtype}")
 
 
@@ -64,10 +64,13 @@ def present_names(present: Present, names: Sequence[str]) -> list[int] | None:
     """Indices of the modalities named in `present`, in order; None if it is no set of names."""
     if present is None or isinstance(present, Tensor):
         return None
-    if isinstance(present, str) or not isinstance(present, Collection):
+    kinds = (Set, Sequence, Mapping)
+    if isinstance(present, (str, bytes)) or not isinstance(present, kinds):
         raise TypeError(
             f"present must be a bool mask [M, B] or a set of names; got {type(present).__name__}"
         )
+    if others := [name for name in present if not isinstance(name, str)]:
+        raise TypeError(f"present must hold names; got {others[0]!r}")
     if unknown := [name for name in present if name not in names]:
         raise ValueError(
             f"present has unknown modality {unknown[0]!r}; allowed: {', '.join(names)}"
@@ -77,13 +80,16 @@ def present_names(present: Present, names: Sequence[str]) -> list[int] | None:
     return [i for i, name in enumerate(names) if name in present]
 
 
-def check_mask(present: Tensor, modalities: int, batch: int) -> None:
-    """present is a bool mask `[M, B]` with at least one modality per image.
+def check_mask(present: Tensor, x: Tensor) -> None:
+    """present is a bool mask `[M, B]` with at least one modality per image of x `[M, B, ...]`, on
+    its device or the CPU.
 
     The values are looked at only where that waits for nothing: on the CPU, outside the compiler.
     """
     _checks.check_tensor("present", present, (torch.bool,), "[M, B]")
-    _checks.check_shape("present", present, (modalities, batch), "[M, B]")
+    _checks.check_shape("present", present, tuple(x.shape[:2]), "[M, B]")
+    if present.device.type != "cpu":
+        _checks.check_same_device(images=x, present=present)
     if present.device.type == "cpu" and not torch.compiler.is_compiling():
         absent = (~present.any(dim=0)).nonzero().flatten().tolist()
         if absent:
@@ -104,6 +110,25 @@ def check_labels(labels: Tensor, images: Tensor, num_classes: int, ignore_index:
     _checks.check_label_values(labels, num_classes, ignore_index)
 
 
+def holding(labels: Tensor, ignore_index: int) -> Tensor:
+    """labels in a dtype that holds ignore_index: a narrower one cannot be padded with it, and would
+    wrap it in comparisons, 259 to class 3 in uint8."""
+    limits = torch.iinfo(labels.dtype)
+    return labels if limits.min <= ignore_index <= limits.max else labels.long()
+
+
+def check_generator(generator: torch.Generator | None) -> None:
+    """generator draws random numbers, or is None."""
+    if not isinstance(generator, torch.Generator | None):
+        raise TypeError(f"generator must be a torch.Generator; got {type(generator).__name__}")
+
+
+def check_teachers(order: Tensor | None, x: Tensor) -> None:
+    """order is a permutation of the modalities of the images x, or is None."""
+    if order is not None:
+        _checks.check_order(order, "images", x)
+
+
 def teacher_order(order: Tensor | None, x: Tensor, generator: torch.Generator | None) -> Tensor:
     """Which modalities of the images x `[M, ...]` are teachers first: the given permutation `[M]`,
     or a random one."""
@@ -111,7 +136,4 @@ def teacher_order(order: Tensor | None, x: Tensor, generator: torch.Generator | 
         source = x.device if generator is None else generator.device
         order = torch.randperm(x.shape[0], generator=generator, device=source)
         return order.to(x.device, non_blocking=True)
-    _checks.check_tensor("order", order, (torch.int64,), "[M]")
-    _checks.check_shape("order", order, (x.shape[0],), "[M]")
-    _checks.check_same_device(images=x, order=order)
     return order

@@ -6,9 +6,10 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
+from equiseg_fast.nn._forms import check_belongs
 from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import plain_parameters
-from equiseg_fast.ops import add_layer_norm
+from equiseg_fast.ops import _checks, add_layer_norm
 from equiseg_fast.ops._layout import to_map
 
 from .config import HEADS, SR_RATIOS, VARIANTS, check_variant, drop_path_rates
@@ -21,6 +22,12 @@ def _add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Te
         return total, norm(total)
     weight, bias = parameters
     return add_layer_norm(x, update, weight, bias, norm.eps)
+
+
+def _check_stage(stage: int) -> None:
+    _checks.check_integer("stage", stage)
+    if not 0 <= stage <= 3:
+        raise ValueError(f"stage must be 0, 1, 2 or 3; got {stage}")
 
 
 class TransformerBlock(Layer):
@@ -80,6 +87,10 @@ class MixTransformer(Layer):
     ) -> None:
         super().__init__()
         self.dims, depths = VARIANTS[check_variant(variant)]
+        _checks.check_sizes(in_channels=in_channels)
+        drop_path = _checks.rate("drop_path", drop_path)
+        ln_eps_embed = _checks.positive("ln_eps_embed", ln_eps_embed)
+        ln_eps_block = _checks.positive("ln_eps_block", ln_eps_block)
         rates = drop_path_rates(drop_path, depths)
         for s in range(4):
             dim = self.dims[s]
@@ -96,10 +107,19 @@ class MixTransformer(Layer):
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, int, int]:
         """Stage 0..3: map `[R, C, H, W]` -> tokens `[R, L, dim]` and their (height, width)."""
+        _check_stage(stage)
         return getattr(self, f"patch_embed{stage + 1}")(x)
 
     def encode(self, stage: int, x: Tensor, height: int, width: int) -> Tensor:
         """Stage 0..3: blocks and final LayerNorm, tokens `[R, L, dim]` -> `[R, L, dim]`."""
+        _check_stage(stage)
+        _checks.check_tensor("x", x, _checks.FLOATING, "[R, L, dim]")
+        _checks.check_tokens("x", x, height, width)
+        if x.shape[-1] != self.dims[stage]:
+            raise ValueError(
+                f"x must have the {self.dims[stage]} channels of stage {stage}; got {x.shape[-1]}"
+            )
+        check_belongs("x", x, getattr(self, f"norm{stage + 1}"))
         update = None
         for block in getattr(self, f"block{stage + 1}"):
             x, update = block(x, height, width, update, defer=True)
@@ -107,6 +127,7 @@ class MixTransformer(Layer):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Images `[R, C, H, W]` -> four maps `[R, dim_s, H_s, W_s]` in channels-last memory."""
+        _checks.check_tensor("x", x, _checks.FLOATING, "[R, C, H, W]")
         x = x.contiguous(memory_format=torch.channels_last)
         maps = []
         for stage in range(4):

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equiseg_fast.ops._checks import check_flags
+
 from .checkpoint import main_path, read, tensors
 from .config import VARIANTS
 from .equiseg import EQUISeg, modality_names
@@ -124,9 +126,7 @@ def load_backbone(
     huggingface/pytorch-image-models, and transformers 4 and 5. `mit_b*.pth` and their conversions
     are under NVIDIA's non-commercial licence.
     """
-    for argument, flag in (("strict", strict), ("adapt_channels", adapt_channels)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{argument} must be True or False; got {flag!r}")
+    check_flags(strict=strict, adapt_channels=adapt_channels)
     encoders = _encoders(model)
     origin, content = read(path_or_state_dict)
     main = main_path(content)

@@ -9,11 +9,13 @@ A map in channels-last memory (that of NHWC) is the same memory as its tokens, a
 Any other map is copied once on the way in; what comes back is in channels-last memory.
 """
 
-from typing import Any
-
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from equiseg_fast.ops import _checks
+from equiseg_fast.ops._registry import autocast_is_on
+
+from ._plain import is_plain
 
 
 def as_tokens(
@@ -89,15 +91,20 @@ def check_channels(name: str, x: Tensor, dim: int) -> None:
         raise ValueError(f"{name} must have dim = {dim} channels; got {x.shape[-1]}")
 
 
-def check_sizes(**sizes: Any) -> None:
-    """Sizes that a layer is built with are integers, of Python or NumPy, of at least 1."""
-    for name, size in sizes.items():
-        _checks.check_integer(name, size)
-        if size < 1:
-            raise ValueError(f"{name} must be at least 1; got {size}")
+def check_belongs(name: str, x: Tensor, child: nn.Module) -> None:
+    """Features have the dtype of the layer, which is that of this child, unless autocast makes it
+    so, and its device. A child that is not plain says itself what it takes."""
+    weight = child._parameters.get("weight")
+    if weight is None:
+        return
+    if not will_have(x, weight.dtype) and is_plain(child):
+        raise TypeError(f"{name} must have the dtype of the layer, {weight.dtype}; got {x.dtype}")
+    if x.device != weight.device and is_plain(child):
+        raise ValueError(f"{name} must be on the layer's device {weight.device}; got {x.device}")
 
 
-def check_positive(name: str, value: Any) -> None:
-    """A temperature and its like."""
-    if not _checks.number(name, value) > 0:
-        raise ValueError(f"{name} must be positive; got {value}")
+def will_have(x: Tensor, dtype: torch.dtype) -> bool:
+    """Whether x has the dtype, or autocast, which leaves fp64 alone, casts what does not."""
+    if x.dtype == dtype:
+        return True
+    return torch.float64 not in (x.dtype, dtype) and autocast_is_on(x)

@@ -6,10 +6,11 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops import attention
+from equiseg_fast.ops._checks import check_sizes, positive
 from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
-from ._forms import as_tokens, check_channels, check_same_form, check_sizes, like
+from ._forms import as_tokens, check_belongs, check_channels, check_same_form, like
 from ._layer import Layer
 from ._plain import is_plain, reduces
 from ._sharing import adopt
@@ -39,6 +40,7 @@ class CrossModalAttention(Layer):
     def __init__(self, dim: int, heads: int, sr_ratio: int = 1, eps: float = 1e-5) -> None:
         super().__init__()
         check_sizes(dim=dim, heads=heads, sr_ratio=sr_ratio)
+        eps = positive("eps", eps)
         if dim % heads:
             raise ValueError(f"dim must be a multiple of heads = {heads}; got {dim}")
         self.dim = dim
@@ -61,10 +63,12 @@ class CrossModalAttention(Layer):
         check_same_form("source", source, "x", x)
         tokens, rows, columns = as_tokens("x", x, height, width)
         source, _, _ = as_tokens("source", source, height, width)
+        check_belongs("source", source, self.kv)
         return like(self._attend(tokens, source, rows, columns), x, rows, columns)
 
     def _attend(self, x: Tensor, source: Tensor, height: int, width: int) -> Tensor:
         check_channels("x", x, self.dim)
+        check_belongs("x", x, self.q)
         if self.sr_ratio > 1:
             if min(height, width) < self.sr_ratio:
                 raise ValueError(

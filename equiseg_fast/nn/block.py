@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from equiseg_fast.ops._checks import check_present
+from equiseg_fast.ops._checks import check_flags, check_present, check_sizes, rate
 from equiseg_fast.reference import has_others
 
-from ._forms import as_tokens, check_same_form, like
+from ._forms import as_tokens, check_belongs, check_channels, check_same_form, like
 from ._layer import Layer
 from .attention import CrossModalAttention
 from .pooling_mixer import ParallelPoolingMixer
@@ -36,6 +36,9 @@ class CrossModalBlock(Layer):
         output_projection: bool = True,
     ) -> None:
         super().__init__()
+        check_sizes(ppx_depth=ppx_depth, ppx_ratio=ppx_ratio)
+        drop_path = rate("drop_path", drop_path)
+        check_flags(output_projection=output_projection)
         self.dim = dim
         self.modalities = modalities
         self.query_hub = SelfQueryHub(dim, modalities)
@@ -68,6 +71,9 @@ class CrossModalBlock(Layer):
         given = encoded
         encoded, rows, columns = as_tokens("encoded", encoded, height, width, "M, B")
         embedded, _, _ = as_tokens("embedded", embedded, height, width, "M, B")
+        check_channels("encoded", encoded, self.dim)
+        check_belongs("encoded", encoded, self.mixer_norm)
+        check_belongs("embedded", embedded, self.mixer_norm)
         check_present(present, encoded)
         out = self._fuse(embedded, encoded, rows, columns, present, subset)
         return like(out, given, rows, columns)

@@ -11,7 +11,7 @@ from equiseg_fast.ops import _backend, _checks, depthwise_conv_gelu, mix_ffn
 from equiseg_fast.ops._layout import linear, to_map, to_tokens
 
 from . import _foreign
-from ._forms import as_tokens, check_channels, check_sizes, like
+from ._forms import as_tokens, check_belongs, check_channels, like
 from ._layer import Layer
 from ._plain import is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
@@ -45,11 +45,10 @@ class DropPath(nn.Module):
 
     def __init__(self, rate: float = 0.0) -> None:
         super().__init__()
-        if not 0.0 <= rate < 1.0:
-            raise ValueError(f"rate must be in [0, 1); got {rate}")
-        self.rate = rate
+        self.rate = _checks.rate("rate", rate)
 
     def forward(self, x: Tensor) -> Tensor:
+        _checks.check_tensor("x", x, _checks.FLOATING, "[R, ...]")
         if not self.training or self.rate == 0.0:
             return x
         keep = 1.0 - self.rate
@@ -67,7 +66,8 @@ class PatchEmbed(Layer):
         self, in_channels: int, dim: int, kernel: int, stride: int, eps: float = 1e-5
     ) -> None:
         super().__init__()
-        check_sizes(in_channels=in_channels, dim=dim, kernel=kernel, stride=stride)
+        _checks.check_sizes(in_channels=in_channels, dim=dim, kernel=kernel, stride=stride)
+        eps = _checks.positive("eps", eps)
         self.in_channels = in_channels
         self.proj = nn.Conv2d(in_channels, dim, kernel, stride, padding=kernel // 2)
         self.norm = nn.LayerNorm(dim, eps=eps)
@@ -79,6 +79,9 @@ class PatchEmbed(Layer):
             raise ValueError(
                 f"x must have in_channels = {self.in_channels} channels; got {x.shape[1]}"
             )
+        if min(x.shape[2:]) < 1:
+            raise ValueError(f"x must have at least one position; got shape {list(x.shape)}")
+        check_belongs("x", x, self.proj)
         y = self.proj(x)
         return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
 
@@ -88,7 +91,7 @@ class MixFFN(Layer):
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        check_sizes(dim=dim, hidden=hidden)
+        _checks.check_sizes(dim=dim, hidden=hidden)
         self.dim = dim
         self.hidden = hidden
         self.fc1 = nn.Linear(dim, hidden)
@@ -118,6 +121,7 @@ class MixFFN(Layer):
         """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
         tokens, height, width = as_tokens("x", x, height, width)
         check_channels("x", tokens, self.dim)
+        check_belongs("x", tokens, self.fc1)
         parameters = ffn_parameters(self)
         if parameters is None:
             y = self.fc2(self.dwconv(self.fc1(tokens), height, width))
@@ -145,7 +149,7 @@ class DepthwiseConv(Layer):
 
     def __init__(self, dim: int) -> None:
         super().__init__()
-        check_sizes(dim=dim)
+        _checks.check_sizes(dim=dim)
         self.dim = dim
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
 
@@ -153,6 +157,7 @@ class DepthwiseConv(Layer):
         """Tokens `[R, L, dim]` with height and width, or a map `[R, dim, H, W]` -> the same."""
         tokens, height, width = as_tokens("x", x, height, width)
         check_channels("x", tokens, self.dim)
+        check_belongs("x", tokens, self.dwconv)
         parameters = plain_parameters(self.dwconv)
         if parameters is None or not keeps_size(self.dwconv, 3, self.dim):
             y = F.gelu(to_tokens(self.dwconv(to_map(tokens, height, width))))

@@ -1,16 +1,18 @@
 """All-MLP decode head of SegFormer, folded."""
 
 from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from equiseg_fast.ops import _checks
 from equiseg_fast.ops._layout import pointwise_conv, to_map
 
 from . import _foreign
-from ._forms import as_tokens, check_form, check_sizes
+from ._forms import as_tokens, check_belongs, check_form
 from ._layer import Layer
 from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
@@ -61,11 +63,12 @@ class SegmentationHead(Layer):
         fold: bool = True,
     ) -> None:
         super().__init__()
-        if len(in_channels) != 4:
-            raise ValueError(f"in_channels must have four stages; got {list(in_channels)}")
+        _check_four("in_channels", in_channels, Integral)
         for channels in in_channels:
-            check_sizes(in_channels=channels)
-        check_sizes(dim=dim, num_classes=num_classes)
+            _checks.check_sizes(in_channels=channels)
+        _checks.check_sizes(dim=dim, num_classes=num_classes)
+        dropout = _checks.rate("dropout", dropout)
+        _checks.check_flags(fold=fold)
         self.in_channels = tuple(in_channels)
         self.dim = dim
         self.num_classes = num_classes
@@ -123,11 +126,12 @@ class SegmentationHead(Layer):
     def _tokens(
         self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]] | None
     ) -> tuple[list[Tensor], list[tuple[int, int]]]:
-        for name, values in (("features", features), ("sizes", sizes)):
-            if values is not None and len(values) != 4:
-                raise ValueError(f"{name} must have four stages; got {len(values)}")
+        _check_four("features", features, object)
+        if sizes is not None:
+            _check_four("sizes", sizes, object)
         tokens, found = [], []
-        for s, (x, channels) in enumerate(zip(features, self.in_channels, strict=True)):
+        stages = zip(features, self.in_channels, self._stages(), strict=True)
+        for s, (x, channels, stage) in enumerate(stages):
             name = f"features[{s}]"
             if sizes is None and not check_form(name, x):
                 raise TypeError(f"sizes must be given for tokens {name} [B, L, C]; got None")
@@ -140,6 +144,8 @@ class SegmentationHead(Layer):
                 )
             if x.shape[-1] != channels:
                 raise ValueError(f"{name} must have {channels} channels; got {x.shape[-1]}")
+            if is_plain(stage):
+                check_belongs(name, x, stage.proj)
             tokens.append(x)
             found.append((height, width))
         return tokens, found
@@ -230,10 +236,18 @@ class SegmentationHead(Layer):
         return f"in_channels={list(self.in_channels)}, {sizes}, fold={self.fold}"
 
 
+def _check_four(name: str, values: Any, kind: type) -> None:
+    _checks.check_sequence(name, values, kind, "four, one for each stage")
+    if len(values) != 4:
+        raise ValueError(f"{name} must have four stages; got {len(values)}")
+
+
 def _size(s: int, size: Any) -> tuple[int, int]:
     """Height and width of stage s."""
     if not isinstance(size, Sequence) or len(size) != 2:
         raise TypeError(f"sizes[{s}] must be (height, width); got {size!r}")
+    for number in size:
+        _checks.check_sizes(**{f"sizes[{s}]": number})
     return size[0], size[1]
 
 

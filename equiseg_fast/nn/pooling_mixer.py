@@ -10,7 +10,7 @@ from equiseg_fast.ops import _checks, mix_ffn, pooling_mixer
 from equiseg_fast.ops._layout import to_map, to_tokens
 
 from . import _foreign
-from ._forms import as_tokens, check_channels, check_sizes, like
+from ._forms import as_tokens, check_belongs, check_channels, like
 from ._layer import Layer
 from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
@@ -20,6 +20,7 @@ from .norm import BatchNorm2d, batch_norm_tokens, scale_and_shift
 _SCALES = ("layer_scale_1", "layer_scale_2")
 
 
+@plain
 class _Mixing(nn.Module):
     """7x7 depthwise convolution with pools, a 1x1 convolution, and a sigmoid: a gate."""
 
@@ -72,7 +73,9 @@ class ParallelPoolingMixer(Layer):
         self, dim: int, ratio: int = 8, drop_path: float = 0.0, layer_scale: float = 1e-2
     ) -> None:
         super().__init__()
-        check_sizes(dim=dim, ratio=ratio)
+        _checks.check_sizes(dim=dim, ratio=ratio)
+        drop_path = _checks.rate("drop_path", drop_path)
+        layer_scale = _checks.number("layer_scale", layer_scale)
         self.ratio = ratio
         self.norm1 = BatchNorm2d(dim)
         self.attn = _Mixing(dim)
@@ -125,6 +128,8 @@ class ParallelPoolingMixer(Layer):
         """
         tokens, height, width = as_tokens("x", x, height, width)
         check_channels("x", tokens, len(self.layer_scale_1))
+        if is_plain(self.attn):
+            check_belongs("x", tokens, self.attn.conv0)
         if rows is not None:
             _checks.check_tensor("rows", rows, (torch.bool,), "[R]")
             _checks.check_shape("rows", rows, tuple(tokens.shape[:1]), "[R]")

@@ -2,15 +2,17 @@
 
 from collections.abc import Sequence
 from math import sqrt
+from numbers import Integral
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops import query_hub
+from equiseg_fast.ops._checks import check_sequence, check_sizes
 
 from ._foreign import child
-from ._forms import as_tokens, check_sizes, like
+from ._forms import as_tokens, check_channels, like
 from ._layer import Layer
 from ._sharing import JoinedParameter, replace_by_joined
 from .common import backend_repr
@@ -85,8 +87,9 @@ class SelfQueryHub(Layer):
         """
         tokens, height, width = as_tokens("x", x, height, width, "M, B")
         modalities, dim = self.dw_bias.shape
-        if tokens.shape[-1] != dim:
-            raise ValueError(f"x must have dim = {dim} channels; got {tokens.shape[-1]}")
+        check_channels("x", tokens, dim)
+        if subset is not None:
+            check_sequence("subset", subset, Integral, "indices of score nets")
         chosen = range(modalities) if subset is None else list(subset)
         if len(chosen) != len(tokens) or not set(chosen) <= set(range(modalities)):
             raise ValueError(

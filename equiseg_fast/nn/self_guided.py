@@ -9,22 +9,17 @@ from torch import Tensor, nn
 from equiseg_fast import reference
 from equiseg_fast.ops import class_prototypes, guided_gate
 from equiseg_fast.ops._checks import (
+    check_flags,
+    check_ignore_index,
+    check_order,
     check_present,
-    check_same_device,
-    check_shape,
-    check_tensor,
+    check_sizes,
+    number,
+    positive,
 )
 from equiseg_fast.ops._registry import without_autocast
 
-from ._forms import (
-    as_tokens,
-    check_channels,
-    check_form,
-    check_positive,
-    check_sizes,
-    like,
-    map_to_tokens,
-)
+from ._forms import as_tokens, check_channels, check_form, like, map_to_tokens
 from ._init import init_module
 from ._layer import Layer
 from ._plain import plain_parameters
@@ -45,10 +40,9 @@ class SelfGuidedGate(Layer):
         check_sizes(dim=dim, reduction=reduction)
         if dim < reduction:
             raise ValueError(f"reduction must be at most dim = {dim}; got {reduction}")
-        check_positive("tau", tau)
         self.dim = dim
-        self.rho = rho
-        self.tau = tau
+        self.rho = number("rho", rho)
+        self.tau = positive("tau", tau)
         self.fc1 = nn.Linear(2 * dim, dim // reduction)
         self.fc2 = nn.Linear(dim // reduction, dim)
         init_module(self.fc1)
@@ -79,6 +73,7 @@ class SelfGuidedGate(Layer):
         present `[M, B]` bool. Nothing here needs height and width. Raises TypeError or ValueError
         naming the argument.
         """
+        check_flags(return_weights=return_weights)
         tokens = self._tokens(x, present)
         logits = self._logits(tokens, present)
         branches, fused = guided_gate(tokens, logits, present=present, rho=self.rho)
@@ -122,9 +117,9 @@ class PrototypeLoss(Layer):
     def __init__(self, num_classes: int, tau: float = 1.0, ignore_index: int = 255) -> None:
         super().__init__()
         check_sizes(num_classes=num_classes)
-        check_positive("tau", tau)
+        check_ignore_index(ignore_index)
         self.num_classes = num_classes
-        self.tau = tau
+        self.tau = positive("tau", tau)
         self.ignore_index = ignore_index
 
     def forward(
@@ -145,9 +140,7 @@ class PrototypeLoss(Layer):
         TypeError or ValueError naming the argument.
         """
         x, height, width = as_tokens("x", x, height, width, "M, B")
-        check_tensor("order", order, (torch.int64,), "[M]")
-        check_shape("order", order, (len(x),), "[M]")
-        check_same_device(x=x, order=order)
+        check_order(order, "x", x)
         check_present(present, x)
         prototypes, counts = class_prototypes(
             x, labels, self.num_classes, height, width, ignore_index=self.ignore_index

@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
+from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from . import _checks
 
 BACKENDS = ("triton", "torch", "reference")
 CHOICES = (*BACKENDS, "auto")
@@ -30,13 +33,7 @@ _default = os.environ.get("EQUISEG_FAST_BACKEND", "auto")
 Reasons = list[str]
 
 
-def _check_choice(choice: str, source: str) -> str:
-    if choice not in CHOICES:
-        raise ValueError(f"{source} must be one of {', '.join(CHOICES)}; got {choice!r}")
-    return choice
-
-
-_check_choice(_default, "EQUISEG_FAST_BACKEND")
+_checks.check_choice("EQUISEG_FAST_BACKEND", _default, CHOICES)
 
 _blocks: ContextVar[tuple[tuple[str], ...]] = ContextVar("equiseg_fast_blocks", default=())
 _choice: ContextVar[Any] = ContextVar("equiseg_fast_choice")
@@ -66,7 +63,8 @@ def current() -> str:
 def use_backend(backend: str) -> Iterator[None]:
     """Choose the backend of every operation called inside the `with` block.
 
-    backend: "triton", "torch", "reference" or "auto". Raises ValueError on any other name.
+    backend: "triton", "torch", "reference" or "auto". Raises ValueError on any other name, and
+        TypeError on what is none.
 
     The choice holds in this thread, or in this asyncio task and those that it starts inside; other
     threads, also those that are started inside, keep theirs. Where blocks overlap, the one entered
@@ -76,7 +74,7 @@ def use_backend(backend: str) -> Iterator[None]:
     is checkpointed, or set EQUISEG_FAST_BACKEND.
     """
     global _traced
-    _check_choice(backend, "backend")
+    _checks.check_choice("backend", backend, CHOICES)
     if torch.compiler.is_dynamo_compiling():
         outer, _traced = _traced, backend
         try:
@@ -162,14 +160,25 @@ def register_reasons(op: str, function: Callable[..., Reasons]) -> None:
     _REASONS[op] = function
 
 
-def resolve(
-    op: str, requested: str | None, device: torch.device, *args: object, **kwargs: object
-) -> str:
+class _Question(Exception):
+    """In the place of a backend: what would run, and why? `resolve` raises it with the answer."""
+
+    def __init__(self, requested: str | None) -> None:
+        self.requested = requested
+        self.answer = ""
+
+
+def resolve(op: str, requested: Any, device: torch.device, *args: object, **kwargs: object) -> str:
     """The backend that runs `op` on a device; args, kwargs: those that its reasons look at.
 
     Raises ValueError for an unknown name and for an explicit "triton" with reasons against it.
     """
-    choice = current() if requested is None else _check_choice(requested, "backend")
+    choice = current() if requested is None else requested
+    if not isinstance(choice, str) or choice not in CHOICES:
+        if isinstance(requested, _Question):
+            requested.answer = _explain(op, requested.requested, device, *args, **kwargs)
+            raise requested
+        _checks.check_choice("backend", requested, CHOICES)
     if choice == "auto":
         if device.type != "cuda" or _REASONS[op](*args, **kwargs):
             return "torch"
@@ -191,24 +200,30 @@ def choice_for(op: str, *args: object) -> tuple[str, str]:
 def explain(op: str, *args: object, **kwargs: object) -> str:
     """Say in words which backend `op` would take for these arguments, and why not another.
 
-    op: the name of a public operation, e.g. "attention"; args and kwargs as for the call itself.
-    Nothing is computed. Raises ValueError for an unknown operation.
+    op: the name of a public operation, e.g. "attention"; args and kwargs as for the call itself,
+    which are checked as there. Nothing is computed. Raises ValueError for an unknown operation, and
+    what the call would raise for bad arguments.
     """
-    if op not in _REASONS:
-        raise ValueError(f"op must be one of {', '.join(sorted(_REASONS))}; got {op!r}")
-    requested = kwargs.pop("backend", None)
-    choice = current() if requested is None else str(requested)
+    _checks.check_choice("op", op, sorted(_REASONS))
+    question = _Question(kwargs.pop("backend", None))
+    try:
+        getattr(import_module(__package__), op)(*args, **kwargs, backend=question)
+    except _Question:
+        return question.answer
+    raise AssertionError(f"{op} never asked for a backend")
+
+
+def _explain(op: str, requested: Any, device: torch.device, *args: object, **kwargs: object) -> str:
+    choice = current() if requested is None else requested
     reasons = _REASONS[op](*args, **kwargs)
-    device = next(a for a in (*args, *kwargs.values()) if isinstance(a, Tensor)).device
     try:
         chosen = f"{op} runs on backend {resolve(op, choice, device, *args, **kwargs)!r}"
     except ValueError as error:
         chosen = f"{op} raises ValueError: {error}"
-    against = ["usable"] if not reasons else reasons
     return "\n".join(
         [
             f"{chosen} (choice {choice!r}, device {str(device)!r})",
-            *(f"  triton: {reason}" for reason in against),
+            *(f"  triton: {reason}" for reason in reasons or ["usable"]),
             "  torch: usable",
             "  reference: usable",
         ]

@@ -4,6 +4,9 @@ Only metadata is looked at, so nothing waits for the device and the compiler see
 labels alone have their values checked, where that costs neither (`has_values`).
 """
 
+import sys
+from collections.abc import Sequence
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -12,7 +15,15 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import get_proxy_mode
 
 FLOATING = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+# Of labels. PyTorch has too few operators for uint16 to uint64, and bool is a mask.
 INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
+
+_NUMBERS: Any = (float, int, Real)
+_STRIDED = torch.strided
+_LARGEST = sys.float_info.max
+
+MAX_SIZE = 2**31 - 1
+"""Largest size of a layer, or number of classes: what is beyond is a mistake, not a tensor."""
 
 
 _NO_TORCHSCRIPT = (
@@ -28,11 +39,11 @@ def refuse_torchscript(*_: object, **__: object) -> Any:
 
 
 def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: str) -> None:
-    """x is a tensor of one of the dtypes whose rank is the number of names in `shape`.
+    """x is a dense tensor of one of the dtypes whose rank is the number of names in `shape`.
 
-    shape: the documented shape, e.g. "[B, L, C]", or "[..., C]" for one dimension or more. Raises
-    TypeError or ValueError, and RuntimeError where `torch.jit.trace` is at work: every operation
-    begins here.
+    shape: the documented shape, e.g. "[B, L, C]"; dots are any number of dimensions, as in
+    "[..., C]". Raises TypeError or ValueError, and RuntimeError where `torch.jit.trace` is at work:
+    every operation begins here.
     """
     if torch.jit.is_tracing():
         refuse_torchscript()
@@ -41,16 +52,37 @@ def check_tensor(name: str, x: object, dtypes: tuple[torch.dtype, ...], shape: s
     if x.dtype not in dtypes:
         allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
-    if x.dim() != shape.count(",") + 1 and not (shape == "[..., C]" and x.dim()):
+    if x.layout is not _STRIDED or x.is_nested:
+        check_dense(name, x)
+    rank = shape.count(",") + 1
+    if x.dim() != rank and not ("..." in shape and x.dim() >= rank - 1):
         raise ValueError(f"{name} must have shape {shape}; got {list(x.shape)}")
 
 
+def check_memory(name: str, x: Tensor) -> None:
+    """x is a dense tensor that holds values."""
+    check_dense(name, x)
+    if x.is_meta:
+        raise ValueError(f"{name} must hold values; got a tensor on the meta device")
+
+
 def check_shape(name: str, x: Tensor, expected: tuple[int, ...], shape: str) -> None:
-    """x is a tensor of exactly the expected shape; `shape` names it for the message."""
+    """x is a dense tensor of exactly the expected shape; `shape` names it for the message."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a tensor {shape}; got {type(x).__name__}")
+    if x.layout is not _STRIDED or x.is_nested:
+        check_dense(name, x)
     if x.shape != expected:
         raise ValueError(f"{name} must have shape {shape} = {list(expected)}; got {list(x.shape)}")
+
+
+def check_dense(name: str, x: Tensor) -> None:
+    """x is a tensor of whatever dtype and shape, and not sparse or nested."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
+    if x.layout is not _STRIDED or x.is_nested:
+        layout = "nested" if x.is_nested else str(x.layout)[6:]
+        raise TypeError(f"{name} must be a dense tensor; got a {layout} one")
 
 
 def check_same(**tensors: Tensor) -> None:
@@ -78,19 +110,104 @@ def check_same_device(**tensors: Tensor) -> None:
 
 
 def check_integer(name: str, value: object) -> None:
-    """value is an integer, of Python, NumPy or the compiler."""
-    if isinstance(value, (int, torch.SymInt)):
-        return
-    if isinstance(value, Tensor) or not hasattr(value, "__index__"):
+    """value is an integer, of Python, NumPy or the compiler; a bool is none."""
+    if not isinstance(value, (int, torch.SymInt, Integral)) or isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got {value!r}")
 
 
+def check_sizes(**sizes: Any) -> None:
+    """Sizes and counts are integers of at least 1."""
+    for name, size in sizes.items():
+        check_integer(name, size)
+        if size < 1:
+            raise ValueError(f"{name} must be at least 1; got {size}")
+        if size > MAX_SIZE:
+            raise ValueError(f"{name} must be at most {MAX_SIZE}; got {size}")
+
+
+def check_ignore_index(value: Any) -> None:
+    """A label that counts for nothing: any integer that labels can hold."""
+    check_integer("ignore_index", value)
+    if not -(2**63) <= value < 2**63:
+        raise ValueError(f"ignore_index must be an integer of 64 bits; got {value}")
+
+
+def check_seed(value: Any) -> None:
+    """A seed, as torch.Generator takes it."""
+    check_integer("seed", value)
+    if not -(2**63) <= value < 2**64:
+        raise ValueError(f"seed must be an integer of 64 bits; got {value}")
+
+
 def number(name: str, value: Any) -> float:
-    """value as a float; TypeError if it is no number."""
-    # The compiler knows no attributes of its numbers.
-    if isinstance(value, (float, int)) or hasattr(value, "__float__"):
-        return float(value)
-    raise TypeError(f"{name} must be a number; got {value!r}")
+    """value as a float: a finite number of Python or NumPy, and no bool.
+
+    A tensor is none: taking its value would wait for the device, and lose its gradient.
+    """
+    if not isinstance(value, _NUMBERS) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number; got {value!r}")
+    if not -_LARGEST <= value <= _LARGEST:
+        raise ValueError(f"{name} must be finite; got {value}")
+    return float(value)
+
+
+def positive(name: str, value: Any) -> float:
+    """A number above 0 as a float: an eps, a temperature and their like."""
+    x = number(name, value)
+    if not x > 0:
+        raise ValueError(f"{name} must be positive; got {value}")
+    return x
+
+
+def rate(name: str, value: Any) -> float:
+    """The probability of leaving something out, in [0, 1), as a float."""
+    x = number(name, value)
+    if not 0.0 <= x < 1.0:
+        raise ValueError(f"{name} must be in [0, 1); got {value}")
+    return x
+
+
+def check_flags(**flags: Any) -> None:
+    """Flags are True or False."""
+    for name, flag in flags.items():
+        if not isinstance(flag, bool):
+            raise TypeError(f"{name} must be True or False; got {flag!r}")
+
+
+def check_callable(**functions: Any) -> None:
+    """Functions, or what can be called like one."""
+    for name, function in functions.items():
+        if not callable(function):
+            raise TypeError(f"{name} must be a function; got {function!r}")
+
+
+def check_strings(**strings: Any) -> None:
+    """Strings, which have something to say."""
+    for name, value in strings.items():
+        if not isinstance(value, str):
+            raise TypeError(f"{name} must be a string; got {value!r}")
+        if not value.strip():
+            raise ValueError(f"{name} must not be empty; got {value!r}")
+
+
+def check_sequence(name: str, value: Any, kind: type, of: str) -> None:
+    """A list, a tuple or the like of one kind of elements; of: what to call those.
+
+    A string is none: its characters are no names.
+    """
+    if not isinstance(value, Sequence) or isinstance(value, (str, bytes)):
+        raise TypeError(f"{name} must be a sequence of {of}; got {value!r}")
+    for element in value:
+        if not isinstance(element, kind) or isinstance(element, bool):
+            raise TypeError(f"{name} must be a sequence of {of}; got {element!r} in it")
+
+
+def check_choice(name: str, value: Any, allowed: Sequence[str]) -> None:
+    """value is one of the allowed strings."""
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
+    if value not in allowed:
+        raise ValueError(f"{name} must be one of {', '.join(allowed)}; got {value!r}")
 
 
 def check_tokens(name: str, x: Tensor, height: int, width: int) -> None:
@@ -132,7 +249,22 @@ def check_label_values(labels: Tensor, classes: int, ignore_index: int) -> None:
     wrong = ((values < 0) | (values >= classes)) & (values != ignore_index)
     if wrong.any():
         raise ValueError(
-            f"labels must be 0..{classes - 1} or {ignore_index} (ignored); got {values[wrong][0]}"
+            f"labels must be 0..{classes - 1} or {ignore_index} (ignore_index); "
+            f"got {values[wrong][0]}"
+        )
+
+
+def check_order(order: Tensor, name: str, x: Tensor) -> None:
+    """order is a permutation `[M]` of the modalities of x `[M, ...]`; name: what x is called.
+
+    Its values are looked at only where that waits for nothing.
+    """
+    check_tensor("order", order, (torch.int64,), "[M]")
+    check_shape("order", order, (x.shape[0],), "[M]")
+    check_same_device(**{name: x, "order": order})
+    if has_values(order) and sorted(order.tolist()) != list(range(len(order))):
+        raise ValueError(
+            f"order must be a permutation of 0..{len(order) - 1}; got {order.tolist()}"
         )
 
 

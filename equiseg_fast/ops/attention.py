@@ -58,6 +58,10 @@ def attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention, `softmax(scale * q k^T) v`, without the score matrix in memory.
 
+    Not a drop-in for `torch.nn.functional.scaled_dot_product_attention`: that takes `[B, H, L, D]`,
+    this `[B, L, H, D]`, as projections leave it (`x.transpose(1, 2)` leads from one to the other),
+    and there is no mask, no dropout, no causality and no sharing of keys between heads.
+
     q: `[B, Lq, H, D]` queries. Modalities, images and primaries all go into B: one launch.
     k, v: `[B, Lk, H, D]` keys and values, Lk >= 1. All three share one dtype (float32, float16,
         bfloat16; float64 on the torch and reference backends) and device; any strides.
@@ -74,6 +78,7 @@ def attention(
     are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
     input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
+    _checks.check_flags(return_lse=return_lse)
     _checks.check_tensor("q", q, _checks.FLOATING, _QUERIES)
     _checks.check_tensor("k", k, _checks.FLOATING, _KEYS)
     _checks.check_tensor("v", v, _checks.FLOATING, _KEYS)
@@ -100,8 +105,32 @@ def _check(q: Tensor, k: Tensor, v: Tensor) -> None:
     if keys < 1:
         raise ValueError(f"k must have at least one key; got shape {list(k.shape)}")
     expected = (batch, keys, heads, dim)
+    if k.shape[2] != heads and q.shape[1] == keys < max(heads, k.shape[2]):
+        raise ValueError(f"k must have shape {_KEYS} = {list(expected)}; {_transposed(q, k)}")
     _checks.check_shape("k", k, expected, _KEYS)
     _checks.check_shape("v", v, expected, "[B, Lk, H, D] (that of k)")
+    if heads >= _MANY_HEADS and q.shape[1] == keys <= _FEW_TOKENS and _are_views(q, k):
+        raise ValueError(f"q must have shape {_QUERIES}; {_transposed(q, k)}")
+
+
+# With one length for queries and keys, `[B, H, L, D]` is a valid `[B, L, H, D]` and would compute
+# something else. It is refused where nothing else makes sense: more heads than any model has, no
+# more tokens than models have heads, and the memory of `[B, L, H, D]`, transposed, which is what
+# the projections of a layer are where scaled_dot_product_attention takes them. Tensors of such a
+# shape in memory of that order pass: attention over few frames with pixels for heads, say.
+_MANY_HEADS = 256
+_FEW_TOKENS = 64
+
+
+def _are_views(q: Tensor, k: Tensor) -> bool:
+    return q.stride(1) < q.stride(2) and k.stride(1) < k.stride(2)
+
+
+def _transposed(q: Tensor, k: Tensor) -> str:
+    return (
+        f"got q {list(q.shape)} and k {list(k.shape)}. If these are [B, H, L, D], as "
+        "scaled_dot_product_attention takes them, pass q.transpose(1, 2), and so k and v"
+    )
 
 
 def _reasons(q: Tensor, k: Tensor, v: Tensor, **_: object) -> _backend.Reasons:

@@ -48,7 +48,7 @@ def upsample_cross_entropy(
     _checks.check_tensor("labels", labels, _checks.INTEGER, _LABELS)
     _checks.check_same_device(logits=logits, labels=labels)
     _check(logits, labels)
-    _checks.check_integer("ignore_index", ignore_index)
+    _checks.check_ignore_index(ignore_index)
     chosen = _backend.resolve("upsample_cross_entropy", backend, logits.device, logits, labels)
     if chosen == "triton":
         if needs_grad(logits):
@@ -74,22 +74,14 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     selected pixel. Nothing waits for the device and no shape depends on data. Raises TypeError or
     ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv 2303.01480).
     """
-    if torch.jit.is_tracing():
-        _checks.refuse_torchscript()
-    for name, x, dtypes in (("loss", loss, _checks.FLOATING), ("valid", valid, (torch.bool,))):
-        if not isinstance(x, Tensor):
-            raise TypeError(f"{name} must be a tensor; got {type(x).__name__}")
-        if x.dtype not in dtypes:
-            allowed = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-            raise TypeError(f"{name} must have dtype {allowed}; got {str(x.dtype)[6:]}")
+    _checks.check_tensor("loss", loss, _checks.FLOATING, "[...]")
+    _checks.check_tensor("valid", valid, (torch.bool,), "[...]")
     _checks.check_shape("valid", valid, tuple(loss.shape), "that of loss")
     _checks.check_same_device(loss=loss, valid=valid)
     thresh = _checks.number("thresh", thresh)
-    _checks.check_integer("min_kept_ratio", min_kept_ratio)
     if not 0.0 < thresh <= 1.0:
         raise ValueError(f"thresh must be in (0, 1]; got {thresh}")
-    if min_kept_ratio < 1:
-        raise ValueError(f"min_kept_ratio must be at least 1; got {min_kept_ratio}")
+    _checks.check_sizes(min_kept_ratio=min_kept_ratio)
     if not _checks.has_values(valid):
         return reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=min_kept_ratio)
     return _ohem_cpu(loss.flatten(), valid.flatten(), -log(thresh), min_kept_ratio)

@@ -62,9 +62,7 @@ def add_layer_norm(
     for name, parameter in (("weight", weight), ("bias", bias)):
         _checks.check_tensor(name, parameter, _checks.FLOATING, "[C]")
         _checks.check_shape(name, parameter, (channels,), "[C]")
-    eps = _checks.number("eps", eps)
-    if not eps > 0:
-        raise ValueError(f"eps must be positive; got {eps}")
+    eps = _checks.positive("eps", eps)
     update, weight, bias = _autocast(x, update, weight, bias)
     _checks.check_same(x=x, update=update, weight=weight, bias=bias)
     chosen = _backend.resolve("add_layer_norm", backend, x.device, x)

@@ -52,10 +52,8 @@ def class_prototypes(
             f"labels must have shape [B, s*height, s*width] with B = {x.shape[1]}, height = "
             f"{height}, width = {width} and a whole s >= 1; got {list(labels.shape)}"
         )
-    _checks.check_integer("num_classes", num_classes)
-    _checks.check_integer("ignore_index", ignore_index)
-    if num_classes < 1:
-        raise ValueError(f"num_classes must be at least 1; got {num_classes}")
+    _checks.check_sizes(num_classes=num_classes)
+    _checks.check_ignore_index(ignore_index)
     chosen = _backend.resolve("class_prototypes", backend, x.device, x, labels, num_classes)
     if chosen == "reference":
         with without_autocast(x.device.type):
