@@ -124,7 +124,9 @@ def _stock(
     if dtype != wide and (return_lse or (q.device.type == "cpu" and needs_grad(q, k, v))):
         with without_autocast(q.device.type):
             result = _stock(q.to(wide), k.to(wide), v.to(wide), scale, return_lse)
-        return (result[0].to(dtype), result[1]) if return_lse else result.to(dtype)
+        if isinstance(result, Tensor):
+            return result.to(dtype)
+        return result[0].to(dtype), result[1]
     if return_lse:
         return reference.attention(q, k, v, scale=scale, return_lse=True)
     if _attention_cpu.suits(q, k):
