@@ -539,7 +539,7 @@ class TestAutograd:
         assert {y.dtype for y in mixed} == {dtype}
         sum(y.float().square().sum() for y in mixed).backward()
         assert [inputs[n].grad.dtype for n in NAMES] == [inputs[n].dtype for n in NAMES]
-        cast = {n: inputs[n].detach().to(dtype) for n in NAMES}
+        cast = {n: inputs[n].detach().to(dtype).requires_grad_() for n in NAMES}
         expected = add_layer_norm(**cast, backend=backend)
         assert all(torch.equal(a, b) for a, b in zip(mixed, expected, strict=True))
 
