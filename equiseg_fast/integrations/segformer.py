@@ -34,8 +34,8 @@ def accelerate_segformer(model: nn.Module, *, verbose: bool = True) -> Report:
 
     Parameters are shared, the keys of the state dict stay, and `revert(model)` undoes it. Calls
     that ask for attention weights, bring a mask, or drop attention weights out run the module's own
-    code; the dropout of the Mix-FFN is called where it is. Everything else, errors too, is as in
-    `accelerate_module`.
+    code, and so does a Mix-FFN in fp32 on the CPU that is too small to gain; the dropout of the
+    Mix-FFN is called where it is. Everything else, errors too, is as in `accelerate_module`.
     """
     return accelerate_module(model, SEGFORMER_RULES, verbose=verbose)
 
