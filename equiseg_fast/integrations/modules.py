@@ -78,6 +78,7 @@ class Rule:
     def __post_init__(self) -> None:
         check_strings(name=self.name)
         check_callable(matches=self.matches, forward=self.forward, examples=self.examples)
+        check_sequence("calls", self.calls, str, "paths of children")
 
 
 @dataclass(frozen=True)

@@ -48,9 +48,9 @@ def accelerate_segformer(model: nn.Module, *, verbose: bool = True) -> Report:
 
     Parameters are shared, the keys of the state dict stay, and `revert(model)` undoes it. Calls
     that ask for attention weights, bring a mask, or drop attention weights out run the module's own
-    code, as do those that the children that a rule goes around have hooks for (see `Rule`); the
-    dropout of the Mix-FFN is called where it is. Everything else, errors too, is as in
-    `accelerate_module`.
+    code, and so do those that the children that a rule goes around have hooks for (see `Rule`), and
+    a Mix-FFN in fp32 on the CPU that is too small to gain; the dropout of the Mix-FFN is called
+    where it is. Everything else, errors too, is as in `accelerate_module`.
     """
     rules = (*SEGFORMER_RULES[:-1], *MIT_RULES[:-1], *MMSEG_RULES, *PVT_RULES, _MIX_FFN)
     return accelerate_module(model, rules, verbose=verbose)
