@@ -67,11 +67,11 @@ def double_backward(f: Function, x: Tensor) -> Tensor:
     return torch.autograd.grad(loss(lambda g: g)(first), x)[0]
 
 
-def batched_cotangents(f: Function, x: Tensor, create_graph: bool) -> Tensor:
+def batched_cotangents(f: Function, x: Tensor) -> Tensor:
     x = x.clone().requires_grad_()
     y = f(x)
     gs = several(torch.ones_like(y))
-    return torch.autograd.grad(y, x, gs, is_grads_batched=True, create_graph=create_graph)[0]
+    return torch.autograd.grad(y, x, gs, is_grads_batched=True)[0]
 
 
 def pull_back(f: Function, x: Tensor) -> Tensor:
@@ -100,7 +100,6 @@ def offloaded(f: Function, x: Tensor) -> Tensor:
 REVERSE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "grad": lambda f, x: torch.func.grad(loss(f))(x),
     "vjp": pull_back,
-    "jacrev": lambda f, x: torch.func.jacrev(f)(x),
     "jacrev without grad mode": lambda f, x: torch.no_grad()(torch.func.jacrev(f))(x),
     "jacrev of jacrev": lambda f, x: torch.func.jacrev(torch.func.jacrev(loss(f)))(x),
     "vmap": lambda f, x: torch.func.vmap(f, -1, -1)(several(x).movedim(0, -1)),
@@ -108,9 +107,7 @@ REVERSE: dict[str, Callable[[Function, Tensor], Tensor]] = {
     "grad of vmap of vmap": lambda f, x: torch.func.grad(loss(torch.vmap(torch.vmap(f))))(
         several(x)[None]
     ),
-    "double backward": double_backward,
-    "batched cotangents": partial(batched_cotangents, create_graph=False),
-    "batched cotangents, graph": partial(batched_cotangents, create_graph=True),
+    "batched cotangents": batched_cotangents,
     "hessian": lambda f, x: torch.autograd.functional.hessian(loss(f), x, vectorize=True),
     "functional_call": lambda f, x: torch.func.functional_call(
         layer(f), {"scale": torch.ones(())}, (x,)

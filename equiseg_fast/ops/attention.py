@@ -74,9 +74,9 @@ def attention(
     multiplied in true fp32 unless `torch.backends.cuda.matmul.allow_tf32` is set. The backward is
     deterministic. The torch backend is `scaled_dot_product_attention`, but with many queries in
     fp32 on the CPU convolutions over blocks of them, which save the inputs alone; with gradients in
-    half precision on the CPU, and with return_lse, it computes in fp32. Under autocast the inputs
-    are cast to its dtype. Raises TypeError or ValueError naming the argument on bad
-    input. Source: SegFormer (arXiv 2105.15203), section 3.1.
+    half precision on the CPU, with return_lse, and under transforms (`torch.func`, forward mode)
+    it computes in fp32. Under autocast the inputs are cast to its dtype. Raises TypeError or
+    ValueError naming the argument on bad input. Source: SegFormer (arXiv 2105.15203), section 3.1.
     """
     _checks.check_flags(return_lse=return_lse)
     _checks.check_tensor("q", q, _checks.FLOATING, _QUERIES)
