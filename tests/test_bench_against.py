@@ -22,7 +22,7 @@ from benchmarks.timing import Timing
 ROOT = Path(__file__).resolve().parent.parent
 INIT = Path("equiseg_fast/__init__.py")
 GATE = Path("equiseg_fast/ops/guided_gate.py")
-WEIGHTS = Path("equiseg_fast/models/weights.py")
+LAYOUTS = Path("equiseg_fast/models/layouts.py")
 TINY = ("--at", "height=64,width=64,modalities=2", "--mode", "fwd", "--device", "cpu")
 
 
@@ -75,7 +75,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     git(copy, "init", "--quiet", "--initial-branch", "main")
     for tag, file, old, new in (
         ("broken", INIT, "__version__ = ", "raise ImportError('on purpose')  # "),
-        ("older", WEIGHTS, "HUGGING_FACE_V5", "HUGGING_FACE_FIVE"),
+        ("older", LAYOUTS, "HUGGING_FACE_V5", "HUGGING_FACE_FIVE"),
     ):
         before = (copy / file).read_text()
         replace_in(copy / file, old, new)
