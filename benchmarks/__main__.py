@@ -46,7 +46,7 @@ from benchmarks import (  # noqa: E402
     tune,
 )
 from benchmarks import record as records_of  # noqa: E402
-from benchmarks.options import choose_device, selection_arguments  # noqa: E402
+from benchmarks.options import choose_device, selection_arguments, to_path, to_threads  # noqa: E402
 from benchmarks.plan import EXTRAS, Case, Options, dry_run, extras, plan, remaining  # noqa: E402
 from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
@@ -99,11 +99,13 @@ def _parser() -> argparse.ArgumentParser:
     run.add_argument(
         "--method", choices=("graph", "eager"), default="graph", help="how a GPU is timed"
     )
-    run.add_argument("--out", type=Path, help="default: benchmark-results/<device>-<date>")
-    run.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own choice")
+    run.add_argument("--out", type=to_path, help="default: benchmark-results/<device>-<date>")
+    run.add_argument(
+        "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own choice"
+    )
     run.add_argument("--seed", type=int, default=0)
     run.add_argument(
-        "--calibration", type=Path, metavar="FILE",
+        "--calibration", type=to_path, metavar="FILE",
         help="limits of the device, of `calibrate`; without such a file they are measured",
     )  # fmt: skip
     run.add_argument("--tuned", metavar="FILE", help="configurations of the provider tuned")
@@ -126,7 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     run.set_defaults(run=_run)
 
     again = commands.add_parser("report", help="reports and plots again, from results.jsonl")
-    again.add_argument("results", type=Path, help="results.jsonl or its folder")
+    again.add_argument("results", type=to_path, help="results.jsonl or its folder")
     again.set_defaults(run=_report, kept="the records are as they were")
 
     for module, name, text in (
@@ -206,8 +208,6 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     if args.resume and not args.out:
         raise ValueError("--resume needs --out, the folder of the run that ended")
     if args.threads is not None:
-        if args.threads < 1:
-            raise ValueError(f"--threads must be at least 1; got {args.threads}")
         torch.set_num_threads(args.threads)
     # Every provider multiplies fp32 in fp32, whatever cuDNN would like.
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False

@@ -30,6 +30,8 @@ from benchmarks.options import (
     ROOT,
     choose_device,
     selection_arguments,
+    to_path,
+    to_threads,
     verdict_arguments,
 )
 from benchmarks.plan import Options, dry_run, plan
@@ -53,8 +55,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--blocks", type=int, default=9, help="measurements of each version, at least 3"
     )
     parser.add_argument("--method", choices=("graph", "eager"), default="graph")
-    parser.add_argument("--threads", type=int, help="of PyTorch on the CPU; default: its own")
-    parser.add_argument("--out", type=Path, help="default: benchmark-results/against-<base>-<date>")
+    parser.add_argument(
+        "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own"
+    )
+    parser.add_argument(
+        "--out", type=to_path, help="default: benchmark-results/against-<base>-<date>"
+    )
     verdict_arguments(parser)
 
 
@@ -62,8 +68,6 @@ def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 under --fail if anything is slower or lost."""
     if args.blocks < 3:
         raise ValueError(f"--blocks must be at least 3, or bands mean nothing; got {args.blocks}")
-    if args.threads is not None and args.threads < 1:
-        raise ValueError(f"--threads must be at least 1; got {args.threads}")
     device = choose_device(args.device, needed=not args.dry_run)
     options = Options(
         suite=args.suite, ops=args.op, providers=args.provider or OURS, dtypes=args.dtype,

@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import gpus, outputs
 from benchmarks.cost import Limits
+from benchmarks.options import to_path
 from benchmarks.reporting.fitted import FittedTable
 from benchmarks.timing import Timing
 
@@ -224,7 +225,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks calibrate`."""
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument(
-        "--out", type=Path, help="folder; default: benchmark-results/calibration-<device>-<date>"
+        "--out", type=to_path, help="folder; default: benchmark-results/calibration-<device>-<date>"
     )
     parser.add_argument(
         "--rounds", type=int, help=f"of each; default: {ROUNDS['cuda']}, on a CPU {ROUNDS['cpu']}"

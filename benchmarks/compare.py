@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks import record
-from benchmarks.options import verdict_arguments
+from benchmarks.options import to_path, verdict_arguments
 from benchmarks.record import Record
 from benchmarks.reporting import analysis
 from benchmarks.reporting.fitted import FittedTable
@@ -170,8 +170,8 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks compare`."""
     what = "results.jsonl, its folder, or a file of pytest --benchmark-json"
-    parser.add_argument("base", type=Path, help=what)
-    parser.add_argument("new", type=Path, help=what)
+    parser.add_argument("base", type=to_path, help=what)
+    parser.add_argument("new", type=to_path, help=what)
     verdict_arguments(parser)
     parser.add_argument("--all", action="store_true", help="show also what stayed the same")
     parser.add_argument("--force", action="store_true", help="even on different devices")

@@ -39,7 +39,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from benchmarks import outputs, resources
 from benchmarks.dry_device import Binary, DryDevice, active_driver, dry_device, finish
 from benchmarks.dry_programs import WHAT, Model, programs
-from benchmarks.options import names
+from benchmarks.options import names, to_path
 from benchmarks.reporting.fitted import FittedTable
 from benchmarks.resume import said
 from equiseg_fast.models.config import VARIANTS
@@ -298,7 +298,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--modalities", type=int, default=4)
     parser.add_argument("--batch", type=int, default=1)
     parser.add_argument("--count", action="store_true", help="do not compile")
-    parser.add_argument("--cache", type=Path, metavar="FOLDER", help="keep what is compiled here")
+    parser.add_argument(
+        "--cache", type=to_path, metavar="FOLDER", help="keep what is compiled here"
+    )
     parser.add_argument(
         "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per CPU"
     )

@@ -42,7 +42,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks import outputs
-from benchmarks.options import choose_device, names
+from benchmarks.options import choose_device, names, to_path
 from benchmarks.problem import Outputs, Shape
 from benchmarks.record import environment
 from benchmarks.registry import operations
@@ -239,7 +239,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--repeats", type=int, default=30, help="rounds; default: 30")
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="the times as JSON, over what is there"
+        "--out", type=to_path, metavar="FILE", help="the times as JSON, over what is there"
     )
     parser.add_argument("--dry-run", action="store_true", help="only list what would be called")
 

@@ -12,6 +12,7 @@ from benchmarks.plan import MODEL_COMPILED, PARTS, SHAPE_FIELDS, Pairs
 from benchmarks.registry import DTYPES, PROVIDERS, SCOPES, operations
 
 ROOT = Path(__file__).resolve().parent.parent
+MOST_THREADS = 1024
 
 MODE_HELP = (
     "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
@@ -64,6 +65,20 @@ def verdict_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--fail", action="store_true", help="exit with 1 if anything is slower or lost"
     )
+
+
+def to_path(text: str) -> Path:
+    """A path; an empty one, of a shell variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
+def to_threads(text: str) -> int:
+    """How many threads PyTorch computes on."""
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}; got {text!r}")
+    return int(text)
 
 
 def names(text: str) -> tuple[str, ...]:

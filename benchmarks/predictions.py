@@ -29,6 +29,7 @@ from benchmarks import efficiency, gpus, outputs
 from benchmarks.kernel_work import Kernel
 from benchmarks.launches import Call, counting
 from benchmarks.meta import META, on_meta
+from benchmarks.options import to_path
 from benchmarks.plan import Case, Options, plan
 from benchmarks.record import Key
 from benchmarks.registry import DTYPES, Shape, operations
@@ -221,7 +222,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--gpu", type=lambda text: text.lower().split(","), default=["h100", "h200"],
         help=f"some of {', '.join(gpus.GPUS)}, separated by commas; default: h100,h200",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, default=FOLDER, help="default: %(default)s")
+    parser.add_argument("--out", type=to_path, default=FOLDER, help="default: %(default)s")
     parser.add_argument("--check", action="store_true", help="only compare with what is there")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be predicted")
 

@@ -19,7 +19,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks import outputs
-from benchmarks.options import choose_device, pairs, shape_argument
+from benchmarks.options import choose_device, pairs, shape_argument, to_path
 from benchmarks.plan import Case, Options, dry_run, plan
 from benchmarks.registry import SUITES
 from benchmarks.reporting.analysis import significant
@@ -47,7 +47,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--only-calls", action="store_true",
         help="for ncu and nsys: the calls between cudaProfilerStart and Stop, no other profiler",
     )  # fmt: skip
-    parser.add_argument("--out", type=Path, help="default: benchmark-results/profile-<case>")
+    parser.add_argument("--out", type=to_path, help="default: benchmark-results/profile-<case>")
 
 
 def main(args: argparse.Namespace, console: Console) -> int:

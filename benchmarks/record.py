@@ -208,7 +208,7 @@ def read_jsonl(path: Path, said: Callable[[str], object] = lambda text: None) ->
     raises as `read`. said: is told of half a line at the end, which is left out."""
     path = _results(path)
     records: dict[Key, Record] = {}
-    text = path.read_text()
+    text = _text(path)
     lines = text.removesuffix("\n").split("\n") if text else []
     # Whoever wrote it is under way or was killed; an editor may have ended the line.
     if lines and not _is_json(lines[-1]):
@@ -253,10 +253,17 @@ def _results(path: Path) -> Path:
     return path / "results.jsonl" if path.is_dir() else path
 
 
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: not text: {error}") from error
+
+
 def _benchmark_json(path: Path) -> dict[str, Any] | None:
     """The content of a file of pytest-benchmark; None for any other."""
     try:
-        whole = json.loads(path.read_text())
+        whole = json.loads(_text(path))
     except json.JSONDecodeError:
         return None  # lines of JSON, or none at all
     return whole if isinstance(whole, dict) and isinstance(whole.get("benchmarks"), list) else None

@@ -14,12 +14,12 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from benchmarks import calibrate, gpus, model_cost
 from benchmarks.cost import Limits, Work, total
 from benchmarks.model_cost import Part
+from benchmarks.options import to_path
 from benchmarks.registry import DTYPES, Shape, operations
 from benchmarks.reporting.fitted import FittedTable
 from equiseg_fast.models.config import check_variant
@@ -69,7 +69,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--mode", choices=tuple(MODES), default="fwd", help="forward or training")
     parser.add_argument(
-        "--calibration", type=Path, metavar="FILE", help="of `calibrate`, instead of the datasheet"
+        "--calibration",
+        type=to_path,
+        metavar="FILE",
+        help="of `calibrate`, instead of the datasheet",
     )
     parser.add_argument("--parts", action="store_true", help="every part of every stage, too")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be predicted")

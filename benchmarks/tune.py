@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from benchmarks import outputs, parity, timing
-from benchmarks.options import choose_device, names
+from benchmarks.options import choose_device, names, to_path
 from benchmarks.record import environment
 from benchmarks.registry import DTYPES, Op, Problem, Shape, operations, unavailable
 from benchmarks.resume import AGAIN, is_sticky, said
@@ -56,7 +56,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--minutes", type=float, default=10.0, help="start no choice that would take longer"
     )
-    parser.add_argument("--out", type=Path, default=Path("benchmark-results/tuned"))
+    parser.add_argument("--out", type=to_path, default=Path("benchmark-results/tuned"))
     parser.add_argument("--dry-run", action="store_true", help="only list cases and choices")
 
 

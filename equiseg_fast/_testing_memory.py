@@ -25,6 +25,7 @@ from equiseg_fast.ops._checks import (
     check_seed,
     check_sequence,
     check_sizes,
+    number,
     positive,
 )
 
@@ -113,7 +114,7 @@ def random_normal(
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype must be a floating torch.dtype; got {dtype!r}")
     check_seed(seed)
-    scale = positive("scale", scale)
+    scale, mean = positive("scale", scale), number("mean", mean)
     try:
         device = torch.device(device)
     except (RuntimeError, TypeError, ValueError) as error:

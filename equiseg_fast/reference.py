@@ -416,12 +416,13 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     """Online hard example mining: the mean of the hard pixels.
 
     loss and valid (bool) `[...]` of one shape -> scalar. Hard are the valid pixels whose loss
-    exceeds `-log(thresh)`; if those are fewer than `#valid // min_kept_ratio`, that many with the
-    largest loss. Without any selected pixel the result is 0. No data-dependent shapes: selection
-    is by a mask and by rank, so nothing waits for the device.
+    exceeds `-log(thresh)`, or is NaN; if those are fewer than `#valid // min_kept_ratio`, that many
+    with the largest loss. Without any selected pixel the result is 0. Sums are in fp32 (fp64 for
+    fp64). No data-dependent shapes: selection is by a mask and by rank, so nothing waits for the
+    device.
     """
     flat, valid = loss.flatten(), valid.flatten()
-    hard = valid & (flat > -log(thresh))
+    hard = valid & ~(flat <= -log(thresh))
     least = valid.sum() // min_kept_ratio
     ranked = flat.detach().masked_fill(~valid, float("-inf"))
     # `least` is known to the device only, but is never more than this.
@@ -429,7 +430,8 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
     rank = torch.arange(largest.shape[0], device=loss.device)
     hardest = torch.zeros_like(valid).scatter(0, largest, rank < least)
     keep = torch.where(hard.sum() >= least, hard, hardest)
-    return torch.where(keep, flat, 0.0).sum() / keep.sum().clamp(min=1)
+    total = torch.where(keep, flat, 0.0).sum(dtype=statistics_dtype(flat))
+    return (total / keep.sum().clamp(min=1)).to(loss.dtype)
 
 
 # ---- cross-modal transformer block --------------------------------------------------------------

@@ -368,14 +368,6 @@ class TestAutograd:
         actual = torch.func.grad(loss(triton_attention))(q)
         torch.testing.assert_close(actual, torch.func.grad(loss(reference.attention))(q))
 
-    def test_vmap_and_forward_mode_refuse(self) -> None:
-        q, k, v = (x[None].expand(2, *x.shape) for x in make().values())
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(triton_attention)(q.clone().requires_grad_(), k, v)
-        q, k, v = make().values()
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.jvp(lambda q: triton_attention(q, k, v), (q,), (q,))
-
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
     def test_autocast(self, dtype: torch.dtype, backend: str) -> None:

@@ -289,19 +289,6 @@ class TestAutograd:
         with torch.no_grad():
             assert fn(**inputs).grad_fn is None
 
-    def test_functional_transforms(self) -> None:
-        """Reverse mode works; what has no rule refuses instead of being wrong."""
-        fn = triton_op
-        inputs = make(1, 3, 4, 8)
-        x = inputs.pop("x")
-        loss = lambda f: lambda x: f(x, **inputs).square().sum()  # noqa: E731
-        expected = torch.func.grad(loss(reference.depthwise_conv_gelu))(x)
-        torch.testing.assert_close(torch.func.grad(loss(fn))(x), expected, rtol=1e-4, atol=1e-5)
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.jvp(lambda x: fn(x, **inputs), (x,), (x,))
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(lambda x: fn(x, **inputs))(torch.stack((x, x)).requires_grad_())
-
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
     def test_autocast(self, dtype: torch.dtype, backend: str) -> None:

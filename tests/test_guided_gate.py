@@ -327,17 +327,6 @@ class TestAutograd:
         known = {t.data_ptr() for t in leaves}
         assert {t.data_ptr() for t in saved} <= known
 
-    def test_func_grad(self) -> None:
-        x, logits = make().values()
-        loss = lambda fn: lambda z: fn(x, z)[1].square().sum()  # noqa: E731
-        actual = torch.func.grad(loss(triton_gate))(logits)
-        torch.testing.assert_close(actual, torch.func.grad(loss(reference.guided_gate))(logits))
-
-    def test_vmap_refuses(self) -> None:
-        x, logits = (t[None].expand(2, *t.shape) for t in make().values())
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(triton_gate)(x.clone().requires_grad_(), logits)
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
     def test_autocast_changes_nothing(self, dtype: torch.dtype, backend: str) -> None:

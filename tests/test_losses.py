@@ -382,12 +382,6 @@ class TestAutograd:
         actual = gradient(partial(upsample_cross_entropy, backend=backend))
         torch.testing.assert_close(actual, gradient(reference.upsample_cross_entropy))
 
-    def test_vmap_refuses(self) -> None:
-        inputs = make()
-        logits = inputs["logits"].expand(2, -1, -1, -1, -1)
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(lambda x: triton_loss(x, inputs["labels"]))(logits)
-
     def test_gradient_is_channels_last_memory(self) -> None:
         inputs = make()
         logits = inputs["logits"].requires_grad_()

@@ -343,11 +343,13 @@ ACCEPTED: list[tuple[str, str, set[str], str]] = [
     ),
     ("*", "eps ln_eps_* tau *_tau", NUMBERS - {"0", "-1"}, "any positive number"),
     ("random_normal", "scale", {"1.5", "2**40", "2**70"}, "any positive number"),
+    ("random_normal", "mean", NUMBERS, "any finite number"),
     ("EQUISegConfig", "sgm_weight", NUMBERS - {"-1"}, "a weight of the loss, 0 without it"),
     ("*", "rate drop_path dropout head_dropout modality_dropout", {"0"}, "nothing is dropped"),
     ("*", "ignore_index seed", {"2**40", "0", "-1"}, "any integer of 64 bits"),
     (
-        "*", "return_* fold tf32 unit_last_stride verbose", {"True"}, "the flag has two values",
+        "*", "return_* fold tf32 unit_last_stride verbose adapt_channels", {"True"},
+        "the flag has two values",
     ),
     ("*", "present", {"one too many"}, "a set of names: twice is once"),
     ("query_hub", "pw_bias", {"tensor"}, "as many modalities as there are"),
@@ -373,7 +375,9 @@ ACCEPTED: list[tuple[str, str, set[str], str]] = [
         {"{tensor: float8, ..}", "{tensor: float16, ..}", "{tensor: float64, ..}"},
         "floating dtypes are converted",
     ),
+    ("load_backbone", "prefix", {"empty str"}, "names that begin with the encoder's own"),
     ("Rule", "name", {"str"}, MEANT),
+    ("Rule", "calls", {"[]", "list of str"}, "any names of children"),
     ("Rule", "matches forward examples", {"class"}, "a class can be called"),
     ("accelerate_module", "rules", {"one too many"}, "the first rule that matches is taken"),
     ("attention_forward", "module", {*GENERIC}, "only its name and is_causal are looked at"),
@@ -522,7 +526,8 @@ RECORDS = {
 """What functions return, or a row of a table: they hold what they are given."""
 
 ELSEWHERE = {
-    "hooked": "arguments that are no modules do not count, by its docstring",
+    "hooked": "in the way of every call of a rule, it asks nothing else",
+    "EQUISeg.set_extra_state": "for load_state_dict, which collects what RuntimeErrors say",
     "ParallelPoolingMixer.train": "PyTorch's own, apart from a state that it refuses",
     "SegmentationHead.train": "the same",
     "Tolerance.applies": "of a record",

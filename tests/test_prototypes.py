@@ -315,12 +315,6 @@ class TestAutograd:
         actual = torch.func.grad(loss(triton_prototypes))(x)
         torch.testing.assert_close(actual, torch.func.grad(loss(reference.class_prototypes))(x))
 
-    def test_vmap_refuses(self) -> None:
-        inputs = make()
-        x = inputs.pop("x").expand(2, -1, -1, -1, -1)
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(partial(triton_prototypes, **inputs))(x.clone().requires_grad_())
-
     @pytest.mark.parametrize("dtype", DTYPES)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
     def test_autocast_changes_nothing(self, dtype: torch.dtype, backend: str) -> None:

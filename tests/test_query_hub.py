@@ -338,15 +338,6 @@ class TestAutograd:
         actual = torch.func.grad(loss)(x, partial(query_hub, backend=backend))
         torch.testing.assert_close(actual, torch.func.grad(loss)(x, reference.query_hub))
 
-    def test_vmap_and_forward_mode_refuse(self) -> None:
-        inputs = make(2, batch=1, channels=8)
-        x = inputs.pop("x")
-        fn = partial(triton_hub, **inputs)
-        with pytest.raises(RuntimeError, match="vmap"):
-            torch.func.vmap(fn)(torch.stack([x, x]))
-        with pytest.raises((RuntimeError, NotImplementedError), match=r"jvp|forward"):
-            torch.func.jvp(fn, (x,), (x,))
-
     @pytest.mark.parametrize("dtype", HALF)
     @pytest.mark.parametrize("backend", ["triton", "torch", "reference"])
     def test_autocast(self, dtype: torch.dtype, backend: str) -> None:

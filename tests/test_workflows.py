@@ -239,7 +239,8 @@ def gradients_of_loss(
     model: EQUISeg, images: Tensor, labels: Tensor, present: Tensor | set[str]
 ) -> dict[str, Tensor | None]:
     model.zero_grad()
-    model.loss(images, labels, present=present, order=torch.tensor([0, 1]))[0].backward()
+    order = torch.arange(len(present))
+    model.loss(images, labels, present=present, order=order)[0].backward()
     return {name: p.grad for name, p in model.named_parameters()}
 
 
@@ -274,20 +275,19 @@ class TestDistributed:
         """DDP wants a gradient of every parameter, which a set of one name does not give."""
         model = build(head_dropout=0.0)
         images, labels = batch(32, 32)
-        order = torch.tensor([0, 1])
         names, mask = {"rgb"}, torch.tensor([[True, True], [False, False]])
         wrapped = DistributedDataParallel(model, find_unused_parameters=how != "mask")
         for _ in range(2):
             present = mask if how == "mask" else names
-            wrapped(images, labels=labels, present=present, order=order)[0].backward()
+            wrapped(images, labels=labels, present=present)[0].backward()
         with_names = gradients_of_loss(model, images, labels, names)
         with_mask = gradients_of_loss(model, images, labels, mask)
         assert 0 < sum(g is None for g in with_names.values()) < len(with_names)
         assert all(g is not None for g in with_mask.values())
         if how == "mask":
-            wrapped(images, labels=labels, present=names, order=order)[0].backward()
+            wrapped(images, labels=labels, present=names)[0].backward()
             with pytest.raises(RuntimeError, match="find_unused_parameters=True"):
-                wrapped(images, labels=labels, present=names, order=order)
+                wrapped(images, labels=labels, present=names)
 
     def test_a_sharded_child_is_called(self, one_process: None) -> None:
         from torch.distributed.fsdp import fully_shard

@@ -89,7 +89,9 @@ def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
             values = state.of(task)
             cells = [str(values.get(name, "")) for name in ("state", "rc", "seconds")]
             lines.append(f"| {task.name} | {' | '.join(cells)} | {task.output} |")
-    (folder / "summary.md").write_text("\n".join(lines) + "\n")
+    # It is read elsewhere: what commands said of files is said relative to the folder.
+    text = "\n".join(lines).replace(f"{folder}/", "") + "\n"
+    (folder / "summary.md").write_text(text)
 
 
 def merge(folder: Path) -> list[Record]:

@@ -21,7 +21,7 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks import outputs
-from benchmarks.options import ROOT, choose_device
+from benchmarks.options import ROOT, choose_device, to_path
 from benchmarks.reporting.fitted import FittedTable
 from benchmarks.visiting import orphans
 from benchmarks.visiting.archive import pack
@@ -42,14 +42,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks visit`."""
     parser.add_argument("--minutes", type=float, help="for everything; default: 9, on a CPU 4")
     parser.add_argument(
-        "--out", type=Path, default=Path("benchmark-results/visit"),
+        "--out", type=to_path, default=Path("benchmark-results/visit"),
         help="folder of results, and of a resumed visit; default: %(default)s",
     )  # fmt: skip
     parser.add_argument(
-        "--archive", type=Path, metavar="FILE", help="default: the folder's name with .tar.gz"
+        "--archive", type=to_path, metavar="FILE", help="default: the folder's name with .tar.gz"
     )
     parser.add_argument(
-        "--cache", type=Path, metavar="FOLDER",
+        "--cache", type=to_path, metavar="FOLDER",
         help="binaries compiled beforehand, by `dry --what visit --cache FOLDER` with the Python "
         "and Triton of that machine; default: triton-cache in --out",
     )  # fmt: skip

@@ -85,7 +85,8 @@ class EQUISeg(Layer):
         if len(config.modalities) > 1:
             for s, dim in enumerate(config.dims):
                 self.fusion.append(self._fusion_block(s))
-                if config.gate:
+                # The branches of the last stage go nowhere.
+                if config.gate and (config.fuse == "gate" or s < 3):
                     self.gates.append(
                         SelfGuidedGate(dim, config.gate_reduction, config.gate_rho, config.gate_tau)
                     )
@@ -236,8 +237,8 @@ class EQUISeg(Layer):
         labels: `[B, H, W]` integer, 0..num_classes - 1 or `config.ignore_index`. generator: draws
         the teachers of the self-guided loss (and of modality dropout); None is PyTorch's own of the
         model's device, which waits for nothing; what a generator of another device draws is copied.
-        order: int64 `[M]`, a permutation of the modalities in `images`: which of them are taken as
-        teachers first; None draws one.
+        order: int64 `[M]`, a permutation of the modalities, of those present if `present` names
+        them: which are taken as teachers first; None draws one.
 
         parts: "seg", the OHEM cross-entropy at label resolution, and "sgm", the mean over stages
         of the prototype self-distillation; total = seg + sgm_weight * sgm.
@@ -357,14 +358,15 @@ class EQUISeg(Layer):
     def _balance(self, s: int, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate of stage s: f `[M, B, L, C]` -> branches, fused map, contributions `[M, B, C]`."""
         config = self.config
-        if config.gate:
+        gated = s < len(self.gates)
+        if gated:
             branches, fused, weights = self.gates[s](f, present=mask, return_weights=True)
             if config.fuse == "gate":
                 return branches, fused, weights
         logits = _equal_logits(f)
         unchanged, fused = guided_gate(f, logits, present=mask, rho=0.0)
         weights = reference.gate_weights(logits, present=mask)
-        return branches if config.gate else unchanged, fused, weights
+        return branches if gated else unchanged, fused, weights
 
     def _head(self, stages: Sequence[StageOutput]) -> Tensor:
         return self.head([s.fused for s in stages], [s.size for s in stages])

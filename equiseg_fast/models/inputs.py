@@ -90,7 +90,7 @@ def check_mask(present: Tensor, x: Tensor) -> None:
     _checks.check_shape("present", present, tuple(x.shape[:2]), "[M, B]")
     if present.device.type != "cpu":
         _checks.check_same_device(images=x, present=present)
-    if present.device.type == "cpu" and not torch.compiler.is_compiling():
+    if _checks.has_values(present):
         absent = (~present.any(dim=0)).nonzero().flatten().tolist()
         if absent:
             raise ValueError(

@@ -153,6 +153,7 @@ def load_backbone(
     used: set[str] = set()
     for (path, encoder), theirs in zip(encoders, found, strict=True):
         parameters: dict[str, Tensor] = dict(encoder.named_parameters())
+        _check_whole(path, encoder, parameters)
         sources = {name: theirs.sources(name) for name in parameters}
         for source in {x.name for parts in sources.values() for x in parts} & state.keys():
             _check_plain(source, state[source])
@@ -289,6 +290,20 @@ def _check_plain(name: str, value: Tensor) -> None:
         raise ValueError(f"{name} must be dense; got a {kind} tensor")
     if value.is_meta:
         raise ValueError(f"{name} must have values; in the file it is on the meta device")
+
+
+def _check_whole(path: str, encoder: MixTransformer, parameters: Mapping[str, Tensor]) -> None:
+    """The encoder still has the parameters that it was built with."""
+    depths = tuple(len(getattr(encoder, f"block{s}")) for s in (1, 2, 3, 4))
+    variant = next(v for v, sizes in VARIANTS.items() if sizes == (encoder.dims, depths))
+    with torch.device("meta"):
+        built = MixTransformer(variant)
+    gone = [name for name, _ in built.named_parameters() if name not in parameters]
+    if gone:
+        raise TypeError(
+            f"{path}{gone[0]} of the model must be an nn.Parameter; it has none of that name. Load "
+            "the weights before the model is quantised, pruned or given adapters"
+        )
 
 
 def _check_target(name: str, target: Tensor) -> None:

@@ -14,7 +14,7 @@ from ._forms import as_tokens, check_belongs, check_channels, check_same_form, l
 from ._layer import Layer
 from ._plain import is_plain, reduces
 from ._sharing import adopt
-from .common import Linear, backend_repr
+from .common import apply_linear, backend_repr
 
 
 def reduce_tokens(conv: nn.Conv2d, x: Tensor, height: int, width: int) -> Tensor:
@@ -46,9 +46,9 @@ class CrossModalAttention(Layer):
         self.dim = dim
         self.heads = heads
         self.sr_ratio = sr_ratio
-        self.q = Linear(dim, dim)
-        self.kv = Linear(dim, 2 * dim)
-        self.proj = Linear(dim, dim)
+        self.q = nn.Linear(dim, dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.proj = nn.Linear(dim, dim)
         if sr_ratio > 1:
             self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
             self.norm = nn.LayerNorm(dim, eps=eps)
@@ -76,9 +76,9 @@ class CrossModalAttention(Layer):
                     f"got {height}, {width}"
                 )
             source = self.norm(reduce_tokens(self.sr, source, height, width))
-        q = self.q(x).unflatten(-1, (self.heads, -1))
-        k, v = self.kv(source).unflatten(-1, (2, self.heads, -1)).unbind(2)
-        return self.proj(attention(q, k, v).flatten(2))
+        q = apply_linear(self.q, x).unflatten(-1, (self.heads, -1))
+        k, v = apply_linear(self.kv, source).unflatten(-1, (2, self.heads, -1)).unbind(2)
+        return apply_linear(self.proj, attention(q, k, v).flatten(2))
 
     def extra_repr(self) -> str:
         shape = (0, 1, self.heads, self.dim // self.heads)

@@ -4,7 +4,6 @@ Only metadata is looked at, so nothing waits for the device and the compiler see
 labels alone have their values checked, where that costs neither (`has_values`).
 """
 
-import sys
 from collections.abc import Sequence
 from numbers import Integral, Real
 from typing import Any
@@ -20,7 +19,6 @@ INTEGER = (torch.int64, torch.int32, torch.int16, torch.uint8, torch.int8)
 
 _NUMBERS: Any = (float, int, Real)
 _STRIDED = torch.strided
-_LARGEST = sys.float_info.max
 
 MAX_SIZE = 2**31 - 1
 """Largest size of a layer, or number of classes: what is beyond is a mistake, not a tensor."""
@@ -146,9 +144,13 @@ def number(name: str, value: Any) -> float:
     """
     if not isinstance(value, _NUMBERS) or isinstance(value, bool):
         raise TypeError(f"{name} must be a number; got {value!r}")
-    if not -_LARGEST <= value <= _LARGEST:
+    try:
+        x = float(value)
+    except OverflowError as error:  # of an int that is too large
+        raise ValueError(f"{name} must be finite; got {value}") from error
+    if not x - x == 0:  # nor are these infinity and NaN; for the compiler it holds of all others
         raise ValueError(f"{name} must be finite; got {value}")
-    return float(value)
+    return x
 
 
 def positive(name: str, value: Any) -> float:

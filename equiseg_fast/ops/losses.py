@@ -69,10 +69,12 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
         that count. thresh: in (0, 1], hard pixels have a predicted probability below it.
     min_kept_ratio: at least one in so many valid pixels is kept.
 
-    Returns a scalar: the mean over the valid pixels whose loss exceeds `-log(thresh)`; if those
-    are fewer than `#valid // min_kept_ratio`, over that many with the largest loss; 0 without any
-    selected pixel. Nothing waits for the device and no shape depends on data. Raises TypeError or
-    ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv 2303.01480).
+    Returns a scalar in the dtype of loss: the mean over the valid pixels whose loss exceeds
+    `-log(thresh)`; if those are fewer than `#valid // min_kept_ratio`, over that many with the
+    largest loss; 0 without any selected pixel. A valid pixel of NaN is always among them. Sums are
+    in fp32 (fp64 for fp64). Nothing waits for the device and no shape depends on data. Raises
+    TypeError or ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv
+    2303.01480).
     """
     _checks.check_tensor("loss", loss, _checks.FLOATING, "[...]")
     _checks.check_tensor("valid", valid, (torch.bool,), "[...]")
@@ -90,12 +92,14 @@ def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: in
 def _ohem_cpu(loss: Tensor, valid: Tensor, bound: float, min_kept_ratio: int) -> Tensor:
     """Ranks only where the hard pixels are too few, which trained networks alone have."""
     least = int(valid.count_nonzero()) // min_kept_ratio
-    hard = valid & (loss > bound)
+    hard = valid & ~(loss <= bound)
     kept = int(hard.count_nonzero())
     if kept >= least:
-        return torch.where(hard, loss, 0.0).sum() / max(kept, 1)
-    ranked = loss.detach().masked_fill(~valid, float("-inf"))
-    return loss[ranked.topk(least, sorted=False).indices].sum() / least
+        chosen = torch.where(hard, loss, 0.0)
+    else:
+        ranked = loss.detach().masked_fill(~valid, float("-inf"))
+        chosen, kept = loss[ranked.topk(least, sorted=False).indices], least
+    return (chosen.sum(dtype=reference.statistics_dtype(loss)) / max(kept, 1)).to(loss.dtype)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
