@@ -168,6 +168,9 @@ def test_shape_is_a_filter_with_alternatives() -> None:
     [
         (["--shape", "stage=3"], "--shape stage must be among 2, 1, 0 in suite quick; got 3"),
         (["--shape", "batch=4"], "got 4. --at batch=4 puts that value into every case"),
+        (["--out", ""], "--out: must not be empty"),
+        (["--threads", "0"], "--threads: must be 1 to 1024; got '0'"),
+        (["--threads", "99999999999"], "must be 1 to 1024; got '99999999999'"),
         (["--at", "depth=4"], "--at must be among variant, stage, height"),
         (["--at", "variant=b9"], "--at variant must be among b0, b1"),
         (["--at", "stage=5"], "--at stage must be among 0, 1, 2, 3, 4; got '5'"),

@@ -458,6 +458,12 @@ def record(p50: float, *, width: float = 0.0, **fields: object) -> Record:
     return row
 
 
+def test_a_file_that_is_no_text_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results.jsonl").write_bytes(bytes(range(128, 256)))
+    with pytest.raises(ValueError, match=r"results\.jsonl: not text"):
+        read_jsonl(tmp_path)
+
+
 def test_records_survive_the_file(tmp_path: Path) -> None:
     oom = {"status": "oom", "reason": "out of memory"}
     rows = [record(5.0, peak_mib=1.5), record(7.0, provider="flex", **oom)]

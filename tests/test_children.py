@@ -487,3 +487,9 @@ def double_output(module: nn.Module, args: Any, out: Tensor) -> Tensor:
 
 def scale_by_hook_of_a_module(child: nn.Module) -> None:
     child.register_forward_hook(double_output)
+
+
+def test_linear_layers_are_those_of_pytorch() -> None:
+    """What replaces linear layers by their class, as quantisation does, finds them all."""
+    layer = layers.EfficientSelfAttention(16, 2, 2)
+    assert {type(m) for m in (layer.q, layer.kv, layer.proj)} == {nn.Linear}

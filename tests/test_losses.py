@@ -470,6 +470,23 @@ class TestRegistration:
 
 
 class TestOhem:
+    @pytest.mark.parametrize("few", [False, True])
+    @pytest.mark.parametrize("function", [ohem, reference.ohem])
+    def test_a_pixel_of_nan_is_never_dropped(self, function: Any, few: bool) -> None:
+        loss = torch.full((64,), 0.01 if few else 2.0)
+        loss[7] = torch.nan
+        valid = torch.ones(64, dtype=torch.bool)
+        assert function(loss, valid).isnan()
+        valid[7] = False
+        assert function(loss, valid).isfinite()
+
+    @pytest.mark.parametrize("function", [ohem, reference.ohem])
+    def test_sums_are_wide(self, function: Any) -> None:
+        loss = torch.full((100_000,), 2.5, dtype=torch.float16)
+        found = function(loss, torch.ones_like(loss, dtype=torch.bool))
+        assert found.dtype == torch.float16
+        assert found == 2.5
+
     @pytest.mark.parametrize("kept", ["hard", "ranked", "ranked with ties", "none", "empty"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
     def test_equals_the_reference(self, kept: str, dtype: torch.dtype) -> None:

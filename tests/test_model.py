@@ -237,6 +237,15 @@ class TestSegformer:
             torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4 * float(b.abs().max()))
 
 
+def test_every_parameter_learns_whatever_fuses() -> None:
+    """The gate of the last stage weighs branches that nobody reads if the mean is the fused map."""
+    model = EQUISeg.from_name("b0", modalities=("a", "b"), num_classes=3, fuse="mean")
+    images, labels = torch.randn(2, 1, 3, 32, 32), torch.randint(0, 3, (1, 32, 32))
+    model.loss(images, labels)[0].backward()
+    assert [name for name, p in model.named_parameters() if p.grad is None] == []
+    assert len(model.gates) == 3
+
+
 class TestStateDict:
     """Weights know the modalities they belong to."""
 

@@ -628,6 +628,16 @@ def two(first: str, second: str) -> Callable[[], State]:
 
 
 class TestRefusals:
+    def test_parameters_that_the_model_has_no_more(self) -> None:
+        model, state = MixTransformer("b0"), MixTransformer("b0").state_dict()
+        fc1 = model.block1[0].mlp.fc1
+        weight = fc1.weight.detach()
+        del fc1.weight
+        fc1.register_buffer("weight", weight)
+        for strict in (True, False):
+            with pytest.raises(TypeError, match=r"mlp\.fc1\.weight of the model must be"):
+                load_backbone(model, state, strict=strict)
+
     CASES = (
         # what it is instead
         (fake("layer1.0.conv1.weight", "fc.bias"), "no Mix Transformer .* like a ResNet; it has l"),
