@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from ._plain import keeps_size, reduces
+
 
 def find(module: Any, *names: str) -> Any:
     """What the module has under the first of these names that it knows, else None."""
@@ -32,10 +34,8 @@ def is_reduction(conv: Any, ratio: int) -> bool | str:
     """Whether a spatial reduction by this ratio is a convolution of that kernel and stride."""
     if ratio == 1:
         return True
-    if is_convolution(conv):
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        if shape == ((ratio, ratio), (ratio, ratio), (0, 0), (1, 1), 1):
-            return True
+    if is_convolution(conv) and reduces(conv) and conv.stride == (ratio, ratio):
+        return True
     return f"its reduction {conv} is not a convolution of kernel and stride {ratio}"
 
 
@@ -49,11 +49,8 @@ def is_convolution(module: Any) -> bool:
 
 def is_depthwise(conv: Any, channels: int) -> bool | str:
     """Whether it is the 3x3 convolution of Mix-FFN on so many channels."""
-    if is_convolution(conv):
-        shape = (conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.groups)
-        same = shape == ((3, 3), (1, 1), (1, 1), (1, 1), channels)
-        if same and conv.padding_mode == "zeros" and conv.bias is not None:
-            return True
+    if is_convolution(conv) and keeps_size(conv, 3, channels) and conv.bias is not None:
+        return True
     return f"{conv} is not a depthwise 3x3 convolution with padding 1 and bias"
 
 

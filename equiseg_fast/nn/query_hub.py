@@ -14,6 +14,7 @@ from equiseg_fast.ops._checks import check_sequence, check_sizes
 from ._foreign import child
 from ._forms import as_tokens, check_channels, like
 from ._layer import Layer
+from ._plain import keeps_size
 from ._sharing import JoinedParameter, replace_by_joined
 from .common import backend_repr
 
@@ -115,10 +116,8 @@ class SelfQueryHub(Layer):
 def _check_conv(label: str, conv: Any, channels: int, out: int, kernel: int, groups: int) -> None:
     """A convolution of these sizes that keeps the size of the map, with bias."""
     if isinstance(conv, nn.Conv2d) and conv.bias is not None:
-        side = (kernel, kernel), (1, 1), (kernel // 2,) * 2, (1, 1), "zeros"
-        found = conv.kernel_size, conv.stride, conv.padding, conv.dilation, conv.padding_mode
-        sizes = conv.in_channels, conv.out_channels, conv.groups
-        if found == side and sizes == (channels, out, groups):
+        sizes = conv.in_channels, conv.out_channels
+        if keeps_size(conv, kernel, groups) and sizes == (channels, out):
             return
     raise TypeError(
         f"{label} must be a {kernel}x{kernel} convolution of {channels} channels to {out} in "
