@@ -628,6 +628,13 @@ def two(first: str, second: str) -> Callable[[], State]:
 
 
 class TestRefusals:
+    def test_numbers_of_blocks_that_no_variant_has(self) -> None:
+        model, other = MixTransformer("b0"), MixTransformer("b0")
+        for encoder in (model, other):
+            del encoder.block3[1]
+        assert not load_backbone(model, other.state_dict()).missing
+        assert torch.equal(model.block3[0].mlp.fc1.weight, other.block3[0].mlp.fc1.weight)
+
     def test_parameters_that_the_model_has_no_more(self) -> None:
         model, state = MixTransformer("b0"), MixTransformer("b0").state_dict()
         fc1 = model.block1[0].mlp.fc1

@@ -3,7 +3,7 @@
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -294,16 +294,25 @@ def _check_plain(name: str, value: Tensor) -> None:
 
 def _check_whole(path: str, encoder: MixTransformer, parameters: Mapping[str, Tensor]) -> None:
     """The encoder still has the parameters that it was built with."""
-    depths = tuple(len(getattr(encoder, f"block{s}")) for s in (1, 2, 3, 4))
-    variant = next(v for v, sizes in VARIANTS.items() if sizes == (encoder.dims, depths))
-    with torch.device("meta"):
-        built = MixTransformer(variant)
-    gone = [name for name, _ in built.named_parameters() if name not in parameters]
+    gone = [name for name in _names(encoder) if name not in parameters]
     if gone:
         raise TypeError(
             f"{path}{gone[0]} of the model must be an nn.Parameter; it has none of that name. Load "
             "the weights before the model is quantised, pruned or given adapters"
         )
+
+
+def _names(encoder: MixTransformer) -> Iterator[str]:
+    """The parameters of a Mix Transformer with so many blocks."""
+    with torch.device("meta"):
+        built = MixTransformer("b0")
+    for name, _ in built.named_parameters():
+        match = re.fullmatch(r"(block\d)\.(\d+)\.(.+)", name)
+        if match is None:
+            yield name
+        elif match[2] == "0":
+            for j in range(len(getattr(encoder, match[1]))):
+                yield f"{match[1]}.{j}.{match[3]}"
 
 
 def _check_target(name: str, target: Tensor) -> None:
