@@ -10,11 +10,13 @@ from setuptools import setup
 setup(
     packages=[
         "equiseg_fast",
+        "equiseg_fast.data",
         "equiseg_fast.integrations",
         "equiseg_fast.kernels",
         "equiseg_fast.models",
         "equiseg_fast.nn",
         "equiseg_fast.ops",
+        "equiseg_fast.training",
     ],
     package_data={"equiseg_fast": ["py.typed"]},
 )

@@ -19,6 +19,7 @@ from equiseg_fast.ops._checks import (
 )
 
 VARIANTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]] = {
+    "nano": ((16, 32, 80, 128), (1, 1, 1, 1)),
     "b0": ((32, 64, 160, 256), (2, 2, 2, 2)),
     "b1": ((64, 128, 320, 512), (2, 2, 2, 2)),
     "b2": ((64, 128, 320, 512), (3, 4, 6, 3)),
@@ -26,7 +27,10 @@ VARIANTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]
     "b4": ((64, 128, 320, 512), (3, 8, 27, 3)),
     "b5": ((64, 128, 320, 512), (3, 6, 40, 3)),
 }
-"""Mix Transformer variants: channels and number of blocks of the four stages."""
+"""Mix Transformer variants: channels and number of blocks of the four stages.
+
+"nano" is ours, half as wide and as deep as B0, for CPUs and experiments; it has no published weights.
+"""
 
 HEADS = (1, 2, 5, 8)
 SR_RATIOS = (8, 4, 2, 1)
@@ -53,10 +57,10 @@ class EQUISegConfig:
 
     Fields marked with a star are choices of ours where the paper (arXiv 2509.24505) is silent.
 
-    variant: Mix Transformer of the encoder, "b0" to "b5".
+    variant: Mix Transformer of the encoder, "b0" to "b5", or "nano", half of b0.
     modalities: unique names, 1 to 8 of them; their order is that of every modality axis.
     num_classes: classes of the logits. ignore_index*: label that counts for nothing.
-    decoder_dim*: width of the head; None is 256 for b0 and b1, 512 otherwise.
+    decoder_dim*: width of the head; None is 128 for nano, 256 for b0 and b1, 512 otherwise.
     share_encoder*: one encoder for all modalities; False gives each its own.
     aux_source: where the query hub reads: "embed" (before the blocks, as in the paper) or
         "encoded"* (after them).
@@ -175,4 +179,4 @@ class EQUISegConfig:
         """Width of the decode head."""
         if self.decoder_dim is not None:
             return self.decoder_dim
-        return 256 if self.variant in ("b0", "b1") else 512
+        return {"nano": 128, "b0": 256, "b1": 256}.get(self.variant, 512)

@@ -1,0 +1,56 @@
+"""What the command lines share: exit status, messages, and where progress is shown."""
+
+import argparse
+import sys
+from collections.abc import Callable, Sequence
+
+INTERRUPTED = 130
+
+
+class Failed(Exception):
+    """The work was done as asked and came out wrong: exit status 1."""
+
+
+def parser_of(module: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help fits a screen of 80 columns, for `python -m equiseg_fast.<module>`."""
+    return argparse.ArgumentParser(
+        prog=f"python -m equiseg_fast.{module}",
+        usage=usage,
+        description=description,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=26, width=80),
+        allow_abbrev=False,
+    )
+
+
+def run_command(
+    parser: argparse.ArgumentParser,
+    work: Callable[[argparse.Namespace], None],
+    arguments: Sequence[str] | None = None,
+) -> int:
+    """Parse, work, and return the exit status.
+
+    0: done. 1: `Failed`. 2: usage, a bad value, a file that cannot be read or written, a package
+    that is not installed; one line says which. 130: Ctrl-C. Anything else is a defect of ours and
+    keeps its traceback.
+    """
+    try:
+        args = parser.parse_args(arguments)
+    except SystemExit as stop:  # --help and usage errors, already printed
+        return int(stop.code or 0)
+    try:
+        work(args)
+    except Failed as error:
+        return _say(parser, str(error), 1)
+    except KeyboardInterrupt:
+        return _say(parser, "interrupted; the same command goes on", INTERRUPTED)
+    except (ValueError, TypeError, ImportError) as error:
+        return _say(parser, str(error), 2)
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _say(parser, f"{where}{error.strerror or error}", 2)
+    return 0
+
+
+def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:
+    print(f"{parser.prog}: {'' if status == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+    return status

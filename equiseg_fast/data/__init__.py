@@ -1,0 +1,7 @@
+"""Data: sensors, samples and datasets of them. Importing this reads no file and needs no library
+for images."""
+
+from .samples import Batch, Sample, SensorDataset, collate, normalise
+from .sensors import Sensor, camera
+
+__all__ = ["Batch", "Sample", "Sensor", "SensorDataset", "camera", "collate", "normalise"]

@@ -1,0 +1,1 @@
+"""Training: configuration, optimiser, checkpoints and the loop behind `equiseg_fast.train`."""
