@@ -4,6 +4,8 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 
+import torch
+
 INTERRUPTED = 130
 
 
@@ -49,6 +51,22 @@ def run_command(
         where = f"{error.filename}: " if error.filename else ""
         return _say(parser, f"{where}{error.strerror or error}", 2)
     return 0
+
+
+def choose_device(name: str | None) -> torch.device:
+    """The device of that name, or the GPU if there is one and the CPU otherwise.
+
+    Raises ValueError for one that PyTorch does not know or see.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"device must be one that PyTorch sees; got {name!r}: {reason}") from None
+    return device
 
 
 def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:

@@ -29,7 +29,7 @@ VARIANTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]
 }
 """Mix Transformer variants: channels and number of blocks of the four stages.
 
-"nano" is ours, half as wide and as deep as B0, for CPUs and experiments; it has no published weights.
+"nano" is ours, half as wide and as deep as B0, for CPUs and experiments; no weights are published.
 """
 
 HEADS = (1, 2, 5, 8)
