@@ -186,7 +186,7 @@ def _check_fits(origin: str, state: Mapping[str, Any], expected: Mapping[str, Te
     """The state has every tensor of the model, no others, in these shapes and kinds of dtype."""
     for label, names in (
         ("lacks", [name for name in expected if name not in state]),
-        ("has no place in the model for", [name for name in state if name not in expected]),
+        ("has no place in the model for", sorted(set(state) - set(expected))),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
