@@ -261,6 +261,10 @@ class TestRefusedSaves:
         (tmp_path / "file").write_text("")
         with pytest.raises(FileExistsError, match="file"):
             model().save_pretrained(tmp_path / "file")
+        with pytest.raises(TypeError, match="folder must be a path; got int"):
+            model().save_pretrained(7)  # type: ignore[arg-type]
+        with pytest.raises(TypeError, match="state_dict must be a mapping; got list"):
+            model().save_pretrained(tmp_path, state_dict=[])  # type: ignore[arg-type]
 
 
 class TestKilled:
