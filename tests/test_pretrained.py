@@ -87,7 +87,7 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("fields", "message"),
         [
-            ({"modalities": "rgb"}, r"modalities=\('rgb',\) for one; got 'rgb'"),
+            ({"modalities": "rgb"}, r"got 'rgb'\. Write modalities=\('rgb',\) for one"),
             ({"in_channels": (3, 1, 1)}, r"in_channels must be one number, or one for each"),
             ({"in_channels": (3, 0)}, r"in_channels\[1\] must be at least 1; got 0"),
             ({"in_channels": "3"}, "in_channels must be a sequence of integers; got '3'"),
