@@ -4,12 +4,14 @@ for images."""
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera
+from .synthetic import SyntheticScenes
 
 __all__ = [
     "Batch",
     "Sample",
     "Sensor",
     "SensorDataset",
+    "SyntheticScenes",
     "camera",
     "collate",
     "colour_labels",
