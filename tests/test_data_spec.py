@@ -5,11 +5,13 @@ import json
 
 import pytest
 
-from equiseg_fast.data import DataConfig
+from equiseg_fast.data import DataConfig, synthetic
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML (extra train)")
 
 CONFIGS = [
+    DataConfig(),
+    DataConfig(size=[32, 64], length=7, held_out=2, seed=5, sensors=["lidar", "rgb"]),
     DataConfig(
         kind="folder", root="x", sensors=["rgb", "lidar"], classes=["a"], palette=[[1, 2, 3]]
     ),
@@ -18,7 +20,7 @@ CONFIGS = [
 ]
 
 
-@pytest.mark.parametrize("config", CONFIGS, ids=lambda c: c.kind)
+@pytest.mark.parametrize("config", CONFIGS, ids=repr)
 def test_config_survives_json_and_yaml(config: DataConfig) -> None:
     for there_and_back in (
         lambda d: json.loads(json.dumps(d)),
@@ -57,6 +59,7 @@ def test_config_survives_json_and_yaml(config: DataConfig) -> None:
         ({"size": [96, 0]}, ValueError, r"size\[1\] must be at least 1"),
         ({"length": 1.5}, TypeError, "length must be an integer"),
         ({"held_out": 0}, ValueError, "held_out must be at least 1"),
+        ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
         ({"seed": "a"}, TypeError, "seed must be an integer"),
     ],
 )
@@ -95,3 +98,21 @@ def test_config_of_folders_names_the_field(
     DataConfig.from_dict(good)
     with pytest.raises(error, match=message):
         DataConfig.from_dict({**good, **fields})
+
+
+def test_config_opens_scenes_that_no_split_or_seed_shares() -> None:
+    assert DataConfig().sensors == synthetic.SENSORS
+    data = [
+        DataConfig(size=(32, 32), length=3, held_out=2, seed=seed).open(split)
+        for seed in (0, 1)
+        for split in ("train", "val", "test")
+    ]
+    assert [len(x) for x in data] == [3, 2, 2] * 2
+    scenes = [x.raw(i).images["rgb"].numpy().tobytes() for x in data for i in range(2)]
+    assert len(set(scenes)) == len(scenes)
+    own = {"name": "lidar", "mean": [0, 0]}
+    chosen = DataConfig(size=(32, 32), sensors=[own, "rgb"]).open("val")
+    assert [x.name for x in chosen.sensors] == ["lidar", "rgb"]
+    assert chosen.sensors[0].mean == (0, 0)
+    assert chosen.sensors[0].scale == synthetic.SENSORS[3].scale
+    assert list(chosen[0].images) == ["lidar", "rgb"]

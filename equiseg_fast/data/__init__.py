@@ -4,9 +4,11 @@ for images."""
 from .deliver import DeLiVER
 from .folder import FolderDataset
 from .muses import MUSES
+from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera, sensor
 from .spec import DataConfig
+from .synthetic import SyntheticScenes
 
 __all__ = [
     "MUSES",
@@ -17,8 +19,13 @@ __all__ = [
     "Sample",
     "Sensor",
     "SensorDataset",
+    "SyntheticScenes",
     "camera",
     "collate",
+    "colour_labels",
+    "contact_sheet",
     "normalise",
+    "palette_of",
     "sensor",
+    "show",
 ]
