@@ -1,13 +1,16 @@
 """Data: sensors, samples and datasets of them. Importing this reads no file and needs no library
 for images."""
 
+from .degradations import DEGRADATIONS, Degraded, degradations_for, degrade
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera
 from .synthetic import SyntheticScenes
 
 __all__ = [
+    "DEGRADATIONS",
     "Batch",
+    "Degraded",
     "Sample",
     "Sensor",
     "SensorDataset",
@@ -16,6 +19,8 @@ __all__ = [
     "collate",
     "colour_labels",
     "contact_sheet",
+    "degradations_for",
+    "degrade",
     "normalise",
     "palette_of",
     "show",
