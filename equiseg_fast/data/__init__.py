@@ -2,15 +2,23 @@
 for images."""
 
 from .degradations import DEGRADATIONS, Degraded, degradations_for, degrade
+from .deliver import DeLiVER
+from .folder import FolderDataset
+from .muses import MUSES
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
-from .sensors import Sensor, camera
+from .sensors import Sensor, camera, sensor
+from .spec import DataConfig
 from .synthetic import SyntheticScenes
 
 __all__ = [
     "DEGRADATIONS",
+    "MUSES",
     "Batch",
+    "DataConfig",
+    "DeLiVER",
     "Degraded",
+    "FolderDataset",
     "Sample",
     "Sensor",
     "SensorDataset",
@@ -23,5 +31,6 @@ __all__ = [
     "degrade",
     "normalise",
     "palette_of",
+    "sensor",
     "show",
 ]
