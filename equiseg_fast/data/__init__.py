@@ -1,6 +1,7 @@
 """Data: sensors, samples and datasets of them. Importing this reads no file and needs no library
 for images."""
 
+from .degradations import DEGRADATIONS, Degraded, degradations_for, degrade
 from .deliver import DeLiVER
 from .folder import FolderDataset
 from .muses import MUSES
@@ -11,10 +12,12 @@ from .spec import DataConfig
 from .synthetic import SyntheticScenes
 
 __all__ = [
+    "DEGRADATIONS",
     "MUSES",
     "Batch",
     "DataConfig",
     "DeLiVER",
+    "Degraded",
     "FolderDataset",
     "Sample",
     "Sensor",
@@ -24,6 +27,8 @@ __all__ = [
     "collate",
     "colour_labels",
     "contact_sheet",
+    "degradations_for",
+    "degrade",
     "normalise",
     "palette_of",
     "sensor",
