@@ -1,12 +1,20 @@
 """Data: sensors, samples and datasets of them. Importing this reads no file and needs no library
 for images."""
 
+from .deliver import DeLiVER
+from .folder import FolderDataset
+from .muses import MUSES
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
-from .sensors import Sensor, camera
+from .sensors import Sensor, camera, sensor
+from .spec import DataConfig
 
 __all__ = [
+    "MUSES",
     "Batch",
+    "DataConfig",
+    "DeLiVER",
+    "FolderDataset",
     "Sample",
     "Sensor",
     "SensorDataset",
@@ -16,5 +24,6 @@ __all__ = [
     "contact_sheet",
     "normalise",
     "palette_of",
+    "sensor",
     "show",
 ]

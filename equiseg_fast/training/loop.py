@@ -295,68 +295,6 @@ class _Run:
             self.log.write(line)
 
 
-def seed_of(*key: int | str) -> int:
-    """A seed of its own for every key."""
-    # The generator of the CPU looks at 32 bits.
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
-
-
-def loss_of(
-    model: nn.Module, batch: Batch, step: int, config: TrainConfig, here: Place
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and its parts. What is drawn follows from seed and step: which modalities are dropped
-    and which teach is common to all processes; dropout and stochastic depth are not."""
-    torch.manual_seed(seed_of(config.seed, step, here.rank))
-    generator = torch.Generator(here.device).manual_seed(seed_of(config.seed, step, "common"))
-    batch = batch.to(here.device)
-    if batch.labels is None:
-        raise ValueError(f"training images must have labels; {', '.join(batch.names)} have none")
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    with torch.autocast(here.device.type, dtype, enabled=dtype is not None):
-        return model(batch.images, labels=batch.labels, present=batch.mask, generator=generator)
-
-
-@torch.no_grad()
-def validate(model: EQUISeg, plan: Plan, pause: Any = lambda: None) -> dict[str, Any]:
-    """mIoU and IoU by name of class, over the whole images of all processes."""
-    val, config, here = plan.val, plan.config, plan.here
-    assert val is not None
-    metrics = SegmentationMetrics(len(val.classes), val.ignore_index).to(here.device)
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    loader = batches(
-        val, batch_size=here.world, seed=0, epoch=0, workers=config.workers, rank=here.rank,
-        world=here.world, shuffle=False, drop_last=False,
-    )  # fmt: skip
-    for batch in loader:
-        pause()
-        batch = batch.to(here.device)
-        with torch.autocast(here.device.type, dtype, enabled=dtype is not None):
-            logits = model(batch.images, present=batch.mask)
-        metrics.update(logits, batch.labels)
-    found = metrics.compute()
-    return {"miou": found["miou"], "iou": dict(zip(val.classes, found["iou"], strict=True))}
-
-
-@contextmanager
-def contributions(model: EQUISeg) -> Iterator[dict[int, Tensor]]:
-    """The weights `[M, B, C]` of the last call of every gate that weighs the fused map."""
-    found: dict[int, Tensor] = {}
-
-    def hook(index: int) -> Any:
-        def keep(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
-            found[index] = output[-1].detach()
-
-        return keep
-
-    gates = list(model.gates) if model.config.fuse == "gate" else []
-    handles = [gate.register_forward_hook(hook(i)) for i, gate in enumerate(gates)]
-    try:
-        yield found
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
 class _Stop:
     """Remembers the first SIGINT or SIGTERM; the second works as ever."""
 
