@@ -1,6 +1,5 @@
 """EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
@@ -16,7 +15,6 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
-from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
@@ -35,6 +33,7 @@ from .inputs import (
     teacher_order,
 )
 from .mix_transformer import MixTransformer
+from .pretrained import Pretrained, accept_no_names
 
 STRIDE = 32
 
@@ -52,7 +51,7 @@ class StageOutput(NamedTuple):
     """(height, width)."""
 
 
-class EQUISeg(Layer):
+class EQUISeg(Pretrained):
     """Semantic segmentation from any number of sensors, any of which may be absent.
 
     All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of
@@ -68,7 +67,10 @@ class EQUISeg(Layer):
     def __init__(self, config: EQUISegConfig) -> None:
         super().__init__()
         if not isinstance(config, EQUISegConfig):
-            raise TypeError(f"config must be an EQUISegConfig; got {type(config).__name__}")
+            hint = ""
+            if isinstance(config, str):
+                hint = f"; EQUISeg.from_name({config!r}) takes the name of a variant"
+            raise TypeError(f"config must be an EQUISegConfig; got {type(config).__name__}{hint}")
         self.config = config
         encoders = [
             MixTransformer(
@@ -95,7 +97,7 @@ class EQUISeg(Layer):
         )
         self.head.apply(init_module)
         self.prototype_loss = PrototypeLoss(config.num_classes, config.sgm_tau, config.ignore_index)
-        self.register_load_state_dict_pre_hook(_accept_no_names)
+        self.register_load_state_dict_pre_hook(accept_no_names)
 
     @classmethod
     def from_name(
@@ -114,28 +116,6 @@ class EQUISeg(Layer):
             variant=variant, modalities=modalities, num_classes=num_classes, **fields
         )
         return cls(config)
-
-    def get_extra_state(self) -> Tensor:
-        """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU).
-
-        A tensor, so that every format for weights can hold it; of one size for all names that are
-        not very long, because sharded checkpoints compare sizes before `set_extra_state` can speak.
-        """
-        text = json.dumps(self.config.modalities).ljust(256)
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
-
-    def set_extra_state(self, state: Any) -> None:
-        """Raises RuntimeError if the weights are those of other modalities or another order.
-
-        `load_state_dict` calls this before it writes anything into the model.
-        """
-        names, ours = modality_names(state), self.config.modalities
-        if names is not None and names != ours:
-            raise RuntimeError(
-                f"the state dict must be of the modalities {ours}, in this order; got {names}. "
-                f"Build the model with modalities={names} and name the images; or, to put the "
-                'weights of each modality into the one at its place, delete "_extra_state" first'
-            )
 
     def fold_(self) -> "EQUISeg":
         """For inference: multiply norms and scales that are affine then into the weights beside.
@@ -386,28 +366,6 @@ class EQUISeg(Layer):
             # Never take the last sensor of an image.
             keep = keep | ~(keep & mask).any(dim=0)
         return x.masked_fill(~keep[:, :, None, None, None], 0.0)
-
-
-def modality_names(state: Any) -> tuple[str, ...] | None:
-    """The names in an extra state of `EQUISeg`; None where it has no values.
-
-    Raises RuntimeError for a tensor of anything else.
-    """
-    # Sharded checkpoints without the names have a placeholder there.
-    if not isinstance(state, Tensor) or state.is_meta:
-        return None
-    try:
-        return tuple(json.loads(bytes(state.tolist())))
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(
-            '"_extra_state" must hold the names of the modalities, as the state dict of an '
-            f"EQUISeg does; got {list(state.shape)} of {state.dtype}"
-        ) from error
-
-
-def _accept_no_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """State dicts of before the names were kept, and of other sources, are complete without."""
-    state.setdefault(f"{prefix}_extra_state", model.get_extra_state())
 
 
 def _equal_logits(f: Tensor) -> Tensor:

@@ -14,9 +14,10 @@ from equiseg_fast.ops._checks import check_flags
 
 from .checkpoint import main_path, read, tensors
 from .config import VARIANTS
-from .equiseg import EQUISeg, modality_names
+from .equiseg import EQUISeg
 from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found
 from .mix_transformer import MixTransformer
+from .pretrained import modality_names
 
 
 @dataclass(frozen=True)
