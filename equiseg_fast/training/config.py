@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ class TrainConfig:
     precision: "fp32", or autocast to "bf16" or "fp16" (whose loss is scaled).
     distributed: how processes started by torchrun share the work.
     sync_bn: whether batch norms see the images of all processes.
+    validate_on: split whose mIoU chooses the weights to keep, "none" keeps the last ones.
     validate_every: epochs between validations, 0 for one at the end alone.
     log_every, save_every: steps between lines of the log, and between checkpoints.
     workers: processes that read images. device: None is the GPU if there is one.
@@ -50,7 +51,7 @@ class TrainConfig:
 
     out: str
     data: DataConfig
-    model: EQUISegConfig = EQUISegConfig()
+    model: EQUISegConfig = field(default_factory=EQUISegConfig)
     seed: int = 0
     epochs: int = 200
     steps: int | None = None
@@ -71,6 +72,7 @@ class TrainConfig:
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     distributed: Literal["ddp", "fsdp2"] = "ddp"
     sync_bn: bool = False
+    validate_on: Literal["val", "test", "none"] = "val"
     validate_every: int = 1
     log_every: int = 20
     save_every: int = 500
@@ -97,7 +99,9 @@ class TrainConfig:
         ordered = 0.0 < self.scale[0] <= self.scale[1]
         self._require("scale", ordered, "two positive numbers, the smaller first")
         if self.precision == "fp16" and self.distributed == "fsdp2":
-            raise ValueError('precision must be "fp32" or "bf16" with distributed="fsdp2"; got "fp16"')
+            raise ValueError(
+                'precision must be "fp32" or "bf16" with distributed="fsdp2"; got "fp16"'
+            )
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
@@ -114,15 +118,19 @@ class TrainConfig:
             values = given.get(name, {})
             if not isinstance(values, Mapping):
                 raise ValueError(f"{name} must be a mapping of fields; got {values!r}")
-            if closed := [key for key in values if name == "model" and key in FROM_DATA]:
-                raise ValueError(f"model.{closed[0]} follows from the data; leave it out")
             closed = FROM_DATA if name == "model" else ()
+            if found := [key for key in values if key in closed]:
+                raise ValueError(f"model.{found[0]} follows from the data; leave it out")
             try:
                 values = values_of(section, values, f"{name}.", closed)
-                sections[name] = DataConfig.from_dict(values) if name == "data" else section(**values)
+                sections[name] = (
+                    DataConfig.from_dict(values) if name == "data" else section(**values)
+                )
             except (TypeError, ValueError) as error:
                 message = str(error)
-                raise ValueError(message if message.startswith(name) else f"{name}.{message}") from None
+                raise ValueError(
+                    message if message.startswith(name) else f"{name}.{message}"
+                ) from None
         flat = {key: value for key, value in given.items() if key not in sections}
         values = values_of(cls, flat)
         if "out" not in values:
@@ -147,13 +155,13 @@ class TrainConfig:
             raise ValueError(f"{path} must hold fields and values; got {type(given).__name__}")
         given = {key: dict(x) if isinstance(x, Mapping) else x for key, x in given.items()}
         for name, text in (overrides or {}).items():
-            section, _, field = name.rpartition(".")
+            section, _, key = name.rpartition(".")
             if section not in ("", "data", "model"):
                 raise ValueError(unknown(name, field_names()))
             target = given.setdefault(section, {}) if section else given
-            if not section and field in ("data", "model"):
-                raise ValueError(f"{field} has fields of its own: write --{field}.FIELD VALUE")
-            target[field] = text
+            if not section and key in ("data", "model"):
+                raise ValueError(f"{key} has fields of its own: write --{key}.FIELD VALUE")
+            target[key] = text
         return cls.from_dict(given)
 
     def to_dict(self) -> dict[str, Any]:
@@ -166,6 +174,12 @@ class TrainConfig:
             if f.name not in FROM_DATA
         }
         return values
+
+    def to_yaml(self) -> str:
+        """The file that `load` reads."""
+        import yaml
+
+        return yaml.safe_dump(self.to_dict(), sort_keys=False)
 
     def model_for(self, dataset: SensorDataset) -> EQUISegConfig:
         """The configuration of the model for the sensors and classes of a dataset."""
@@ -188,18 +202,16 @@ def field_names() -> list[str]:
     return flat + data + model
 
 
+def flat(values: Mapping[str, Any]) -> dict[str, Any]:
+    """What `to_dict` gives, with the names of `field_names`."""
+    found = {name: x for name, x in values.items() if name not in ("data", "model")}
+    for section in ("data", "model"):
+        found |= {f"{section}.{name}": x for name, x in values[section].items()}
+    return found
+
+
 def differences(ours: Mapping[str, Any], theirs: Mapping[str, Any]) -> list[str]:
     """Where two configurations, as `to_dict` gives them, would not give the same training."""
-
-    def flat(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for key, value in values.items():
-            if prefix == "" and key in ("data", "model"):
-                found |= flat(value, f"{key}.")
-            else:
-                found[prefix + key] = value
-        return found
-
     a, b = flat(ours), flat(theirs)
     names = [name for name in (a | b) if name not in FREE and a.get(name) != b.get(name)]
-    return [f"{name}: {b.get(name)!r} there, {a.get(name)!r} now" for name in names]
+    return [f"{name} {b.get(name)!r} there, {a.get(name)!r} now" for name in names]

@@ -91,7 +91,8 @@ def wrap(model: EQUISeg, config: TrainConfig, here: Place) -> nn.Module:
         for module in model.modules():
             if isinstance(module, TransformerBlock | CrossModalBlock):
                 fully_shard(module)
-        return fully_shard(model)
+        fully_shard(model)
+        return model
     ids = [here.device] if here.device.type == "cuda" else None
     wrapped = DistributedDataParallel(model, device_ids=ids)
     if config.sync_bn:
@@ -109,8 +110,8 @@ def ohem_of_all(loss: Tensor, valid: Tensor, *, thresh: float) -> Tensor:
     world, rank = dist.get_world_size(), dist.get_rank()
     mine = [loss.detach().contiguous(), valid.float()]
     everything = [x.new_empty((world, *x.shape)) for x in mine]
-    for x, place in zip(mine, everything, strict=True):
-        dist.all_gather_into_tensor(place, x)
+    for x, gathered in zip(mine, everything, strict=True):
+        dist.all_gather_into_tensor(gathered, x)
     pixels = everything[0].requires_grad_()
     with torch.enable_grad():
         total = ohem(pixels, everything[1] > 0, thresh=thresh)
@@ -118,12 +119,12 @@ def ohem_of_all(loss: Tensor, valid: Tensor, *, thresh: float) -> Tensor:
     return torch.where(weights[rank] > 0, loss * weights[rank], 0.0).sum() * world
 
 
-def in_full(x: Tensor) -> Tensor:
+def in_full(x: Any) -> Tensor:
     """A tensor with all its values, also where every process has a part; all processes call it."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
-def as_part_of(x: Tensor, example: Tensor) -> Tensor:
+def as_part_of(x: Tensor, example: Any) -> Tensor:
     """A full tensor on the device, and in the parts, of an example."""
     x = x.to(example.device)
     if not hasattr(example, "full_tensor"):

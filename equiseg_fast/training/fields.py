@@ -90,7 +90,9 @@ def _tuple(name: str, value: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
         what = "a list" if many else f"a list of {len(options)}"
         raise ValueError(f"{name} must be {what}; got {value!r}")
     kinds = [options[0]] * len(value) if many else options
-    return tuple(convert(f"{name}[{i}]", x, k) for i, (x, k) in enumerate(zip(value, kinds, strict=True)))
+    return tuple(
+        convert(f"{name}[{i}]", x, k) for i, (x, k) in enumerate(zip(value, kinds, strict=True))
+    )
 
 
 def plain(value: Any) -> Any:

@@ -45,7 +45,7 @@ def _save(content: Mapping[str, Any], file: IO[bytes]) -> None:
 
 
 def load(path: Path) -> dict[str, Any]:
-    """What `save` wrote. Raises ValueError naming a file that it did not write, or not to its end."""
+    """What `save` wrote. Raises ValueError naming a file that is something else, or damaged."""
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:

@@ -41,7 +41,7 @@ class Log:
         self._board = SummaryWriter(str(out / TENSORBOARD), purge_step=step + 1)
 
     def write(self, line: Mapping[str, Any]) -> None:
-        """Append a line; numbers in it, and in mappings in it, become scalars named by its split."""
+        """Append a line, whose fractional numbers become scalars, also those in mappings."""
         # JSON has no NaN.
         text = json.dumps(_finite(line), allow_nan=False)
         self._file.write(text.encode() + b"\n")

@@ -1,6 +1,5 @@
 """The training itself: steps, logs, validations and checkpoints, until it is done or stopped."""
 
-import hashlib
 import math
 import signal
 import threading
@@ -17,9 +16,8 @@ from torch import Tensor, nn
 
 from equiseg_fast import __version__
 from equiseg_fast._command import Failed, Interrupted
-from equiseg_fast.data import Augment, Batch, SensorDataset, batches
-from equiseg_fast.metrics import SegmentationMetrics
-from equiseg_fast.models import EQUISeg, EQUISegConfig
+from equiseg_fast.data import Batch
+from equiseg_fast.models import EQUISeg
 
 from . import files
 from .config import TrainConfig, differences
@@ -28,6 +26,7 @@ from .log import Log, Screen
 from .optimise import lr_ratio
 from .plan import Plan, make_plan, show, try_out
 from .state import State, build
+from .step import contributions, loss_of, validate
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ def train(
     finite (what it takes to see why is in `failed.pt`); ValueError for fields that do not fit the
     data, and for an `out` that holds another run; OSError for what cannot be read or written.
     """
-    with place(config.device) as here, _generators_kept(here.device), _settings(config, here):
+    with place(config.device) as here, _settings_kept(config, here):
         plan = make_plan(config, here)
         shown = console if here.rank == 0 else None
         if dry_run:
@@ -95,13 +94,11 @@ class _Run:
             self.screen.close()
             if self.log is not None:
                 self.log.close()
-        best = self.state.best
-        return Outcome(
-            self.out / files.MODEL,
-            self.state.step,
-            None if best is None else best["miou"],
-            self.state.step if best is None else int(best["step"]),
-        )
+        done = self.state.step
+        best = self.state.best or {"step": done, "miou": None}
+        score = f", mIoU {best['miou']:.4f} after step {best['step']}" if self.state.best else ""
+        self.screen.say(f"done after {done} steps: {self.out / files.MODEL}{score}")
+        return Outcome(self.out / files.MODEL, done, best["miou"], best["step"])
 
     def _open(self) -> dict[str, Any] | None:
         """The checkpoint in `out`, if the same training was begun there; makes `out` if not."""
@@ -167,7 +164,8 @@ class _Run:
         ratio = lr_ratio(state.step, self.plan.steps, config)
         for group in state.optimiser.param_groups:
             group["lr"] = config.lr * ratio
-        before = [x.clone() for x in state.buffers()]
+        # Running statistics change before it is known whether the step can be taken.
+        before = [x.clone() for x in state.model.buffers()]
         state.wrapped.train()
         state.optimiser.zero_grad()
         loss, parts = loss_of(state.wrapped, batch, state.step, config, here)
@@ -196,20 +194,21 @@ class _Run:
         (stop,) = self.here.maximum(float(wrong))
         if not stop:
             return
-        for x, old in zip(state.buffers(), before, strict=True):
+        for x, old in zip(state.model.buffers(), before, strict=True):
             x.copy_(old)
-        batch = joined(self.here.gathered(batch.to("cpu")))
+        everything = joined(self.here.gathered(batch.to("cpu")))
         values = {"rank": self.here.rank, **values} if self.here.world > 1 else values
         every = self.here.gathered(values)
-        content = self._content() | {"batch": batch, "values": every}
+        content = self._content() | {"batch": everything, "values": every}
         path = self.out / files.FAILED
         if self.here.rank == 0:
             files.save(path, content)
         said = "; ".join(
             ", ".join(f"{name} {value:.6g}" for name, value in x.items()) for x in every
         )
+        images = ", ".join(everything["names"])
         raise Failed(
-            f"step {state.step + 1} is not finite: {said}; images: {', '.join(batch['names'])}. "
+            f"step {state.step + 1} is not finite: {said}; images: {images}. "
             f"The state before it and its batch are in {path}: "
             f'torch.load("{path}", weights_only=True)'
         )
@@ -218,7 +217,9 @@ class _Run:
         state, here = self.state, self.here
         sums = state.sums
         names = ("loss", "seg", "sgm", "grad_norm")
-        means = here.mean(torch.tensor([sums[n] for n in names], dtype=torch.float64) / sums["count"])
+        means = here.mean(
+            torch.tensor([sums[n] for n in names], dtype=torch.float64) / sums["count"]
+        )
         started, first = self.since
         seconds = max(time.monotonic() - started, 1e-9)
         line: dict[str, Any] = {
@@ -229,8 +230,12 @@ class _Run:
             "lr": state.optimiser.param_groups[0]["lr"],
         }
         if self.gates:
-            shares = here.mean(torch.stack([x.double().mean((1, 2)) for x in self.gates.values()]).mean(0))
-            line["contributions"] = dict(zip(self.plan.model.modalities, shares.tolist(), strict=True))
+            shares = here.mean(
+                torch.stack([x.double().mean((1, 2)) for x in self.gates.values()]).mean(0)
+            )
+            line["contributions"] = dict(
+                zip(self.plan.model.modalities, shares.tolist(), strict=True)
+            )
         line["images_per_second"] = (state.step - first) * self.config.batch_size / seconds
         self.since = time.monotonic(), state.step
         state.sums = {}
@@ -244,7 +249,7 @@ class _Run:
         if plan.val is not None:
             model = EQUISeg(plan.model).to(here.device)
             model.load_state_dict(kept, strict=False)
-            result = validate(model.eval(), plan, self._pause)
+            result = validate(model.eval(), plan.val, self.config, here, self._pause)
         best = state.best
         if result is not None and (best is None or result["miou"] > best["miou"]):
             state.best = {"step": state.step, "miou": result["miou"]}
@@ -323,17 +328,12 @@ class _Stop:
 
 
 @contextmanager
-def _generators_kept(device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        yield
-
-
-@contextmanager
-def _settings(config: TrainConfig, here: Place) -> Iterator[None]:
-    """Deterministic algorithms, where they are asked for."""
+def _settings_kept(config: TrainConfig, here: Place) -> Iterator[None]:
+    """What a training sets for the whole process, and sets back."""
     before = torch.are_deterministic_algorithms_enabled()
     torch.use_deterministic_algorithms(before or config.deterministic)
     try:
-        yield
+        with torch.random.fork_rng([here.device] if here.device.type == "cuda" else []):
+            yield
     finally:
         torch.use_deterministic_algorithms(before)

@@ -1,6 +1,7 @@
 """The optimiser, the schedule of its rate, and averages of weights."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     are called bias (of score nets, which have one for every modality)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     still = {name for name, p in named if p.dim() < 2 or name.endswith("bias")}
-    groups = [
+    groups: list[dict[str, Any]] = [
         {"params": [p for name, p in named if name not in still]},
         {"params": [p for name, p in named if name in still], "weight_decay": 0.0},
     ]
@@ -49,7 +50,9 @@ class Average:
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         floating = [name for name, x in self.state.items() if x.is_floating_point()]
         torch._foreach_lerp_(
-            [self.state[name] for name in floating], [state[name].detach() for name in floating], weight
+            [self.state[name] for name in floating],
+            [state[name].detach() for name in floating],
+            weight,
         )
         for name in self.state.keys() - set(floating):
             self.state[name].copy_(state[name])

@@ -28,29 +28,31 @@ class State:
         self.wrapped = wrap(self.model, config, here)
         self.optimiser = adamw(self.model, config)
         self.scaler = torch.amp.GradScaler(here.device.type, enabled=config.precision == "fp16")
-        self.average = Average(self._tensors(), config.ema) if config.ema else None
+        self.average = Average(self.tensors(), config.ema) if config.ema else None
         self.step = 0
         self.validated = 0
-        self.best: dict[str, float] | None = None
+        self.best: dict[str, Any] | None = None
         self.sums: dict[str, float] = {}
         self.length = 0
 
-    def _tensors(self) -> dict[str, Tensor]:
+    def tensors(self) -> dict[str, Tensor]:
         """Parameters and buffers by name, as they are trained."""
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def kept(self) -> dict[str, Tensor]:
         """The weights to validate and keep, in full: the average, or the last. All processes call
         this."""
-        tensors = self._tensors() if self.average is None else self.average.state
+        tensors = self.tensors() if self.average is None else self.average.state
         return {name: in_full(x.detach()) for name, x in tensors.items()}
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and plain values. All processes call this; only in the first one are
         there tensors. Parts of the optimiser go by the name of their parameter."""
-        names = {p: name for name, p in self.model.named_parameters()}
+        names: dict[Any, str] = {p: name for name, p in self.model.named_parameters()}
         moments = {
-            f"{names[p]}/{key}": x for p, own in self.optimiser.state.items() for key, x in own.items()
+            f"{names[p]}/{key}": x
+            for p, own in self.optimiser.state.items()
+            for key, x in own.items()
         }
         average = {} if self.average is None else self.average.state
         return {
@@ -59,7 +61,7 @@ class State:
             "best": self.best,
             "sums": dict(self.sums),
             "length": self.length,
-            "model": full_state(self._tensors(), self.here),
+            "model": full_state(self.tensors(), self.here),
             "optimiser": full_state(moments, self.here),
             "average": full_state(average, self.here),
             "scaler": self.scaler.state_dict(),
@@ -72,7 +74,7 @@ class State:
         self.best, self.length = content["best"], content["length"]
         self.sums = dict(content["sums"])
         for ours, name in (
-            (self._tensors(), "model"),
+            (self.tensors(), "model"),
             ({} if self.average is None else self.average.state, "average"),
         ):
             for key, x in ours.items():
@@ -84,10 +86,6 @@ class State:
             # The number of its steps is no part of a parameter.
             self.optimiser.state[p][kind] = as_part_of(x, p) if x.dim() else x
         self.scaler.load_state_dict(content["scaler"])
-
-    def buffers(self) -> list[Tensor]:
-        """Running statistics, which change before it is known whether a step is to be taken."""
-        return list(self.model.buffers())
 
 
 def build(model_config: EQUISegConfig, config: TrainConfig, backbone: bool) -> tuple[EQUISeg, str]:
