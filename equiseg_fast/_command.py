@@ -13,6 +13,14 @@ class Failed(Exception):
     """The work was done as asked and came out wrong: exit status 1."""
 
 
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work in good order: exit status 128 + its number, as of a shell."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
+
+
 def parser_of(module: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
     """A parser whose help fits a screen of 80 columns, for `python -m equiseg_fast.<module>`."""
     return argparse.ArgumentParser(
@@ -32,8 +40,8 @@ def run_command(
     """Parse, work, and return the exit status.
 
     0: done. 1: `Failed`. 2: usage, a bad value, a file that cannot be read or written, a package
-    that is not installed; one line says which. 130: Ctrl-C. Anything else is a defect of ours and
-    keeps its traceback.
+    that is not installed; one line says which. 130: Ctrl-C, or 128 and the number of the signal
+    that `Interrupted` tells. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         args = parser.parse_args(arguments)
@@ -43,6 +51,8 @@ def run_command(
         work(args)
     except Failed as error:
         return _say(parser, str(error), 1)
+    except Interrupted as stop:
+        return _say(parser, str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         return _say(parser, "interrupted; the same command goes on", INTERRUPTED)
     except (ValueError, TypeError, ImportError) as error:
@@ -70,5 +80,5 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:
-    print(f"{parser.prog}: {'' if status == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+    print(f"{parser.prog}: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
     return status

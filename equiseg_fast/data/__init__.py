@@ -1,8 +1,10 @@
 """Data: sensors, samples and datasets of them. Importing this reads no file and needs no library
 for images."""
 
+from .augment import Augment
 from .deliver import DeLiVER
 from .folder import FolderDataset
+from .loading import batches
 from .muses import MUSES
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
@@ -11,6 +13,7 @@ from .spec import DataConfig
 
 __all__ = [
     "MUSES",
+    "Augment",
     "Batch",
     "DataConfig",
     "DeLiVER",
@@ -18,6 +21,7 @@ __all__ = [
     "Sample",
     "Sensor",
     "SensorDataset",
+    "batches",
     "camera",
     "collate",
     "colour_labels",
