@@ -111,7 +111,11 @@ class MUSES(SceneFiles):
         if sensor.name == "rgb" or path.suffix.lower() != ".png":
             return super().read_sensor(path, sensor)
         values = read_sensor(path, sensor.channels).flip(0)
-        return values / 150 - 100 if sensor.name == "lidar" else values
+        if sensor.name != "lidar":
+            return values
+        if values.max() < 256:
+            raise ValueError(f"{path}: must have 16 bits, as the SDK of MUSES writes it; got 8")
+        return values / 150 - 100
 
 
 def _check_projection(root: str | os.PathLike[str], folder: str) -> None:
