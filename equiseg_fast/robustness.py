@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from equiseg_fast.ops._checks import check_choice, check_sequence, check_sizes
 
-from .data.samples import Sample, SensorDataset
+from .data.samples import Batch, Sample, SensorDataset
 from .data.sensors import Sensor
 
 PROTOCOLS = ("clean", "emm", "rmm", "nm", "masked", "degradations")
@@ -237,7 +237,8 @@ def evaluate_dataset(
     evaluation mode meanwhile. limit, seed: see `Conditioned`. batch_size: of all ranks together;
     more than one needs samples of one size. workers: processes that load. dtype: of autocast, None
     is without. rank, world: this process sees its part of the samples, and the result is that of
-    all, which have to call this together. progress: called with the number of samples just done.
+    all, which have to call this together. One may get a batch less than another, so the model must
+    wait for no other rank. progress: called with the number of samples just done.
     """
     from .data.loading import batches
     from .metrics import SegmentationMetrics
@@ -278,13 +279,13 @@ def evaluate_dataset(
     return {**result, "left_out": len(conditioned) - result["images"]}
 
 
-def _rows(batch: Any, keep: Tensor) -> Any:
+def _rows(batch: Batch, keep: Tensor) -> Batch:
     """The samples of a batch that are to be kept, bool `[B]`."""
     return batch._replace(
         names=[name for name, kept in zip(batch.names, keep.tolist(), strict=True) if kept],
         images={name: x[keep] for name, x in batch.images.items()},
         present=batch.present[:, keep],
-        labels=batch.labels[keep],
+        labels=None if batch.labels is None else batch.labels[keep],
     )
 
 
@@ -302,7 +303,7 @@ def expectation(scores: Mapping[Subset, float], sensors: int, p: float) -> float
 
 
 def summary(scores: Scores, sensors: Sequence[str]) -> dict[str, Any]:
-    """The averages of the protocols whose conditions all have a score.
+    """The averages of the protocols whose conditions all have a score, none where there are none.
 
     "clean"; "EMM_Avg", "EMM_E" by p, "RMM_Avg" by r, "RMM_E" by r and p, "NM" by level; for the
     masked mode "masked_Avg" and "masked_E"; "degradations": the mean over severities by name;
@@ -315,7 +316,7 @@ def summary(scores: Scores, sensors: Sequence[str]) -> dict[str, Any]:
 
     def of(protocol: str, amount: float = 0.0) -> dict[Subset, float] | None:
         keys = {a: Condition(protocol, a, amount) if a else CLEAN for a in subsets}
-        ran = any(c.protocol == protocol for c in scores) or len(subsets) == 1
+        ran = any(c.protocol == protocol for c in scores)
         whole = ran and all(condition in scores for condition in keys.values())
         return {a: scores[condition] for a, condition in keys.items()} if whole else None
 
