@@ -246,9 +246,10 @@ def evaluate_dataset(
     device = torch.device(device)
     conditioned = Conditioned(dataset, condition, seed=seed, limit=limit)
     metrics = SegmentationMetrics(len(dataset.classes), dataset.ignore_index).to(device)
-    training = isinstance(model, nn.Module) and model.training
-    if training:
-        model.eval()
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     loader = batches(
         conditioned,
         batch_size=batch_size,
@@ -273,8 +274,8 @@ def evaluate_dataset(
                 if progress is not None:
                     progress(len(some))
     finally:
-        if training:
-            model.train()
+        for module, mode in zip(modules, modes, strict=True):
+            module.training = mode
     result = metrics.compute()
     return {**result, "left_out": len(conditioned) - result["images"]}
 
@@ -323,9 +324,7 @@ def summary(scores: Scores, sensors: Sequence[str]) -> dict[str, Any]:
     for title, protocol in (("EMM", "emm"), ("masked", "masked")):
         if (found := of(protocol)) is not None:
             result[f"{title}_Avg"] = average(found)
-            result[f"{title}_E"] = {
-                f"{p:g}": expectation(found, len(sensors), p) for p in FAILURES
-            }
+            result[f"{title}_E"] = {f"{p:g}": expectation(found, len(sensors), p) for p in FAILURES}
     tables = {f"{r:g}": found for r in RATIOS if (found := of("rmm", r)) is not None}
     if tables:
         result["RMM_Avg"] = {r: average(found) for r, found in tables.items()}
