@@ -204,7 +204,7 @@ def test_rmm_drops_elements_at_its_ratio(ratio: float) -> None:
 
 @pytest.mark.parametrize("level", LEVELS)
 def test_nm_has_salt_pepper_and_noise(level: str) -> None:
-    density, std = LEVELS[level]
+    density, _ = LEVELS[level]
     sample = sample_of(size=(100, 100))
     noisy = changed(Condition("nm", name=level), sample)
     # Without Gaussian noise the extremes can be counted: drawn with replacement, an element stays
