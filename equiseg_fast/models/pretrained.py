@@ -105,25 +105,39 @@ class Pretrained(Layer):
         return model.to(device).eval()
 
     def get_extra_state(self) -> Tensor:
-        """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU).
+        """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU), with
+        their channels if some have other than 3.
 
         A tensor, so that every format for weights can hold it; of one size for all names that are
         not very long, because sharded checkpoints compare sizes before `set_extra_state` can speak.
         """
-        text = json.dumps(self.config.modalities).ljust(256)
+        names, channels = self.config.modalities, self.config.in_channels
+        usual = set(channels) == {3}
+        content = names if usual else {"modalities": names, "in_channels": channels}
+        text = json.dumps(content).ljust(256)
         return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
 
     def set_extra_state(self, state: Any) -> None:
-        """Raises RuntimeError if the weights are those of other modalities or another order.
+        """Raises RuntimeError if the weights are those of other modalities or another order, or of
+        images with other channels.
 
         `load_state_dict` calls this before it writes anything into the model.
         """
-        names, ours = modality_names(state), self.config.modalities
-        if names is not None and names != ours:
+        found, config = sensors_of(state), self.config
+        if found is None:
+            return
+        names, channels = found
+        if names != config.modalities:
             raise RuntimeError(
-                f"the state dict must be of the modalities {ours}, in this order; got {names}. "
-                f"Build the model with modalities={names} and name the images; or, to put the "
-                'weights of each modality into the one at its place, delete "_extra_state" first'
+                f"the state dict must be of the modalities {config.modalities}, in this order; "
+                f"got {names}. Build the model with modalities={names} and name the images; or, to "
+                "put the weights of each modality into the one at its place, delete "
+                '"_extra_state" first'
+            )
+        if channels != config.in_channels:
+            raise RuntimeError(
+                f"the state dict must be of images with in_channels={config.in_channels}; "
+                f"got {channels}"
             )
 
     def _expected(self) -> dict[str, Tensor]:
@@ -135,8 +149,8 @@ class Pretrained(Layer):
 _BESIDE_FIELDS = ("architectures", "format", DIGEST)
 
 
-def modality_names(state: Any) -> tuple[str, ...] | None:
-    """The names in an extra state of `EQUISeg`; None where it has no values.
+def sensors_of(state: Any) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+    """Names and channels of the modalities in an extra state; None where it has no values.
 
     Raises RuntimeError for a tensor of anything else.
     """
@@ -144,8 +158,11 @@ def modality_names(state: Any) -> tuple[str, ...] | None:
     if not isinstance(state, Tensor) or state.is_meta:
         return None
     try:
-        return tuple(json.loads(bytes(state.tolist())))
-    except (TypeError, ValueError) as error:
+        content = json.loads(bytes(state.tolist()))
+        if isinstance(content, dict):
+            return tuple(content["modalities"]), tuple(content["in_channels"])
+        return tuple(content), (3,) * len(content)
+    except (KeyError, TypeError, ValueError) as error:
         raise RuntimeError(
             '"_extra_state" must hold the names of the modalities, as the state dict of an '
             f"EQUISeg does; got {list(state.shape)} of {state.dtype}"

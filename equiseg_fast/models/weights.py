@@ -17,7 +17,7 @@ from .config import VARIANTS
 from .equiseg import EQUISeg
 from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found
 from .mix_transformer import MixTransformer
-from .pretrained import modality_names
+from .pretrained import sensors_of
 
 
 @dataclass(frozen=True)
@@ -271,8 +271,8 @@ def _check_order(
     numbered = re.fullmatch(r"(.*)encoder\.0\.", found[0].prefix)
     if numbered is None or len(owners) != 1 or len({x.prefix for x in found}) == 1:
         return
-    names = modality_names(state.get(f"{numbered[1]}_extra_state"))
-    ours = owners[0].config.modalities
+    sensors = sensors_of(state.get(f"{numbered[1]}_extra_state"))
+    names, ours = None if sensors is None else sensors[0], owners[0].config.modalities
     if names is not None and names != ours:
         raise ValueError(
             f"{origin} must have encoders of the modalities {ours}, in this order; got {names}. "
