@@ -2,14 +2,22 @@
 for images."""
 
 from .augment import Augment
+from .deliver import DeLiVER
+from .folder import FolderDataset
 from .loading import batches
+from .muses import MUSES
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
-from .sensors import Sensor, camera
+from .sensors import Sensor, camera, sensor
+from .spec import DataConfig
 
 __all__ = [
+    "MUSES",
     "Augment",
     "Batch",
+    "DataConfig",
+    "DeLiVER",
+    "FolderDataset",
     "Sample",
     "Sensor",
     "SensorDataset",
@@ -20,5 +28,6 @@ __all__ = [
     "contact_sheet",
     "normalise",
     "palette_of",
+    "sensor",
     "show",
 ]

@@ -75,6 +75,47 @@ def camera(name: str = "rgb") -> Sensor:
     return Sensor(name, "camera", 1 / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
+_USUAL: dict[str, tuple[Kind, int]] = {
+    **dict.fromkeys(("rgb", "camera", "frame_camera", "image", "img", "color"), ("camera", 3)),
+    **dict.fromkeys(("thermal", "infrared", "ir", "nir"), ("thermal", 1)),
+    "depth": ("depth", 1),
+    "hha": ("depth", 3),
+    **dict.fromkeys(("event", "events", "event_camera"), ("event", 3)),
+    "lidar": ("lidar", 1),
+}
+"""Names that say what a sensor is: its kind and its channels."""
+
+
+def sensor(name: str) -> Sensor:
+    """The usual settings of a sensor with a usual name, in any case, for files of 8 bits.
+
+    Cameras have the statistics of ImageNet, all others values in [0, 1] as they are. Raises
+    TypeError for what is no name, and ValueError listing the usual names for any other.
+    """
+    if not isinstance(name, str):
+        raise TypeError(f"sensors must be Sensor or names of usual ones; got {name!r}")
+    if not is_usual(name):
+        raise ValueError(
+            "sensors must be declared with kind, scale, mean and std unless they are called "
+            f"{', '.join(_USUAL)}; got {name!r}"
+        )
+    kind, channels = _USUAL[name.lower()]
+    if kind == "camera":
+        return camera(name)
+    return Sensor(name, kind, mean=(0.0,) * channels, std=(1.0,) * channels)
+
+
+def is_usual(name: str) -> bool:
+    """Whether `sensor` knows the name."""
+    return isinstance(name, str) and name.lower() in _USUAL
+
+
+def as_sensors(sensors: Sequence[Sensor | str]) -> tuple[Sensor, ...]:
+    """Sensors, or names of usual ones, as `check_sensors` gives them."""
+    check_sequence("sensors", sensors, object, "Sensor or names")
+    return check_sensors([x if isinstance(x, Sensor) else sensor(x) for x in sensors])
+
+
 def check_sensors(sensors: Sequence[Sensor]) -> tuple[Sensor, ...]:
     """The sensors as a tuple: 1 to 8 of them with unique names."""
     check_sequence("sensors", sensors, Sensor, "Sensor")
