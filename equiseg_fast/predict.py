@@ -18,10 +18,10 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from equiseg_fast._command import Failed, choose_device, parser_of, run_command
+from equiseg_fast._files import replace_file
 from equiseg_fast.data import Sample, SensorDataset, collate, palette_of
 from equiseg_fast.ops._checks import check_sizes
 from equiseg_fast.sliding import bands, check_window
-from equiseg_fast.training.files import replace_file
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -44,55 +44,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "was stopped.",
         "%(prog)s MODEL INPUT OUT [options]",
     )
-    parser.add_argument("model", metavar="MODEL", help="folder that save_pretrained wrote")
-    parser.add_argument(
-        "input",
-        metavar="INPUT",
-        help="folder with a sub-folder per sensor; files of one name belong together, any of "
-        "them may be missing",
-    )
-    parser.add_argument("out", metavar="OUT", help="folder for the results")
-    parser.add_argument(
-        "--window",
-        nargs=2,
-        type=int,
-        metavar=("H", "W"),
-        help="average windows of this size that overlap, for large images; default: whole images",
-    )
-    parser.add_argument(
-        "--overlap",
-        type=float,
-        default=0.5,
-        metavar="PART",
-        help="of windows, in [0, 1); default: %(default)s",
-    )
-    parser.add_argument(
-        "--batch-size",
-        type=int,
-        default=1,
-        metavar="N",
-        help="images of one size, or windows of one image, at a time; default: %(default)s",
-    )
-    parser.add_argument(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        default="fp32",
-        help="of matrix products, by autocast; default: %(default)s",
-    )
-    parser.add_argument("--device", help="as PyTorch names it; default: the GPU if there is one")
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=min(4, torch.get_num_threads()),
-        metavar="N",
-        help="processes that read files; default: at most 4, here %(default)s",
-    )
-    parser.add_argument(
-        "--overwrite", action="store_true", help="delete what an earlier run left in OUT"
-    )
-    parser.add_argument(
-        "--dry-run", action="store_true", help="say what would be done, and write nothing"
-    )
+    add = parser.add_argument
+    add("model", metavar="MODEL", help="folder that save_pretrained, or training, wrote")
+    add("input", metavar="INPUT", help="folder with a sub-folder per sensor; files may be missing")
+    add("out", metavar="OUT", help="folder for the results")
+    text = "average over windows of this size; default: whole images"
+    add("--window", nargs=2, type=int, metavar=("H", "W"), help=text)
+    text = "overlap of windows, in [0, 1); default: %(default)s"
+    add("--overlap", type=float, default=0.5, metavar="PART", help=text)
+    text = "images of one size, or windows, at a time; default: 1"
+    add("--batch-size", type=int, default=1, metavar="N", help=text)
+    text = "fp32 (default), or autocast to bf16 or fp16"
+    add("--precision", choices=tuple(PRECISIONS), default="fp32", metavar="TYPE", help=text)
+    add("--device", help="cpu, cuda, cuda:1, ..; default: a GPU if there is one")
+    workers = min(4, torch.get_num_threads())
+    text = "processes that read files; default: 4, or fewer on few cores"
+    add("--workers", type=int, default=workers, metavar="N", help=text)
+    text = "delete what an earlier run left in OUT"
+    add("--overwrite", action="store_true", help=text)
+    add("--dry-run", action="store_true", help="say what would be done, write nothing")
     return run_command(parser, _work, arguments)
 
 
@@ -102,7 +72,6 @@ def _work(args: argparse.Namespace) -> None:
         raise ValueError(f"workers must be at least 0; got {args.workers}")
     window = check_window(args.window, args.overlap) if args.window else None
     device = choose_device(args.device)
-    _check_installed()
     from equiseg_fast.models import EQUISeg
 
     model = EQUISeg.from_pretrained(args.model, device=device).fold_()
@@ -129,16 +98,6 @@ def _work(args: argparse.Namespace) -> None:
     if unread:
         reasons = "".join(f"\n  {x.reason}" for x in unread)
         raise Failed(f"{len(unread)} of {len(todo)} images cannot be read:{reasons}")
-
-
-def _check_installed() -> None:
-    try:
-        import PIL.Image  # noqa: F401
-        import rich  # noqa: F401
-    except ImportError as error:
-        raise ImportError(
-            f'predicting needs {error.name}: pip install "equiseg-fast[train]"'
-        ) from error
 
 
 def _open(root: str, model: "EQUISeg") -> "FolderDataset":
