@@ -1,6 +1,7 @@
 """The training itself: steps, logs, validations and checkpoints, until it is done or stopped."""
 
 import math
+import os
 import signal
 import threading
 import time
@@ -90,6 +91,12 @@ class _Run:
         try:
             with self.stop.listening(), contributions(model) as self.gates:
                 self._train()
+        except RuntimeError as error:
+            # Whoever stops all processes of a group stops those that load images, too.
+            if not self.stop.signal:
+                raise
+            message = f"stopped after step {self.state.step}; the same command goes on before it"
+            raise Interrupted(self.stop.signal, message) from error
         finally:
             self.screen.close()
             if self.log is not None:
@@ -122,6 +129,7 @@ class _Run:
                 f"the data have {images} images for training; those of {checkpoint} had "
                 f"{content['images']}"
             )
+        self.here.gathered(None)  # everybody has looked
         if self.here.rank == 0 and not config.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             files.replace_file(config, lambda file: file.write(self.config.to_yaml().encode()))
@@ -247,8 +255,9 @@ class _Run:
         kept = state.kept()
         result: dict[str, Any] | None = None
         if plan.val is not None:
-            model = EQUISeg(plan.model).to(here.device)
-            model.load_state_dict(kept, strict=False)
+            with torch.device("meta"):
+                model = EQUISeg(plan.model)
+            model.load_state_dict(kept, assign=True)
             result = validate(model.eval(), plan.val, self.config, here, self._pause)
         best = state.best
         if result is not None and (best is None or result["miou"] > best["miou"]):
@@ -331,6 +340,8 @@ class _Stop:
 def _settings_kept(config: TrainConfig, here: Place) -> Iterator[None]:
     """What a training sets for the whole process, and sets back."""
     before = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for
     torch.use_deterministic_algorithms(before or config.deterministic)
     try:
         with torch.random.fork_rng([here.device] if here.device.type == "cuda" else []):
