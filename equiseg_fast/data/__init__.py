@@ -10,6 +10,7 @@ from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera, sensor
 from .spec import DataConfig
+from .synthetic import SyntheticScenes
 
 __all__ = [
     "MUSES",
@@ -21,6 +22,7 @@ __all__ = [
     "Sample",
     "Sensor",
     "SensorDataset",
+    "SyntheticScenes",
     "batches",
     "camera",
     "collate",
