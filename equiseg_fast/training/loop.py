@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,9 @@ from .optimise import lr_ratio
 from .plan import Plan, make_plan, show, try_out
 from .state import State, build
 from .step import contributions, loss_of, validate
+
+VALUES = ("loss", "seg", "sgm", "grad_norm")
+"""What every step gives, before the contributions of the modalities."""
 
 
 @dataclass(frozen=True)
@@ -180,17 +184,18 @@ class _Run:
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimiser)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
-        values = torch.stack([loss.detach(), parts["seg"].detach(), parts["sgm"].detach()])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total, seg, sgm, size = torch.cat([values, norm[None]]).tolist()
-        self._check(batch, before, {"loss": total, "seg": seg, "sgm": sgm, "grad_norm": size})
+        found = [x.detach() for x in (loss, parts["seg"], parts["sgm"], norm)]
+        if self.gates:
+            shares = torch.stack([x.mean((1, 2)) for x in self.gates.values()])
+            found.extend(shares.mean(0))
+        values = torch.stack([x.float() for x in found]).tolist()
+        self._check(batch, before, dict(zip(VALUES, values, strict=False)))
         state.scaler.step(state.optimiser)
         state.scaler.update()
         if state.average is not None:
             state.average.update(state.tensors(), state.step)
-        for name, value in (("loss", total), ("seg", seg), ("sgm", sgm), ("grad_norm", size)):
-            state.sums[name] = state.sums.get(name, 0.0) + value
-        state.sums["count"] = state.sums.get("count", 0.0) + 1
+        state.sums = [a + b for a, b in zip_longest(state.sums, [1.0, *values], fillvalue=0.0)]
 
     def _check(self, batch: Batch, before: list[Tensor], values: dict[str, float]) -> None:
         """Stop where something is not finite, and keep what it takes to see why."""
@@ -223,30 +228,22 @@ class _Run:
 
     def _log(self) -> None:
         state, here = self.state, self.here
-        sums = state.sums
-        names = ("loss", "seg", "sgm", "grad_norm")
-        means = here.mean(
-            torch.tensor([sums[n] for n in names], dtype=torch.float64) / sums["count"]
-        )
+        count, *sums = state.sums
+        means = here.mean(torch.tensor(sums, dtype=torch.float64) / count).tolist()
         started, first = self.since
         seconds = max(time.monotonic() - started, 1e-9)
         line: dict[str, Any] = {
             "split": "train",
             "step": state.step,
             "epoch": state.step / self.plan.steps_per_epoch,
-            **dict(zip(names, means.tolist(), strict=True)),
+            **dict(zip(VALUES, means, strict=False)),
             "lr": state.optimiser.param_groups[0]["lr"],
         }
-        if self.gates:
-            shares = here.mean(
-                torch.stack([x.double().mean((1, 2)) for x in self.gates.values()]).mean(0)
-            )
-            line["contributions"] = dict(
-                zip(self.plan.model.modalities, shares.tolist(), strict=True)
-            )
+        if shares := means[len(VALUES) :]:
+            line["contributions"] = dict(zip(self.plan.model.modalities, shares, strict=True))
         line["images_per_second"] = (state.step - first) * self.config.batch_size / seconds
         self.since = time.monotonic(), state.step
-        state.sums = {}
+        state.sums = []
         self._write(line)
         self.screen.logged(line)
 
