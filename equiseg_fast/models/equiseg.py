@@ -67,7 +67,7 @@ class EQUISeg(Pretrained):
     """
 
     hard_pixels: Callable[..., Tensor] = staticmethod(ohem)
-    """What makes a loss of the losses of all pixels; `training` has one of all processes' pixels."""
+    """The mean of hard pixels; training in several processes takes it over the pixels of all."""
 
     def __init__(self, config: EQUISegConfig) -> None:
         super().__init__()

@@ -39,7 +39,7 @@ class Place:
     def mean(self, values: Tensor) -> Tensor:
         """The mean over all processes."""
         if self.world > 1:
-            values = values.clone()
+            values = values.to(self.device, copy=True)
             dist.all_reduce(values)
             values /= self.world
         return values

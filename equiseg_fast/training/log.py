@@ -44,8 +44,11 @@ class Log:
         """Append a line, whose fractional numbers become scalars, also those in mappings."""
         # JSON has no NaN.
         text = json.dumps(_finite(line), allow_nan=False)
-        self._file.write(text.encode() + b"\n")
-        self._file.flush()
+        try:
+            self._file.write(text.encode() + b"\n")
+            self._file.flush()
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from error
         for name, value in line.items():
             entries = value if isinstance(value, Mapping) else {"": value}
             for key, x in entries.items():

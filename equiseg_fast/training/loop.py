@@ -1,12 +1,14 @@
 """The training itself: steps, logs, validations and checkpoints, until it is done or stopped."""
 
 import math
+import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,9 @@ from .optimise import lr_ratio
 from .plan import Plan, make_plan, show, try_out
 from .state import State, build
 from .step import contributions, loss_of, validate
+
+VALUES = ("loss", "seg", "sgm", "grad_norm")
+"""What every step gives, before the contributions of the modalities."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,12 @@ class _Run:
         try:
             with self.stop.listening(), contributions(model) as self.gates:
                 self._train()
+        except RuntimeError as error:
+            # Whoever stops all processes of a group stops those that load images, too.
+            if not self.stop.signal:
+                raise
+            message = f"stopped after step {self.state.step}; the same command goes on before it"
+            raise Interrupted(self.stop.signal, message) from error
         finally:
             self.screen.close()
             if self.log is not None:
@@ -122,6 +133,7 @@ class _Run:
                 f"the data have {images} images for training; those of {checkpoint} had "
                 f"{content['images']}"
             )
+        self.here.gathered(None)  # everybody has looked
         if self.here.rank == 0 and not config.exists():
             self.out.mkdir(parents=True, exist_ok=True)
             files.replace_file(config, lambda file: file.write(self.config.to_yaml().encode()))
@@ -172,17 +184,18 @@ class _Run:
         state.scaler.scale(loss).backward()
         state.scaler.unscale_(state.optimiser)
         norm = nn.utils.clip_grad_norm_(state.model.parameters(), config.clip or math.inf)
-        values = torch.stack([loss.detach(), parts["seg"].detach(), parts["sgm"].detach()])
         norm = norm.full_tensor() if hasattr(norm, "full_tensor") else norm
-        total, seg, sgm, size = torch.cat([values, norm[None]]).tolist()
-        self._check(batch, before, {"loss": total, "seg": seg, "sgm": sgm, "grad_norm": size})
+        found = [x.detach() for x in (loss, parts["seg"], parts["sgm"], norm)]
+        if self.gates:
+            shares = torch.stack([x.mean((1, 2)) for x in self.gates.values()])
+            found.extend(shares.mean(0))
+        values = torch.stack([x.float() for x in found]).tolist()
+        self._check(batch, before, dict(zip(VALUES, values, strict=False)))
         state.scaler.step(state.optimiser)
         state.scaler.update()
         if state.average is not None:
             state.average.update(state.tensors(), state.step)
-        for name, value in (("loss", total), ("seg", seg), ("sgm", sgm), ("grad_norm", size)):
-            state.sums[name] = state.sums.get(name, 0.0) + value
-        state.sums["count"] = state.sums.get("count", 0.0) + 1
+        state.sums = [a + b for a, b in zip_longest(state.sums, [1.0, *values], fillvalue=0.0)]
 
     def _check(self, batch: Batch, before: list[Tensor], values: dict[str, float]) -> None:
         """Stop where something is not finite, and keep what it takes to see why."""
@@ -215,30 +228,22 @@ class _Run:
 
     def _log(self) -> None:
         state, here = self.state, self.here
-        sums = state.sums
-        names = ("loss", "seg", "sgm", "grad_norm")
-        means = here.mean(
-            torch.tensor([sums[n] for n in names], dtype=torch.float64) / sums["count"]
-        )
+        count, *sums = state.sums
+        means = here.mean(torch.tensor(sums, dtype=torch.float64) / count).tolist()
         started, first = self.since
         seconds = max(time.monotonic() - started, 1e-9)
         line: dict[str, Any] = {
             "split": "train",
             "step": state.step,
             "epoch": state.step / self.plan.steps_per_epoch,
-            **dict(zip(names, means.tolist(), strict=True)),
+            **dict(zip(VALUES, means, strict=False)),
             "lr": state.optimiser.param_groups[0]["lr"],
         }
-        if self.gates:
-            shares = here.mean(
-                torch.stack([x.double().mean((1, 2)) for x in self.gates.values()]).mean(0)
-            )
-            line["contributions"] = dict(
-                zip(self.plan.model.modalities, shares.tolist(), strict=True)
-            )
+        if shares := means[len(VALUES) :]:
+            line["contributions"] = dict(zip(self.plan.model.modalities, shares, strict=True))
         line["images_per_second"] = (state.step - first) * self.config.batch_size / seconds
         self.since = time.monotonic(), state.step
-        state.sums = {}
+        state.sums = []
         self._write(line)
         self.screen.logged(line)
 
@@ -247,8 +252,9 @@ class _Run:
         kept = state.kept()
         result: dict[str, Any] | None = None
         if plan.val is not None:
-            model = EQUISeg(plan.model).to(here.device)
-            model.load_state_dict(kept, strict=False)
+            with torch.device("meta"):
+                model = EQUISeg(plan.model)
+            model.load_state_dict(kept, assign=True)
             result = validate(model.eval(), plan.val, self.config, here, self._pause)
         best = state.best
         if result is not None and (best is None or result["miou"] > best["miou"]):
@@ -331,6 +337,8 @@ class _Stop:
 def _settings_kept(config: TrainConfig, here: Place) -> Iterator[None]:
     """What a training sets for the whole process, and sets back."""
     before = torch.are_deterministic_algorithms_enabled()
+    if config.deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for
     torch.use_deterministic_algorithms(before or config.deterministic)
     try:
         with torch.random.fork_rng([here.device] if here.device.type == "cuda" else []):

@@ -81,7 +81,8 @@ def show(plan: Plan, console: Console | None, step: int = 0) -> None:
     config = plan.config
     values = flat(config.to_dict())
     usual = flat(TrainConfig(out=config.out, data=type(config.data)()).to_dict())
-    short, long = [], []
+    short: list[Text] = []
+    long: list[Text] = []
     for name, value in values.items():
         text = f"{name:<21} " + ("-" if value is None else str(value))
         cell = Text(text, "" if value == usual.get(name) else "bold")

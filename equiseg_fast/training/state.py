@@ -19,7 +19,7 @@ class State:
     step: optimiser steps done; the epoch, the position in it and the rate follow from it, and so
     does every generator: those of step t are seeded with (seed, t) and the rank. validated: step of
     the last validation; best: its step and mIoU, of the best so far; sums: of what is logged, since
-    the last line; length: bytes of the log.
+    the last line, their number first; length: bytes of the log.
     """
 
     def __init__(self, model: EQUISeg, config: TrainConfig, here: Place) -> None:
@@ -32,7 +32,7 @@ class State:
         self.step = 0
         self.validated = 0
         self.best: dict[str, Any] | None = None
-        self.sums: dict[str, float] = {}
+        self.sums: list[float] = []
         self.length = 0
 
     def tensors(self) -> dict[str, Tensor]:
@@ -59,7 +59,7 @@ class State:
             "step": self.step,
             "validated": self.validated,
             "best": self.best,
-            "sums": dict(self.sums),
+            "sums": list(self.sums),
             "length": self.length,
             "model": full_state(self.tensors(), self.here),
             "optimiser": full_state(moments, self.here),
@@ -72,7 +72,7 @@ class State:
         """Go on from `to_dict`, in any number of processes."""
         self.step, self.validated = content["step"], content["validated"]
         self.best, self.length = content["best"], content["length"]
-        self.sums = dict(content["sums"])
+        self.sums = list(content["sums"])
         for ours, name in (
             (self.tensors(), "model"),
             ({} if self.average is None else self.average.state, "average"),
