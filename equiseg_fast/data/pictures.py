@@ -203,7 +203,8 @@ def sheet(
 def _distances(x: np.ndarray, *, dilate: bool) -> np.ndarray:
     valid = x > 0
     low, high = _robust(x[valid])
-    nearness = 1 - (np.sqrt(np.maximum(x, 0)) - np.sqrt(low)) / (np.sqrt(high) - np.sqrt(low))
+    scale = np.log(high / low)
+    nearness = 1 - np.log(np.where(valid, x, high) / low) / scale
     if dilate:
         # single points of large pictures vanish when a sheet shows them small; the nearest wins
         nearness = np.where(valid, np.clip(nearness, 0, 1), -1)
@@ -237,7 +238,7 @@ def _events(x: np.ndarray) -> np.ndarray:
 def _robust(x: np.ndarray) -> tuple[float, float]:
     """The range of values without the outermost percent on both sides, never empty."""
     if x.size == 0:
-        return 0.0, 1.0
+        return 1.0, 2.0
     low, high = (float(v) for v in np.percentile(x, (1, 99)))
     return low, high if high > low else low + 1.0
 
