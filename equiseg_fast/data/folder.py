@@ -205,8 +205,8 @@ def files_in(folder: Path) -> Files:
 
 def _leads_up(place: str, name: str) -> bool:
     """Whether a folder is a link to one above it, which would never end."""
-    here, there = Path(place).resolve(), Path(place, name).resolve()
-    return there == here or there in here.parents
+    path = Path(place, name)
+    return path.is_symlink() and path.resolve() in {x.resolve() for x in path.parents}
 
 
 def join(files: Mapping[str, Files], labels: Files | None, missing: Missing) -> list[Scene]:
