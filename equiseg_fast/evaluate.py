@@ -40,22 +40,30 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = parser_of("evaluate", "Evaluate a model, also with sensors that fail.")
+    parser = parser_of(
+        "evaluate",
+        "Evaluate a model, also with sensors that fail.",
+        "python -m equiseg_fast.evaluate MODEL DATA [options]",
+    )
     add = parser.add_argument
-    add("model", help="folder that save_pretrained, or training, wrote")
-    add("data", help='folder with the folder val, YAML with a section "data", or "synthetic"')
-    add("--split", default="val", help="train, val or test (default: val)")
+    add("model", metavar="MODEL", help="folder that save_pretrained, or training, wrote")
+    add(
+        "data",
+        metavar="DATA",
+        help='folder with the folder val, YAML with a section "data", or "synthetic"',
+    )
+    add("--split", default="val", metavar="NAME", help="train, val (default) or test")
     add(
         "--protocols",
         default=",".join(PROTOCOLS),
         metavar="LIST",
-        help="of clean,emm,rmm,nm,masked,degradations (default: all)",
+        help=f"of {','.join(PROTOCOLS)} (default: all)",
     )
     add("--limit", type=int, metavar="N", help="at most N samples, spread over the split")
     add("--batch-size", type=int, default=1, metavar="N", help="default: 1, for any sizes")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--device", metavar="NAME", help="default: a GPU if there is one, or cpu")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
-    add("--seed", type=int, default=0, help="of noise and failures (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of noise and failures (default: 0)")
     add("--out", default="evaluation", metavar="FOLDER", help="default: evaluation")
     add("--sheet", type=int, default=3, metavar="N", help="samples in sheet.png (default: 3)")
     add("--dry-run", action="store_true", help="say what would be done, and how long it takes")
