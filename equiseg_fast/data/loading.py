@@ -2,6 +2,7 @@
 
 import contextlib
 import hashlib
+import signal
 import traceback
 from typing import Any
 
@@ -154,7 +155,12 @@ def _generator(*key: int) -> torch.Generator:
 
 
 def _prepare_worker(_: int) -> None:
-    """One thread in each worker, also of OpenCV, whose threads do not survive a fork."""
+    """One thread in each worker, also of OpenCV, whose threads do not survive a fork.
+
+    Ctrl-C reaches all processes of a terminal: what it means is up to the one that asks for
+    batches, which needs them until it has decided.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     torch.set_num_threads(1)
     with contextlib.suppress(ImportError):
         import cv2
