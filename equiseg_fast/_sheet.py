@@ -1,6 +1,5 @@
 """The picture of an evaluation: what sensors saw, what the model said, and where it was wrong."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._files import replace_file
 from .data import SensorDataset, collate, colour_labels, palette_of, show
 from .models import EQUISeg
 from .robustness import CLEAN, Condition, Conditioned, conditions
@@ -99,14 +99,9 @@ def _row(
 
 
 def _draw(path: Path, rows: list[Row], dataset: SensorDataset) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError(
-            'the sheet needs matplotlib: pip install "equiseg-fast[train]"'
-        ) from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = [sensor.name for sensor in dataset.sensors]
     colours = dict(zip(names, SENSOR_COLOURS, strict=False))
@@ -161,9 +156,7 @@ def _draw(path: Path, rows: list[Row], dataset: SensorDataset) -> None:
         borderaxespad=0.2,
         handlelength=1.4,
     )
-    beside = path.with_name(f".{path.name}.new")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+    replace_file(path, FigureCanvasAgg(figure).print_png)
 
 
 def _bars(axes: Any, shares: np.ndarray, colours: dict[str, str]) -> None:

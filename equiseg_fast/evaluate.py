@@ -17,6 +17,7 @@ from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import Failed, choose_device, parser_of, run_command
+from ._files import replace_file
 from .data import DataConfig, SensorDataset, collate
 from .data.folder import SceneFiles
 from .env import package_versions
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = parser_of(
         "evaluate",
         "Evaluate a model, also with sensors that fail.",
-        "python -m equiseg_fast.evaluate MODEL DATA [options]",
+        "%(prog)s MODEL DATA [options]",
     )
     add = parser.add_argument
     add("model", metavar="MODEL", help="folder that save_pretrained, or training, wrote")
@@ -75,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> None:
-    console, progress_console = _consoles()
+    from rich.console import Console
+
     protocols = [name.strip() for name in args.protocols.split(",")]
     for protocol in protocols:
         check_choice("protocols", protocol, PROTOCOLS)
@@ -112,6 +114,7 @@ def _work(args: argparse.Namespace) -> None:
     left = [condition for condition in todo if condition not in record.results]
     from ._tables import show_plan, show_tables
 
+    console = Console()
     if args.dry_run:
         seconds = _seconds_per_image(model, dataset, device, PRECISIONS[args.precision])
         show_plan(console, config, dataset, todo, left, seconds, device)
@@ -125,7 +128,7 @@ def _work(args: argparse.Namespace) -> None:
         "classes": list(dataset.classes),
         "images": len(dataset),
     }
-    _run(model, dataset, left, record, args, device, progress_console)
+    _run(model, dataset, left, record, args, device)
     record.write()
     if args.sheet:
         from ._sheet import draw_sheet
@@ -209,10 +212,7 @@ def agree(dataset: SensorDataset, config: EQUISegConfig) -> None:
 
 
 def _read_yaml(path: Path) -> DataConfig:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
+    import yaml
 
     try:
         content = yaml.safe_load(path.read_text())
@@ -284,9 +284,8 @@ class _Record:
             "results": [{"condition": c.to_dict(), **r} for c, r in self.results.items()],
             "what": self.what,
         }
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text(json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n")
-        os.replace(beside, self.path)
+        text = json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n"
+        replace_file(self.path, lambda file: file.write(text.encode()))
 
 
 def _none_for_nan(x: Any) -> Any:
@@ -311,9 +310,9 @@ def _run(
     record: _Record,
     args: argparse.Namespace,
     device: torch.device,
-    console: Any,
 ) -> None:
     """Run the conditions that are left, with a bar over their images."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -330,7 +329,7 @@ def _run(
     )
     # Where batches go to a GPU, reading them would be what it waits for.
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type != "cpu" else 0
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("all", total=len(left) * len(dataset))
         for i, condition in enumerate(left):
             one = bar.add_task(str(condition), total=len(dataset))
@@ -393,14 +392,6 @@ def _seconds_per_image(
 
 def _name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _consoles() -> tuple[Any, Any]:
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError('evaluation needs rich: pip install "equiseg-fast[train]"') from error
-    return Console(), Console(stderr=True)
 
 
 if __name__ == "__main__":
