@@ -222,6 +222,25 @@ def test_dry_run_reads_and_writes_nothing(
     assert "Sensors that fail, in turn: rgb, thermal." in said
 
 
+def test_degradations_of_rendered_scenes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    torch.manual_seed(0)
+    EQUISeg.from_name("nano", modalities=("rgb",), num_classes=13).save_pretrained(tmp_path)
+    options = ("--protocols", "clean,degradations", "--limit", 1, "--sheet", 1)
+    assert run(tmp_path, "synthetic", "--out", tmp_path / "out", *options) == 0
+    content = read(tmp_path / "out")
+    names = ["night", "over_exposure", "motion_blur", "fog", "dead_rgb"]
+    assert list(content["summary"]["miou"]["degradations"]) == names
+    assert len(content["results"]) == 1 + 4 * len(names)
+    said = capsys.readouterr().out
+    row = next(line for line in said.splitlines() if "night" in line)
+    figures = [float(x) for x in row.split("│")[2:-1]]
+    night = [r["miou"] for r in content["results"] if r["condition"]["name"] == "night"]
+    shown = [100 * x for x in (content["summary"]["miou"]["clean"], *night)]
+    assert figures == pytest.approx(shown, abs=0.0051)
+
+
 def test_absent_sensors_and_yaml_in_another_order(
     kept: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
