@@ -354,6 +354,8 @@ def _run(
             result["seconds"] = round(time.perf_counter() - start, 3)
             record.add(condition, result)
             bar.remove_task(one)
+            if not bar.console.is_terminal:  # where no bar is seen, as in a log
+                bar.console.print(f"{i + 1}/{len(left)} {condition}: mIoU {result['miou']:.4f}")
 
 
 def _digest_of_file(path: Path) -> str:

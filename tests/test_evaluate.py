@@ -156,7 +156,9 @@ def test_goes_on_after_an_interruption(
     monkeypatch.setattr(evaluate, "evaluate_dataset", stopping)
     command = (kept, folder, "--out", tmp_path, "--sheet", 0)
     assert run(*command, "--protocols", "clean,emm,nm") == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "3/6 EMM, zero: thermal: mIoU 0." in said, "no progress where there is no terminal"
+    assert "the same command goes on" in said
     first = list(calls)
     assert len(read(tmp_path)["results"]) == 3
     # More protocols than before, in one more run.
