@@ -246,8 +246,10 @@ class _Record:
             return
         try:
             content = json.loads(path.read_text())
-            theirs, results = content["what"], content["results"]
-            for result in results:
+            if content["format"] != FORMAT:
+                raise ValueError(f"it has format {content['format']}")
+            theirs = dict(content["what"])
+            for result in content["results"]:
                 self.results[Condition(**result.pop("condition"))] = {
                     k: _nan_for_none(v) for k, v in result.items()
                 }
@@ -256,11 +258,10 @@ class _Record:
                 f"{path} is no evaluation of this version, or damaged ({error}); move it away, or "
                 "choose another --out"
             ) from error
-        if content.get("format") != FORMAT or theirs != what:
-            other = [name for name in what if theirs.get(name) != what[name]]
+        if other := [name for name in what if theirs.get(name) != what[name]]:
             raise ValueError(
-                f"{path} is an evaluation with other {', '.join(other) or 'format'}; choose "
-                "another --out, or move it away"
+                f"{path} is an evaluation with other {', '.join(other)}; choose another --out, or "
+                "move it away"
             )
 
     def add(self, condition: Condition, result: Result) -> None:

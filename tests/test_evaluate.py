@@ -197,9 +197,10 @@ def test_changed_files_and_weights_are_something_else(
     model.save_pretrained(tmp_path / "model", state_dict=weights)
     assert run(tmp_path / "model", *command) == 2
     assert "with other weights, samples;" in capsys.readouterr().err
-    (tmp_path / "out" / "evaluation.json").write_text('{"format": 1, "resu')
-    assert run(kept, *command) == 2
-    assert "evaluation.json is no evaluation of this version, or damaged" in capsys.readouterr().err
+    for text in ('{"format": 1, "resu', '{"format": 2}', "[]"):
+        (tmp_path / "out" / "evaluation.json").write_text(text)
+        assert run(kept, *command) == 2
+        assert "evaluation.json is no evaluation of this version" in capsys.readouterr().err
 
 
 def test_batches_change_nothing(kept: Path, tmp_path: Path) -> None:
@@ -277,13 +278,6 @@ def test_logits_that_are_not_finite_fail(
     options = ("--protocols", "clean", "--sheet", 0, "--out", tmp_path / "out")
     assert run(tmp_path / "model", folder, *options) == 1
     assert "logits of 3 images were not finite under clean" in capsys.readouterr().err
-
-
-def test_help_fits_a_screen(capsys: pytest.CaptureFixture[str]) -> None:
-    assert run("--help") == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert len(lines) <= 32
-    assert max(map(len, lines)) <= 80
 
 
 @pytest.mark.parametrize(
