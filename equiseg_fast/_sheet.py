@@ -1,6 +1,5 @@
 """The picture of an evaluation: what sensors saw, what the model said, and where it was wrong."""
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ._files import replace_file
 from .data import SensorDataset, collate, colour_labels, palette_of, show
 from .models import EQUISeg
 from .robustness import CLEAN, Condition, Conditioned, conditions
@@ -99,41 +99,37 @@ def _row(
 
 
 def _draw(path: Path, rows: list[Row], dataset: SensorDataset) -> None:
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-        from matplotlib.patches import Patch
-    except ImportError as error:
-        raise ImportError(
-            'the sheet needs matplotlib: pip install "equiseg-fast[train]"'
-        ) from error
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.patches import Patch
 
     names = [sensor.name for sensor in dataset.sensors]
     colours = dict(zip(names, SENSOR_COLOURS, strict=False))
     height, width = rows[0].truth.shape[:2]
-    # In inches: pictures are 2.4 wide, and high enough for bars of four stages.
-    across, line, side = 2.4, 0.22, 0.5
+    # In inches: pictures are 2.4 wide, and high enough for bars of four stages; every row has a
+    # line for titles above.
+    across, line, side = 2.4, 0.24, 0.5
     down = max(across * height / width, 1.0)
     columns = len(names) + 4
-    per_line = max(1, int((side + columns * across) / 1.6))
-    below = line * (-(-len(dataset.classes) // per_line) + 3)
-    # Every sample has a line of titles above its rows.
-    total = (side + columns * across, len(rows) * (down + line) + below)
-    figure = Figure(figsize=total, dpi=110, facecolor="white")
+    classes = len(dataset.classes)
+    lines = -(-classes // max(1, int((side + columns * across) / 1.4)))
+    below = line * (lines + 0.5)
+    wide, high = side + columns * across, len(rows) * (down + line) + below
+    figure = Figure(figsize=(wide, high), dpi=110, facecolor="white")
 
-    def place(r: int, c: int, *, margin: float = 0.03) -> Any:
-        left, bottom = side + c * across + margin, total[1] - (r + 1) * (down + line) + margin
-        box = (left, bottom, across - 2 * margin, down - 2 * margin)
-        x, y, w, h = box
-        return figure.add_axes((x / total[0], y / total[1], w / total[0], h / total[1]))
+    def place(r: int, c: int) -> Any:
+        x, y = side + c * across, high - (r + 1) * (down + line)
+        box = ((x + 0.03) / wide, (y + 0.03) / high, (across - 0.06) / wide, (down - 0.06) / high)
+        return figure.add_axes(box)
 
     for r, row in enumerate(rows):
-        middle = total[1] - (r + 1) * (down + line) + down / 2
+        middle = high - (r + 1) * (down + line) + down / 2
         figure.text(
-            side / 2 / total[0], middle / total[1], row.name, rotation=90, fontsize=8,
-            ha="center", va="center", linespacing=1.4,
+            side / 2 / wide, middle / high, row.name, rotation=90, fontsize=8, ha="center",
+            va="center", linespacing=1.4,
         )  # fmt: skip
-        titles = [*names, "labels", "prediction", f"wrong: {1 - row.right:.1%} of pixels"]
+        titles = [*names, "labels", "prediction"] if r == 0 else [""] * (len(names) + 2)
+        titles += [f"red is wrong: {1 - row.right:.1%}"]
         pictures = [*row.inputs, row.truth, row.prediction, row.errors]
         for c, (title, picture) in enumerate(zip(titles, pictures, strict=True)):
             axes = place(r, c)
@@ -143,8 +139,9 @@ def _draw(path: Path, rows: list[Row], dataset: SensorDataset) -> None:
                 axes.text(0.5, 0.5, "absent", ha="center", va="center", fontsize=9, color="gray")
             else:
                 axes.imshow(picture, interpolation="nearest")
-        axes = place(r, columns - 1, margin=0.12)
-        axes.set_title("contributions by stage", fontsize=9, pad=3)
+        axes = place(r, columns - 1)
+        if r == 0:
+            axes.set_title("contributions, stages 1 to 4", fontsize=9, pad=3)
         _bars(axes, row.shares, colours)
     palette = palette_of(len(dataset.classes), dataset.palette) / 255
     figure.legend(
@@ -152,12 +149,14 @@ def _draw(path: Path, rows: list[Row], dataset: SensorDataset) -> None:
             Patch(facecolor=tuple(colour), edgecolor="gray", linewidth=0.5, label=name)
             for name, colour in zip(dataset.classes, palette, strict=True)
         ],
-        loc="lower center", ncols=per_line, fontsize=8, frameon=False, borderaxespad=0.2,
+        loc="lower center",
+        ncols=-(-classes // lines),
+        fontsize=8,
+        frameon=False,
+        borderaxespad=0.2,
         handlelength=1.4,
-    )  # fmt: skip
-    beside = path.with_name(f".{path.name}.new")
-    FigureCanvasAgg(figure).print_png(str(beside))
-    os.replace(beside, path)
+    )
+    replace_file(path, FigureCanvasAgg(figure).print_png)
 
 
 def _bars(axes: Any, shares: np.ndarray, colours: dict[str, str]) -> None:
@@ -171,10 +170,6 @@ def _bars(axes: Any, shares: np.ndarray, colours: dict[str, str]) -> None:
                     edges[stage, i : i + 2].mean(), stage, f"{name}\n{shares[stage, i]:.0%}",
                     ha="center", va="center", fontsize=6, color="white", linespacing=0.95,
                 )  # fmt: skip
-    axes.set_xlim(0, 1)
+    axes.set_xlim(-0.04, 1)
     axes.set_ylim(3.5, -0.5)
-    axes.set_yticks(range(4), [str(s + 1) for s in range(4)], fontsize=7)
-    axes.set_xticks([])
-    axes.tick_params(length=0, pad=2)
-    for spine in axes.spines.values():
-        spine.set_visible(False)
+    axes.set_axis_off()

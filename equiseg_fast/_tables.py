@@ -68,7 +68,7 @@ def show_tables(
     console: Console, config: EQUISegConfig, dataset: SensorDataset, results: Results
 ) -> None:
     """All results, in percent."""
-    console.print(_headline(config, dataset))
+    console.print(f"{_headline(config, dataset)}; all scores in percent")
     miou = {condition: result["miou"] for condition, result in results.items()}
     if CLEAN in results:
         console.print(_classes(dataset, results))
@@ -127,7 +127,7 @@ def _masked(config: EQUISegConfig) -> str:
 def _classes(dataset: SensorDataset, results: Results) -> Table:
     """IoU of every class, clean and with each one sensor zero."""
     alone = {s.name: Condition("emm", (s.name,)) for s in dataset.sensors}
-    shown = {"clean": CLEAN, **{f"no {n}": c for n, c in alone.items() if c in results}}
+    shown = {"clean": CLEAN, **{f"{n} zero": c for n, c in alone.items() if c in results}}
     table = Table("IoU", *(_right(name) for name in shown))
     for k, name in enumerate(dataset.classes):
         table.add_row(name, *(_percent(results[c]["iou"][k]) for c in shown.values()))

@@ -17,6 +17,7 @@ from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import Failed, choose_device, parser_of, run_command
+from ._files import replace_file
 from .data import DataConfig, SensorDataset, collate
 from .data.folder import SceneFiles
 from .env import package_versions
@@ -40,22 +41,30 @@ Result = dict[str, Any]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command line; returns the exit status."""
-    parser = parser_of("evaluate", "Evaluate a model, also with sensors that fail.")
+    parser = parser_of(
+        "evaluate",
+        "Evaluate a model, also with sensors that fail.",
+        "%(prog)s MODEL DATA [options]",
+    )
     add = parser.add_argument
-    add("model", help="folder that save_pretrained, or training, wrote")
-    add("data", help='folder with the folder val, YAML with a section "data", or "synthetic"')
-    add("--split", default="val", help="train, val or test (default: val)")
+    add("model", metavar="MODEL", help="folder that save_pretrained, or training, wrote")
+    add(
+        "data",
+        metavar="DATA",
+        help='folder with the folder val, YAML with a section "data", or "synthetic"',
+    )
+    add("--split", default="val", metavar="NAME", help="train, val (default) or test")
     add(
         "--protocols",
         default=",".join(PROTOCOLS),
         metavar="LIST",
-        help="of clean,emm,rmm,nm,masked,degradations (default: all)",
+        help=f"of {','.join(PROTOCOLS)} (default: all)",
     )
     add("--limit", type=int, metavar="N", help="at most N samples, spread over the split")
     add("--batch-size", type=int, default=1, metavar="N", help="default: 1, for any sizes")
-    add("--device", help="cpu, cuda, cuda:1, ... (default: a GPU if there is one)")
+    add("--device", metavar="NAME", help="default: a GPU if there is one, or cpu")
     add("--precision", choices=PRECISIONS, default="fp32", help="default: fp32")
-    add("--seed", type=int, default=0, help="of noise and failures (default: 0)")
+    add("--seed", type=int, default=0, metavar="N", help="of noise and failures (default: 0)")
     add("--out", default="evaluation", metavar="FOLDER", help="default: evaluation")
     add("--sheet", type=int, default=3, metavar="N", help="samples in sheet.png (default: 3)")
     add("--dry-run", action="store_true", help="say what would be done, and how long it takes")
@@ -67,7 +76,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _work(args: argparse.Namespace) -> None:
-    console, progress_console = _consoles()
+    from rich.console import Console
+
     protocols = [name.strip() for name in args.protocols.split(",")]
     for protocol in protocols:
         check_choice("protocols", protocol, PROTOCOLS)
@@ -104,6 +114,7 @@ def _work(args: argparse.Namespace) -> None:
     left = [condition for condition in todo if condition not in record.results]
     from ._tables import show_plan, show_tables
 
+    console = Console()
     if args.dry_run:
         seconds = _seconds_per_image(model, dataset, device, PRECISIONS[args.precision])
         show_plan(console, config, dataset, todo, left, seconds, device)
@@ -117,7 +128,7 @@ def _work(args: argparse.Namespace) -> None:
         "classes": list(dataset.classes),
         "images": len(dataset),
     }
-    _run(model, dataset, left, record, args, device, progress_console)
+    _run(model, dataset, left, record, args, device)
     record.write()
     if args.sheet:
         from ._sheet import draw_sheet
@@ -201,10 +212,7 @@ def agree(dataset: SensorDataset, config: EQUISegConfig) -> None:
 
 
 def _read_yaml(path: Path) -> DataConfig:
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
+    import yaml
 
     try:
         content = yaml.safe_load(path.read_text())
@@ -238,8 +246,10 @@ class _Record:
             return
         try:
             content = json.loads(path.read_text())
-            theirs, results = content["what"], content["results"]
-            for result in results:
+            if content["format"] != FORMAT:
+                raise ValueError(f"it has format {content['format']}")
+            theirs = dict(content["what"])
+            for result in content["results"]:
                 self.results[Condition(**result.pop("condition"))] = {
                     k: _nan_for_none(v) for k, v in result.items()
                 }
@@ -248,11 +258,10 @@ class _Record:
                 f"{path} is no evaluation of this version, or damaged ({error}); move it away, or "
                 "choose another --out"
             ) from error
-        if content.get("format") != FORMAT or theirs != what:
-            other = [name for name in what if theirs.get(name) != what[name]]
+        if other := [name for name in what if theirs.get(name) != what[name]]:
             raise ValueError(
-                f"{path} is an evaluation with other {', '.join(other) or 'format'}; choose "
-                "another --out, or move it away"
+                f"{path} is an evaluation with other {', '.join(other)}; choose another --out, or "
+                "move it away"
             )
 
     def add(self, condition: Condition, result: Result) -> None:
@@ -276,9 +285,8 @@ class _Record:
             "results": [{"condition": c.to_dict(), **r} for c, r in self.results.items()],
             "what": self.what,
         }
-        beside = self.path.with_name(f".{self.path.name}.new")
-        beside.write_text(json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n")
-        os.replace(beside, self.path)
+        text = json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n"
+        replace_file(self.path, lambda file: file.write(text.encode()))
 
 
 def _none_for_nan(x: Any) -> Any:
@@ -303,9 +311,9 @@ def _run(
     record: _Record,
     args: argparse.Namespace,
     device: torch.device,
-    console: Any,
 ) -> None:
     """Run the conditions that are left, with a bar over their images."""
+    from rich.console import Console
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
@@ -322,7 +330,7 @@ def _run(
     )
     # Where batches go to a GPU, reading them would be what it waits for.
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type != "cpu" else 0
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("all", total=len(left) * len(dataset))
         for i, condition in enumerate(left):
             one = bar.add_task(str(condition), total=len(dataset))
@@ -347,6 +355,8 @@ def _run(
             result["seconds"] = round(time.perf_counter() - start, 3)
             record.add(condition, result)
             bar.remove_task(one)
+            if not bar.console.is_terminal:  # where no bar is seen, as in a log
+                bar.console.print(f"{i + 1}/{len(left)} {condition}: mIoU {result['miou']:.4f}")
 
 
 def _digest_of_file(path: Path) -> str:
@@ -385,14 +395,6 @@ def _seconds_per_image(
 
 def _name_of(device: torch.device) -> str:
     return torch.cuda.get_device_name(device) if device.type == "cuda" else str(device)
-
-
-def _consoles() -> tuple[Any, Any]:
-    try:
-        from rich.console import Console
-    except ImportError as error:
-        raise ImportError('evaluation needs rich: pip install "equiseg-fast[train]"') from error
-    return Console(), Console(stderr=True)
 
 
 if __name__ == "__main__":

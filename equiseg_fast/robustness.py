@@ -60,7 +60,7 @@ class Condition:
             "rmm": f"RMM {self.amount:g}: {which}",
             "nm": f"NM {self.name}",
             "masked": f"masked: {which}",
-            "degradations": f"{self.name} {self.amount:g}",
+            "degradations": f"{self.name} at {self.amount:g}",
         }[self.protocol]
 
     def to_dict(self) -> dict[str, Any]:

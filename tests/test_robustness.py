@@ -9,12 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from equiseg_fast.data import Sample, Sensor, SensorDataset
+from equiseg_fast.data import (
+    Sample,
+    Sensor,
+    SensorDataset,
+    degradations_for,
+    degrade,
+    normalise,
+)
 from equiseg_fast.robustness import (
     CLEAN,
     FAILURES,
     LEVELS,
     RATIOS,
+    SEVERITIES,
     Condition,
     Conditioned,
     apply,
@@ -212,13 +220,13 @@ def test_nm_has_salt_pepper_and_noise(level: str) -> None:
     x, y = sample.images["event"], noisy.images["event"]
     n = math.ceil(density * x.numel() / 2)
     missed = (1 - 1 / x.numel()) ** n
-    tolerance = 5 * math.sqrt(density / x.numel())
-    untouched = (y == x) & (y != x.max()) & (y != x.min())
-    assert untouched.float().mean().item() == pytest.approx(missed**2, abs=tolerance)
-    assert (y == x.max()).float().mean().item() == pytest.approx(
-        (1 - missed) * missed, abs=tolerance
-    )
-    assert (y == x.min()).float().mean().item() == pytest.approx(1 - missed, abs=tolerance)
+    for elements, chance in (
+        ((y == x) & (y != x.max()) & (y != x.min()), missed**2),
+        (y == x.max(), (1 - missed) * missed),
+        (y == x.min(), 1 - missed),
+    ):
+        four_deviations = 4 * math.sqrt(chance * (1 - chance) / x.numel())
+        assert elements.float().mean().item() == pytest.approx(chance, abs=four_deviations)
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -254,6 +262,22 @@ def test_absent_sensors_stay_absent() -> None:
         result = changed(condition, sample)
         assert not result.present[2]
         assert not result.images["lidar"].any()
+
+
+def test_degradations_happen_to_raw_values() -> None:
+    names = degradations_for(SENSORS)
+    found = conditions(SENSORS, ("degradations",))
+    assert [(c.name, c.amount) for c in found] == [(n, s) for n in names for s in SEVERITIES]
+    for condition in (found[0], Condition("degradations", amount=1.0, name="dead_lidar")):
+        raw = degrade(Noise().raw(3), SENSORS, condition.name, condition.amount, seed=5)
+        wanted = normalise(raw, SENSORS)
+        sample = Conditioned(Noise(), condition, seed=5)[3]
+        assert all(torch.equal(x, wanted.images[n]) for n, x in sample.images.items())
+        clean = Noise()[3].images
+        assert any(not torch.equal(x, clean[n]) for n, x in sample.images.items())
+    assert summary(dict.fromkeys(found, 0.25), ["rgb", "event", "lidar"]) == {
+        "degradations": dict.fromkeys(names, 0.25)
+    }
 
 
 def test_limit_spreads_over_the_dataset() -> None:
