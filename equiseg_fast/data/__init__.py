@@ -2,18 +2,30 @@
 for images."""
 
 from .augment import Augment
+from .degradations import DEGRADATIONS, Degraded, degradations_for, degrade
 from .loading import batches
+from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera
+from .synthetic import SyntheticScenes
 
 __all__ = [
+    "DEGRADATIONS",
     "Augment",
     "Batch",
+    "Degraded",
     "Sample",
     "Sensor",
     "SensorDataset",
+    "SyntheticScenes",
     "batches",
     "camera",
     "collate",
+    "colour_labels",
+    "contact_sheet",
+    "degradations_for",
+    "degrade",
     "normalise",
+    "palette_of",
+    "show",
 ]
