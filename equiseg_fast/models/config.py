@@ -1,10 +1,11 @@
 """Everything that can be chosen about EQUISeg, in one frozen place."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from numbers import Integral
-from typing import Literal
+from typing import Any, Literal
 
+from equiseg_fast.data.sensors import Sensor
 from equiseg_fast.ops._checks import (
     MAX_SIZE,
     check_choice,
@@ -31,6 +32,9 @@ VARIANTS: dict[str, tuple[tuple[int, int, int, int], tuple[int, int, int, int]]]
 
 "nano" is ours, half as wide and as deep as B0, for CPUs and experiments; no weights are published.
 """
+
+VERSION = "equiseg_fast_version"
+"""Under which name the version of the package stands beside the fields of a configuration."""
 
 HEADS = (1, 2, 5, 8)
 SR_RATIOS = (8, 4, 2, 1)
@@ -59,31 +63,44 @@ class EQUISegConfig:
 
     variant: Mix Transformer of the encoder, "b0" to "b5", or "nano", half of b0.
     modalities: unique names, 1 to 8 of them; their order is that of every modality axis.
+    in_channels: channels of the images, one number for all modalities or one for each.
     num_classes: classes of the logits. ignore_index*: label that counts for nothing.
+    class_names, sensors: what the classes are called, and how images were normalised; kept with
+        the model, which computes the same without. None is unknown.
     decoder_dim*: width of the head; None is 128 for nano, 256 for b0 and b1, 512 otherwise.
     share_encoder*: one encoder for all modalities; False gives each its own.
+    cross_modal*: whether modalities attend to one another; False goes without query hub, pooling
+        mixer and cross-attention, so that encoded modalities meet in the gate or the mean alone.
     aux_source: where the query hub reads: "embed" (before the blocks, as in the paper) or
         "encoded"* (after them).
     ppx_depth*, ppx_ratio*: pooling mixer blocks per stage and their hidden ratio per stage.
     cross_heads*, cross_sr*, cross_proj*: heads, key reduction and output projection of the
         cross-attention per stage.
-    gate*: whether branches are reweighted; gate_reduction*, gate_rho*, gate_tau*: of the gate.
-    fuse*: how branches become the fused map, by "gate" weights or by "mean".
+    gate*: whether branches are reweighted, in the stages (1 to 4) of gate_stages*; gate_reduction*,
+        gate_rho*, gate_tau*: of the gate.
+    fuse*: how branches become the fused map, by "gate" weights, where there is one, or by "mean".
     sgm_weight*, sgm_tau*, sgm_stages*: weight, temperature and stages (1 to 4) of the SGM loss.
+    sgm_source*: whose prototypes it compares: the features as "encoded", those behind the
+        "cross_modal" block, or the branches as "gated".
     drop_path: stochastic depth of the last block, growing linearly from 0.
     ln_eps_embed, ln_eps_block: LayerNorm eps behind convolutions, and in blocks and stage ends.
     head_dropout: channel dropout before the classifier. fold_head: see `nn.SegmentationHead`.
     ohem_thresh: in (0, 1], hard pixels have a predicted probability below this.
-    modality_dropout*: probability that a training step sees only a random non-empty subset.
+    modality_dropout*: probability that a training step sees only a random non-empty subset; the
+        others are absent in the sense of `missing`.
     missing: what an absent modality is: "mask" (never used) or "zero" (an image of zeros).
     """
 
     variant: str = "b0"
     modalities: tuple[str, ...] = ("rgb", "depth", "event", "lidar")
+    in_channels: int | Sequence[int] = 3
     num_classes: int = 25
     ignore_index: int = 255
+    class_names: tuple[str, ...] | None = None
+    sensors: tuple[Sensor, ...] | None = None
     decoder_dim: int | None = None
     share_encoder: bool = True
+    cross_modal: bool = True
     aux_source: Literal["embed", "encoded"] = "embed"
     ppx_depth: int = 1
     ppx_ratio: tuple[int, int, int, int] = (8, 8, 4, 4)
@@ -91,6 +108,7 @@ class EQUISegConfig:
     cross_sr: tuple[int, int, int, int] = SR_RATIOS
     cross_proj: bool = True
     gate: bool = True
+    gate_stages: tuple[int, ...] = (1, 2, 3, 4)
     gate_reduction: int = 4
     gate_rho: float = 0.5
     gate_tau: float = 1.0
@@ -98,6 +116,7 @@ class EQUISegConfig:
     sgm_weight: float = 1.0
     sgm_tau: float = 1.0
     sgm_stages: tuple[int, ...] = (1, 2, 3, 4)
+    sgm_source: Literal["encoded", "cross_modal", "gated"] = "cross_modal"
     drop_path: float = 0.1
     ln_eps_embed: float = 1e-5
     ln_eps_block: float = 1e-6
@@ -109,20 +128,31 @@ class EQUISegConfig:
 
     def __post_init__(self) -> None:
         self._set("variant", check_variant(self.variant))
+        if isinstance(self.modalities, str):
+            raise TypeError(
+                f"modalities must be a sequence of names, modalities=({self.modalities!r},) for "
+                f"one; got {self.modalities!r}"
+            )
         for name, kind, of in (
             ("modalities", str, "names"),
+            ("class_names", str, "names"),
+            ("sensors", Sensor, "equiseg_fast.data.Sensor"),
             ("ppx_ratio", Integral, "four integers"),
             ("cross_heads", Integral, "four integers"),
             ("cross_sr", Integral, "four integers"),
+            ("gate_stages", Integral, "integers"),
             ("sgm_stages", Integral, "integers"),
         ):
-            check_sequence(name, getattr(self, name), kind, of)
-            self._set(name, tuple(getattr(self, name)))
+            value = getattr(self, name)
+            if value is not None or name not in ("class_names", "sensors"):
+                check_sequence(name, value, kind, of)
+                self._set(name, tuple(int(x) if kind is Integral else x for x in value))
         self._require("modalities", "" not in self.modalities, "names that are not empty")
         self._require("modalities", 1 <= len(self.modalities) <= 8, "1 to 8 names")
-        unique = len(set(self.modalities)) == len(self.modalities)
-        self._require("modalities", unique, "unique names")
-        check_integer("num_classes", self.num_classes)
+        self._require("modalities", _unique(self.modalities), "unique names")
+        for name in ("num_classes", "ignore_index"):
+            check_integer(name, getattr(self, name))
+            self._set(name, int(getattr(self, name)))
         self._require("num_classes", 1 <= self.num_classes <= 256, "1 to 256")
         check_sizes(ppx_depth=self.ppx_depth, gate_reduction=self.gate_reduction)
         smallest = min(self.dims)
@@ -130,6 +160,10 @@ class EQUISegConfig:
         check_ignore_index(self.ignore_index)
         if self.decoder_dim is not None:
             check_sizes(decoder_dim=self.decoder_dim)
+        for name in ("ppx_depth", "gate_reduction", "decoder_dim"):
+            value = getattr(self, name)
+            self._set(name, None if value is None else int(value))
+        self._check_data()
         for name in ("ppx_ratio", "cross_heads", "cross_sr"):
             value = getattr(self, name)
             four = len(value) == 4 and 1 <= min(value) <= max(value) <= MAX_SIZE
@@ -139,23 +173,51 @@ class EQUISegConfig:
         self._require("cross_heads", divides, f"divisors of the channels {self.dims}")
         check_choice("aux_source", self.aux_source, ("embed", "encoded"))
         check_choice("fuse", self.fuse, ("gate", "mean"))
+        check_choice("sgm_source", self.sgm_source, ("encoded", "cross_modal", "gated"))
         check_choice("missing", self.missing, ("mask", "zero"))
         check_flags(
             share_encoder=self.share_encoder,
+            cross_modal=self.cross_modal,
             cross_proj=self.cross_proj,
             gate=self.gate,
             fold_head=self.fold_head,
         )
         for name in ("drop_path", "head_dropout", "modality_dropout"):
-            rate(name, getattr(self, name))
+            self._set(name, rate(name, getattr(self, name)))
         for name in ("gate_tau", "sgm_tau", "ln_eps_embed", "ln_eps_block"):
-            positive(name, getattr(self, name))
-        number("gate_rho", self.gate_rho)
-        self._require("sgm_weight", number("sgm_weight", self.sgm_weight) >= 0.0, "at least 0")
-        in_range = 0.0 < number("ohem_thresh", self.ohem_thresh) <= 1.0
-        self._require("ohem_thresh", in_range, "in (0, 1]")
-        once = sorted(self.sgm_stages) == [s for s in (1, 2, 3, 4) if s in self.sgm_stages]
-        self._require("sgm_stages", once, "stages 1 to 4, each once")
+            self._set(name, positive(name, getattr(self, name)))
+        for name in ("gate_rho", "sgm_weight", "ohem_thresh"):
+            self._set(name, number(name, getattr(self, name)))
+        self._require("sgm_weight", self.sgm_weight >= 0.0, "at least 0")
+        self._require("ohem_thresh", 0.0 < self.ohem_thresh <= 1.0, "in (0, 1]")
+        for name in ("gate_stages", "sgm_stages"):
+            stages = getattr(self, name)
+            once = _unique(stages) and {*stages} <= {1, 2, 3, 4}
+            self._require(name, once, "stages 1 to 4, each once")
+
+    def _check_data(self) -> None:
+        """What the images and labels are like: channels, normalisation, names of classes."""
+        channels = self.in_channels
+        if not isinstance(channels, Sequence):
+            check_sizes(in_channels=channels)
+            channels = (channels,) * len(self.modalities)
+        check_sequence("in_channels", channels, Integral, "integers")
+        one_each = len(channels) == len(self.modalities)
+        self._require("in_channels", one_each, "one number, or one for each of the modalities")
+        for i, count in enumerate(channels):
+            check_sizes(**{f"in_channels[{i}]": count})
+        self._set("in_channels", tuple(map(int, channels)))
+        if self.class_names is not None:
+            each = _unique(self.class_names) and len(self.class_names) == self.num_classes
+            each = each and "" not in self.class_names
+            self._require("class_names", each, f"num_classes = {self.num_classes} unique names")
+        if self.sensors is not None:
+            for field, wanted, got in (
+                ("modalities", self.modalities, tuple(x.name for x in self.sensors)),
+                ("in_channels", self.in_channels, tuple(x.channels for x in self.sensors)),
+            ):
+                if wanted != got:
+                    raise ValueError(f"sensors must be those of {field}, {wanted}; got {got}")
 
     def _set(self, name: str, value: object) -> None:
         object.__setattr__(self, name, value)
@@ -163,6 +225,32 @@ class EQUISegConfig:
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:
             raise ValueError(f"{name} must be {allowed}; got {getattr(self, name)!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """All fields as JSON and YAML have them; `from_dict` makes an equal configuration of it."""
+        return {name: _as_json(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, content: Mapping[str, Any]) -> "EQUISegConfig":
+        """The configuration of `to_dict`; fields that are left out have their defaults.
+
+        Raises TypeError or ValueError naming a field that does not exist, with the version of the
+        package that wrote it if content has one, or a value that the field cannot have.
+        """
+        if not isinstance(content, Mapping):
+            raise TypeError(f"content must be a mapping; got {type(content).__name__}")
+        values = dict(content)
+        version = values.pop(VERSION, None)
+        if unknown := [str(name) for name in values if name not in _names(cls)]:
+            wrote = f", which version {version} of the package wrote" if version else ""
+            raise ValueError(
+                f"EQUISegConfig has no field {', '.join(unknown)}{wrote}; it has "
+                f"{', '.join(_names(cls))}"
+            )
+        sensors = values.get("sensors")
+        if isinstance(sensors, Sequence) and not isinstance(sensors, str):
+            values["sensors"] = tuple(_sensor(i, x) for i, x in enumerate(sensors))
+        return cls(**values)
 
     @property
     def dims(self) -> tuple[int, int, int, int]:
@@ -180,3 +268,39 @@ class EQUISegConfig:
         if self.decoder_dim is not None:
             return self.decoder_dim
         return {"nano": 128, "b0": 256, "b1": 256}.get(self.variant, 512)
+
+    @property
+    def gated(self) -> tuple[int, ...]:
+        """Stages, 1 to 4, that have a gate: where it can change what anybody reads."""
+        if not self.gate or len(self.modalities) == 1:
+            return ()
+        # The branches of the last stage go nowhere.
+        return tuple(s for s in sorted(self.gate_stages) if self.fuse == "gate" or s < 4)
+
+
+def _unique(values: Sequence[Any]) -> bool:
+    return len(set(values)) == len(values)
+
+
+def _names(kind: Any) -> list[str]:
+    return [field.name for field in fields(kind)]
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _as_json(x) for name, x in value.items()}
+    return [_as_json(x) for x in value] if isinstance(value, tuple) else value
+
+
+def _sensor(index: int, content: Any) -> Sensor:
+    """A sensor from its fields, all of which must be there and no others."""
+    if isinstance(content, Sensor):
+        return content
+    names = _names(Sensor)
+    if not isinstance(content, Mapping) or set(content) != set(names):
+        got = list(content) if isinstance(content, Mapping) else content
+        raise ValueError(f"sensors[{index}] must have the fields {', '.join(names)}; got {got}")
+    try:
+        return Sensor(**content)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"sensors[{index}].{error}") from error

@@ -1,6 +1,5 @@
 """EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
 
-import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
@@ -16,7 +15,6 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
-from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
@@ -30,11 +28,13 @@ from .inputs import (
     check_mask,
     check_teachers,
     holding,
+    left_modalities,
     present_names,
     stack_images,
     teacher_order,
 )
 from .mix_transformer import MixTransformer
+from .pretrained import Pretrained, accept_no_names
 
 STRIDE = 32
 
@@ -43,7 +43,8 @@ class StageOutput(NamedTuple):
     """What one stage leaves behind, for M modalities and B images of L = height * width tokens."""
 
     features: Tensor
-    """Output of the cross-modal block before the gate, `[M, B, L, C]`."""
+    """What the SGM loss compares, `[M, B, L, C]`: `config.sgm_source`, by default the output of the
+    cross-modal block, before the gate."""
     fused: Tensor
     """What the head sees, `[B, L, C]`."""
     contributions: Tensor
@@ -52,7 +53,7 @@ class StageOutput(NamedTuple):
     """(height, width)."""
 
 
-class EQUISeg(Layer):
+class EQUISeg(Pretrained):
     """Semantic segmentation from any number of sensors, any of which may be absent.
 
     All modalities run as one batch `[M * B, L, C]` through shared weights; only the score nets of
@@ -68,34 +69,36 @@ class EQUISeg(Layer):
     def __init__(self, config: EQUISegConfig) -> None:
         super().__init__()
         if not isinstance(config, EQUISegConfig):
-            raise TypeError(f"config must be an EQUISegConfig; got {type(config).__name__}")
+            hint = ""
+            if isinstance(config, str):
+                hint = f"; EQUISeg.from_name({config!r}) takes the name of a variant"
+            raise TypeError(f"config must be an EQUISegConfig; got {type(config).__name__}{hint}")
         self.config = config
         encoders = [
             MixTransformer(
                 config.variant,
+                in_channels=channels,
                 drop_path=config.drop_path,
                 ln_eps_embed=config.ln_eps_embed,
                 ln_eps_block=config.ln_eps_block,
             )
-            for _ in range(1 if config.share_encoder else len(config.modalities))
+            for channels in ([config.in_channels] if config.share_encoder else config.in_channels)
         ]
         self.encoder = encoders[0] if config.share_encoder else nn.ModuleList(encoders)
         self.fusion = nn.ModuleList()
         self.gates = nn.ModuleList()
-        if len(config.modalities) > 1:
-            for s, dim in enumerate(config.dims):
+        for s in range(4 if len(config.modalities) > 1 else 0):
+            if config.cross_modal:
                 self.fusion.append(self._fusion_block(s))
-                # The branches of the last stage go nowhere.
-                if config.gate and (config.fuse == "gate" or s < 3):
-                    self.gates.append(
-                        SelfGuidedGate(dim, config.gate_reduction, config.gate_rho, config.gate_tau)
-                    )
+            # By their names weights know their stages, so there is something in every stage.
+            gated = s + 1 in config.gated
+            self.gates.append(self._gate(s) if gated else nn.Identity())
         self.head = SegmentationHead(
             config.dims, config.head_dim, config.num_classes, config.head_dropout, config.fold_head
         )
         self.head.apply(init_module)
         self.prototype_loss = PrototypeLoss(config.num_classes, config.sgm_tau, config.ignore_index)
-        self.register_load_state_dict_pre_hook(_accept_no_names)
+        self.register_load_state_dict_pre_hook(accept_no_names)
 
     @classmethod
     def from_name(
@@ -114,28 +117,6 @@ class EQUISeg(Layer):
             variant=variant, modalities=modalities, num_classes=num_classes, **fields
         )
         return cls(config)
-
-    def get_extra_state(self) -> Tensor:
-        """The names of the modalities in their order, as bytes of JSON (uint8, on the CPU).
-
-        A tensor, so that every format for weights can hold it; of one size for all names that are
-        not very long, because sharded checkpoints compare sizes before `set_extra_state` can speak.
-        """
-        text = json.dumps(self.config.modalities).ljust(256)
-        return torch.tensor(list(text.encode()), dtype=torch.uint8, device="cpu")
-
-    def set_extra_state(self, state: Any) -> None:
-        """Raises RuntimeError if the weights are those of other modalities or another order.
-
-        `load_state_dict` calls this before it writes anything into the model.
-        """
-        names, ours = modality_names(state), self.config.modalities
-        if names is not None and names != ours:
-            raise RuntimeError(
-                f"the state dict must be of the modalities {ours}, in this order; got {names}. "
-                f"Build the model with modalities={names} and name the images; or, to put the "
-                'weights of each modality into the one at its place, delete "_extra_state" first'
-            )
 
     def fold_(self) -> "EQUISeg":
         """For inference: multiply norms and scales that are affine then into the weights beside.
@@ -185,9 +166,10 @@ class EQUISeg(Layer):
         """Logits `[B, num_classes, H, W]` at the size of the input; with labels what `loss` returns
         (distributed wrappers work on `forward` alone).
 
-        images: mapping name -> `[B, 3, H, W]`, or a tensor `[M, B, 3, H, W]` in the order of
-            `config.modalities`; normalised, floating, on the model's device. Sizes that are no
-            multiple of 32 are padded with zeros and cropped again.
+        images: mapping name -> `[B, C, H, W]` with the channels of `config.in_channels`, or, if all
+            have as many, a tensor `[M, B, C, H, W]` in the order of `config.modalities`;
+            normalised, floating, on the model's device. Sizes that are no multiple of 32 are padded
+            with zeros and cropped again.
         present: what is there: None for everything, a set of names (the others may be missing
             from images and cost nothing), or a bool mask `[M, B]` per image. The values of what is
             absent never matter. A mask on the CPU is checked; one on a GPU is not read back, and
@@ -206,7 +188,7 @@ class EQUISeg(Layer):
         if labels is not None:
             return self.loss(images, labels, present=present, generator=generator, order=order)
         x, mask, subset = self._inputs(images, present)
-        stages, padded = self._stages(x, mask, subset)
+        stages, padded = self._stages(*self._masked(x, mask), subset)
         height, width = x.shape[-2:]
         logits = F.interpolate(
             self._head(stages), size=padded, mode="bilinear", align_corners=False
@@ -221,7 +203,8 @@ class EQUISeg(Layer):
 
         Arguments as for `forward`. With a set of names, M counts the present modalities only.
         """
-        return self._stages(*self._inputs(images, present))[0]
+        x, mask, subset = self._inputs(images, present)
+        return self._stages(*self._masked(x, mask), subset)[0]
 
     def loss(
         self,
@@ -235,8 +218,10 @@ class EQUISeg(Layer):
         """Training loss: total and its named parts, all fp32 scalars.
 
         labels: `[B, H, W]` integer, 0..num_classes - 1 or `config.ignore_index`. generator: draws
-        the teachers of the self-guided loss (and of modality dropout); None is PyTorch's own of the
-        model's device, which waits for nothing; what a generator of another device draws is copied.
+        the teachers of the self-guided loss (and in training the modalities that
+        `config.modality_dropout` leaves, one set for the whole batch, which never takes the last
+        sensor of an image); None is PyTorch's own of the model's device, which waits for nothing;
+        what a generator of another device draws is copied.
         order: int64 `[M]`, a permutation of the modalities, of those present if `present` names
         them: which are taken as teachers first; None draws one.
 
@@ -249,7 +234,8 @@ class EQUISeg(Layer):
         check_teachers(order, x)
         check_labels(labels, x, config.num_classes, config.ignore_index)
         if self.training and config.modality_dropout > 0.0:
-            x = self._drop_modalities(x, mask, generator)
+            mask = left_modalities(config.modality_dropout, x, mask, generator)
+        x, mask = self._masked(x, mask)
         stages, (height, width) = self._stages(x, mask, subset)
         padding = (0, width - labels.shape[-1], 0, height - labels.shape[-2])
         labels = holding(labels, config.ignore_index)
@@ -271,6 +257,12 @@ class EQUISeg(Layer):
             sgm = torch.stack(losses).mean()
         return seg + config.sgm_weight * sgm, {"seg": seg, "sgm": sgm}
 
+    def _gate(self, s: int) -> SelfGuidedGate:
+        config = self.config
+        return SelfGuidedGate(
+            config.dims[s], config.gate_reduction, config.gate_rho, config.gate_tau
+        )
+
     def _fusion_block(self, s: int) -> CrossModalBlock:
         config = self.config
         block = CrossModalBlock(
@@ -288,14 +280,15 @@ class EQUISeg(Layer):
     def _inputs(
         self, images: Images, present: Present
     ) -> tuple[Tensor, Tensor | None, list[int] | None]:
-        """Images `[M, B, 3, H, W]`, mask `[M, B]` or None, and which modalities these M are."""
+        """Images `[M, B, C, H, W]`, which are there `[M, B]` (None for all), and which modalities
+        these M are. Of fewer channels than C an image has zeros in the rest."""
         names = self.config.modalities
         subset = present_names(present, names)
         zero = self.config.missing == "zero"
         needed = range(len(names)) if subset is None or zero else subset
         last = self.head.linear_pred
         like = last.weight if is_plain(last) else next(self.parameters())
-        x = stack_images(images, names, needed, like)
+        x = stack_images(images, names, self.config.in_channels, needed, like)
         if subset is not None and not zero:
             return x, None, None if len(subset) == len(names) else subset
         if present is None:
@@ -307,14 +300,20 @@ class EQUISeg(Layer):
             assert isinstance(present, Tensor)
             mask = present
             check_mask(mask, x)
-        mask = mask.to(x.device, non_blocking=True)
+        return x, mask.to(x.device, non_blocking=True), None
+
+    def _masked(self, x: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Images without what is absent, and the mask, unless zeros are all that the layers see."""
+        if mask is None:
+            return x, None
         x = x.masked_fill(~mask[:, :, None, None, None], 0.0)
-        return x, None if zero else mask, None
+        return x, None if self.config.missing == "zero" else mask
 
     def _stages(
         self, x: Tensor, mask: Tensor | None, subset: list[int] | None
     ) -> tuple[list[StageOutput], tuple[int, int]]:
         """The four stages, and the padded size of the images."""
+        config = self.config
         modalities, batch = x.shape[:2]
         height, width = x.shape[-2:]
         # Written without a modulus, which the compiler cannot check for sizes it does not know.
@@ -323,42 +322,46 @@ class EQUISeg(Layer):
         maps = F.pad(x.flatten(0, 1), (0, more_columns, 0, more_rows))
         padded = (maps.shape[-2], maps.shape[-1])
         maps = maps.contiguous(memory_format=torch.channels_last)
+        chosen = list(range(len(config.modalities))) if subset is None else subset
         outputs = []
         for s in range(4):
-            embedded, encoded, size = self._encode(s, maps, modalities, subset)
+            embedded, encoded, size = self._encode(s, maps, chosen)
+            crossed = encoded
+            if modalities > 1 and config.cross_modal:
+                source = embedded if config.aux_source == "embed" else encoded
+                crossed = self.fusion[s](source, encoded, *size, present=mask, subset=subset)
             if modalities == 1:
                 ones = encoded.new_ones((1, batch, encoded.shape[-1]), dtype=torch.float32)
-                outputs.append(StageOutput(encoded, encoded[0], ones, size))
-                branches = encoded
+                branches, fused, weights = encoded, encoded[0], ones
             else:
-                source = embedded if self.config.aux_source == "embed" else encoded
-                f = self.fusion[s](source, encoded, *size, present=mask, subset=subset)
-                branches, fused, weights = self._balance(s, f, mask)
-                outputs.append(StageOutput(f, fused, weights, size))
+                branches, fused, weights = self._balance(s, crossed, mask)
+            features = {"encoded": encoded, "cross_modal": crossed, "gated": branches}
+            outputs.append(StageOutput(features[config.sgm_source], fused, weights, size))
             maps = to_map(branches.flatten(0, 1), *size)
         return outputs, padded
 
     def _encode(
-        self, s: int, maps: Tensor, modalities: int, subset: list[int] | None
+        self, s: int, maps: Tensor, chosen: Sequence[int]
     ) -> tuple[Tensor, Tensor, tuple[int, int]]:
-        """Stage s: maps `[M * B, C, H, W]` -> embedded and encoded `[M, B, L, C]`, (h, w)."""
+        """Stage s of the chosen modalities: maps `[M * B, C, H, W]` -> embedded and encoded
+        `[M, B, L, C]`, (h, w)."""
+        channels = [self.config.in_channels[i] if s == 0 else maps.shape[1] for i in chosen]
         if self.config.share_encoder:
-            tokens, h, w = self.encoder.embed(s, maps)
+            tokens, h, w = _embed(self.encoder, s, maps, channels)
             encoded = self.encoder.encode(s, tokens, h, w)
         else:
-            chosen = range(len(self.encoder)) if subset is None else subset
             pairs = []
-            for index, rows in zip(chosen, maps.chunk(modalities), strict=True):
-                tokens, h, w = self.encoder[index].embed(s, rows)
-                pairs.append((tokens, self.encoder[index].encode(s, tokens, h, w)))
+            for i, c, rows in zip(chosen, channels, maps.chunk(len(chosen)), strict=True):
+                tokens, h, w = self.encoder[i].embed(s, rows[:, :c])
+                pairs.append((tokens, self.encoder[i].encode(s, tokens, h, w)))
             tokens, encoded = (torch.cat(x) for x in zip(*pairs, strict=True))
-        shape = (modalities, -1)
+        shape = (len(chosen), -1)
         return tokens.unflatten(0, shape), encoded.unflatten(0, shape), (h, w)
 
     def _balance(self, s: int, f: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Gate of stage s: f `[M, B, L, C]` -> branches, fused map, contributions `[M, B, C]`."""
         config = self.config
-        gated = s < len(self.gates)
+        gated = s + 1 in config.gated
         if gated:
             branches, fused, weights = self.gates[s](f, present=mask, return_weights=True)
             if config.fuse == "gate":
@@ -371,43 +374,22 @@ class EQUISeg(Layer):
     def _head(self, stages: Sequence[StageOutput]) -> Tensor:
         return self.head([s.fused for s in stages], [s.size for s in stages])
 
-    def _drop_modalities(
-        self, x: Tensor, mask: Tensor | None, generator: torch.Generator | None
-    ) -> Tensor:
-        """With probability `modality_dropout` zero all images outside a random non-empty subset."""
-        modalities = x.shape[0]
-        device = x.device if generator is None else generator.device
-        draw = torch.randint(1, 2**modalities, (), generator=generator, device=device)
-        chance = torch.rand((), generator=generator, device=device, dtype=torch.float32)
-        drop = chance < self.config.modality_dropout
-        bits = draw >> torch.arange(modalities, device=device) & 1
-        keep = ((bits == 1) | ~drop).to(x.device)[:, None]
-        if mask is not None:
-            # Never take the last sensor of an image.
-            keep = keep | ~(keep & mask).any(dim=0)
-        return x.masked_fill(~keep[:, :, None, None, None], 0.0)
 
-
-def modality_names(state: Any) -> tuple[str, ...] | None:
-    """The names in an extra state of `EQUISeg`; None where it has no values.
-
-    Raises RuntimeError for a tensor of anything else.
-    """
-    # Sharded checkpoints without the names have a placeholder there.
-    if not isinstance(state, Tensor) or state.is_meta:
-        return None
-    try:
-        return tuple(json.loads(bytes(state.tolist())))
-    except (TypeError, ValueError) as error:
-        raise RuntimeError(
-            '"_extra_state" must hold the names of the modalities, as the state dict of an '
-            f"EQUISeg does; got {list(state.shape)} of {state.dtype}"
-        ) from error
-
-
-def _accept_no_names(model: Any, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    """State dicts of before the names were kept, and of other sources, are complete without."""
-    state.setdefault(f"{prefix}_extra_state", model.get_extra_state())
+def _embed(
+    encoder: MixTransformer, s: int, maps: Tensor, channels: Sequence[int]
+) -> tuple[Tensor, int, int]:
+    """Embedding of maps `[M * B, C, H, W]` whose M modalities have so many channels each: all that
+    have as many in one go."""
+    if len(set(channels)) == 1:
+        return encoder.embed(s, maps)
+    rows = maps.chunk(len(channels))
+    parts: dict[int, Tensor] = {}
+    for count in dict.fromkeys(channels):
+        members = [m for m, c in enumerate(channels) if c == count]
+        x = torch.cat([rows[m][:, :count] for m in members])
+        tokens, h, w = encoder.embed(s, x.contiguous(memory_format=torch.channels_last))
+        parts.update(zip(members, tokens.chunk(len(members)), strict=True))
+    return torch.cat([parts[m] for m in range(len(channels))]), h, w
 
 
 def _equal_logits(f: Tensor) -> Tensor:

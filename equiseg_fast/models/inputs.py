@@ -3,6 +3,7 @@
 from collections.abc import Collection, Mapping, Sequence, Set
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from equiseg_fast.nn._forms import will_have
@@ -13,22 +14,34 @@ Present = Tensor | Collection[str] | None
 
 
 def stack_images(
-    images: Images, names: Sequence[str], needed: Sequence[int], like: Tensor
+    images: Images,
+    names: Sequence[str],
+    channels: Sequence[int],
+    needed: Sequence[int],
+    like: Tensor,
 ) -> Tensor:
-    """The needed modalities as one tensor `[len(needed), B, 3, H, W]`.
+    """The needed modalities as one tensor `[len(needed), B, C, H, W]`; C is that of the one with
+    the most channels, and the others have zeros behind theirs.
 
-    images: mapping name -> `[B, 3, H, W]`, or a tensor `[M, B, 3, H, W]` in the order of names.
-    like: a parameter of the model, whose device the images must have, and whose dtype unless
-    autocast is on. Raises TypeError or ValueError naming what is wrong.
+    images: mapping name -> `[B, C, H, W]` with the channels of that name, or, if all have as many,
+    a tensor `[M, B, C, H, W]` in the order of names. like: a parameter of the model, whose device
+    the images must have, and whose dtype unless autocast is on. Raises TypeError or ValueError
+    naming what is wrong.
     """
     if isinstance(images, Tensor):
-        _checks.check_tensor("images", images, _checks.FLOATING, "[M, B, 3, H, W]")
+        if len(set(channels)) > 1:
+            each = ", ".join(f"{name} {c}" for name, c in zip(names, channels, strict=True))
+            raise TypeError(
+                "images must be a mapping from names to tensors, because modalities differ in "
+                f"their channels ({each}); got a tensor"
+            )
+        _checks.check_tensor("images", images, _checks.FLOATING, f"[M, B, {channels[0]}, H, W]")
         if images.shape[0] != len(names):
             raise ValueError(
                 f"images must have M = {len(names)} modalities ({', '.join(names)}); "
                 f"got shape {list(images.shape)}"
             )
-        _check_image("images", images, like)
+        _check_image("images", images, channels[0], like)
         return images if len(needed) == len(names) else images[list(needed)]
     if not isinstance(images, Mapping):
         raise TypeError(f"images must be a mapping or a tensor; got {type(images).__name__}")
@@ -38,20 +51,28 @@ def stack_images(
         raise ValueError(
             f"images lacks modality {missing[0]!r}; give it, or name the present ones in `present`"
         )
-    chosen = {names[i]: images[names[i]] for i in needed}
-    first_name, first = next(iter(chosen.items()))
-    for name, x in chosen.items():
-        label = f"images[{name!r}]"
-        _checks.check_tensor(label, x, _checks.FLOATING, "[B, 3, H, W]")
-        _check_image(label, x, like)
-        shape = f"[B, 3, H, W] (that of images[{first_name!r}])"
-        _checks.check_shape(label, x, tuple(first.shape), shape)
-    return torch.stack(list(chosen.values()))
+    chosen = [images[names[i]] for i in needed]
+    first = chosen[0]
+    for i, x in zip(needed, chosen, strict=True):
+        label, count = f"images[{names[i]!r}]", channels[i]
+        _checks.check_tensor(label, x, _checks.FLOATING, f"[B, {count}, H, W]")
+        _check_image(label, x, count, like)
+        batch, _, height, width = first.shape
+        shape = f"[B, {count}, H, W] (B, H, W of images[{names[needed[0]]!r}])"
+        _checks.check_shape(label, x, (batch, count, height, width), shape)
+    most = max(channels[i] for i in needed)
+    padded = [x if x.shape[1] == most else _pad_channels(x, most) for x in chosen]
+    return torch.stack(padded)
 
 
-def _check_image(label: str, x: Tensor, like: Tensor) -> None:
-    if x.shape[-3] != 3:
-        raise ValueError(f"{label} must have 3 channels; got shape {list(x.shape)}")
+def _pad_channels(x: Tensor, channels: int) -> Tensor:
+    return F.pad(x, (0, 0, 0, 0, 0, channels - x.shape[1]))
+
+
+def _check_image(label: str, x: Tensor, channels: int, like: Tensor) -> None:
+    if x.shape[-3] != channels:
+        many = "channel" if channels == 1 else "channels"
+        raise ValueError(f"{label} must have {channels} {many}; got shape {list(x.shape)}")
     if min(x.shape[-2:]) < 1:
         raise ValueError(f"{label} must not be empty; got shape {list(x.shape)}")
     if x.device != like.device:
@@ -99,7 +120,7 @@ def check_mask(present: Tensor, x: Tensor) -> None:
 
 
 def check_labels(labels: Tensor, images: Tensor, num_classes: int, ignore_index: int) -> None:
-    """labels is integer `[B, H, W]`, as large as the images `[M, B, 3, H, W]`, and in range.
+    """labels is integer `[B, H, W]`, as large as the images `[M, B, C, H, W]`, and in range.
 
     The values are looked at only where that waits for nothing: on the CPU, outside the compiler.
     """
@@ -137,3 +158,24 @@ def teacher_order(order: Tensor | None, x: Tensor, generator: torch.Generator | 
         order = torch.randperm(x.shape[0], generator=generator, device=source)
         return order.to(x.device, non_blocking=True)
     return order
+
+
+def left_modalities(
+    rate: float, x: Tensor, present: Tensor | None, generator: torch.Generator | None
+) -> Tensor:
+    """What modality dropout leaves of images x `[M, B, ...]`: bool `[M, B]`, some of present.
+
+    With probability `rate` a random non-empty subset of the modalities, the same for all images
+    but those that have nothing of it, which keep all that they have. Waits for nothing.
+    """
+    modalities, batch = x.shape[:2]
+    device = x.device if generator is None else generator.device
+    draw = torch.randint(1, 2**modalities, (), generator=generator, device=device)
+    chance = torch.rand((), generator=generator, device=device, dtype=torch.float32)
+    bits = draw >> torch.arange(modalities, device=device) & 1
+    keep = ((bits == 1) | (chance >= rate)).to(x.device, non_blocking=True)[:, None]
+    keep = keep.repeat(1, batch)
+    if present is None:
+        return keep
+    keep = keep & present
+    return torch.where(keep.any(dim=0), keep, present)

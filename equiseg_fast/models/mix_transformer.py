@@ -1,5 +1,7 @@
 """Mix Transformer, the encoder of SegFormer (arXiv 2105.15203)."""
 
+from collections.abc import Sequence
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -10,7 +12,7 @@ from equiseg_fast.nn._forms import check_belongs
 from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import plain_parameters
 from equiseg_fast.ops import _checks, add_layer_norm
-from equiseg_fast.ops._layout import to_map
+from equiseg_fast.ops._layout import to_map, to_tokens
 
 from .config import HEADS, SR_RATIOS, VARIANTS, check_variant, drop_path_rates
 
@@ -24,10 +26,46 @@ def _add_norm(x: Tensor, update: Tensor, norm: nn.LayerNorm) -> tuple[Tensor, Te
     return add_layer_norm(x, update, weight, bias, norm.eps)
 
 
+def _different(in_channels: int | Sequence[int]) -> tuple[int, ...]:
+    """The different numbers of channels, 3 first, because published weights have 3."""
+    numbers = in_channels if isinstance(in_channels, Sequence) else [in_channels]
+    if numbers is in_channels:
+        _checks.check_sequence("in_channels", numbers, Integral, "integers")
+    if not numbers:
+        raise ValueError(f"in_channels must be at least one number; got {in_channels!r}")
+    for number in numbers:
+        _checks.check_sizes(in_channels=number)
+    return tuple(sorted({int(x) for x in numbers}, key=lambda c: (c != 3, c)))
+
+
 def _check_stage(stage: int) -> None:
     _checks.check_integer("stage", stage)
     if not 0 <= stage <= 3:
         raise ValueError(f"stage must be 0, 1, 2 or 3; got {stage}")
+
+
+class SensorEmbed(PatchEmbed):
+    """Patch embedding of images with different numbers of channels: a convolution for each number,
+    one LayerNorm.
+
+    channels: the numbers; `proj` is the convolution of the first, `others` has those of the rest.
+    """
+
+    def __init__(self, channels: Sequence[int], dim: int, kernel: int, stride: int, eps: float):
+        super().__init__(channels[0], dim, kernel, stride, eps)
+        self.others = nn.ModuleDict(
+            {str(c): nn.Conv2d(c, dim, kernel, stride, kernel // 2) for c in channels[1:]}
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, int, int]:
+        """Map `[R, C_in, H, W]`, C_in one of the numbers -> as `PatchEmbed`."""
+        _checks.check_tensor("x", x, _checks.FLOATING, "[R, C_in, H, W]")
+        name = str(int(x.shape[1]))
+        if name not in self.others:
+            return super().forward(x)
+        check_belongs("x", x, self.others[name])
+        y = self.others[name](x)
+        return self.norm(to_tokens(y)), y.shape[2], y.shape[3]
 
 
 class TransformerBlock(Layer):
@@ -71,31 +109,41 @@ class TransformerBlock(Layer):
 class MixTransformer(Layer):
     """Four stages of patch embedding, transformer blocks and LayerNorm, at strides 4, 8, 16, 32.
 
-    variant: "b0" to "b5"; in_channels of the images; drop_path of the last block, growing from 0;
-    ln_eps_embed: LayerNorm eps behind convolutions; ln_eps_block: in blocks and at stage ends.
+    variant: "b0" to "b5", or "nano"; in_channels of the images, several numbers if there are images
+        of several kinds, each of which then has a first convolution of its own; drop_path of the
+        last block, growing from 0; ln_eps_embed: LayerNorm eps behind convolutions; ln_eps_block:
+        in blocks and at stage ends.
+
     Parameter names are those of the published checkpoints (`patch_embed1`, `block1`, `norm1`, ..).
+    Beside `patch_embed1.proj`, which is for 3 channels if there are such images, further first
+    convolutions are `patch_embed1.others.1` and so on, by their channels.
     """
 
     def __init__(
         self,
         variant: str = "b0",
         *,
-        in_channels: int = 3,
+        in_channels: int | Sequence[int] = 3,
         drop_path: float = 0.1,
         ln_eps_embed: float = 1e-5,
         ln_eps_block: float = 1e-6,
     ) -> None:
         super().__init__()
         self.dims, depths = VARIANTS[check_variant(variant)]
-        _checks.check_sizes(in_channels=in_channels)
+        self.in_channels = _different(in_channels)
         drop_path = _checks.rate("drop_path", drop_path)
         ln_eps_embed = _checks.positive("ln_eps_embed", ln_eps_embed)
         ln_eps_block = _checks.positive("ln_eps_block", ln_eps_block)
         rates = drop_path_rates(drop_path, depths)
         for s in range(4):
             dim = self.dims[s]
-            kernel, stride, previous = (3, 2, self.dims[s - 1]) if s else (7, 4, in_channels)
-            embed = PatchEmbed(previous, dim, kernel, stride, eps=ln_eps_embed)
+            embed: PatchEmbed
+            if s == 0 and len(self.in_channels) > 1:
+                embed = SensorEmbed(self.in_channels, dim, 7, 4, ln_eps_embed)
+            else:
+                kernel, stride = (3, 2) if s else (7, 4)
+                previous = self.dims[s - 1] if s else self.in_channels[0]
+                embed = PatchEmbed(previous, dim, kernel, stride, eps=ln_eps_embed)
             blocks = nn.ModuleList(
                 TransformerBlock(dim, HEADS[s], SR_RATIOS[s], rate, ln_eps_embed, ln_eps_block)
                 for rate in rates[s]
