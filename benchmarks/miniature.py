@@ -15,7 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,15 +57,16 @@ class Setting:
 
 
 WITHOUT = {"gate": False, "sgm_weight": 0.0}
+DROPOUT = {"modality_dropout": 0.5}
 SETTINGS = {
-    "mean": Setting("mean of the encoded sensors: no SGM, no cross-modal block", WITHOUT | {"cross_modal": False}),
+    "mean": Setting("the mean of the encoded sensors", WITHOUT | {"cross_modal": False}),
     "no SGM": Setting("cross-modal block, then the mean", WITHOUT),
-    "gate": Setting("the gate of the SGM, not its loss", {"sgm_weight": 0.0}),
-    "loss": Setting("the loss of the SGM, not its gate", {"gate": False}),
-    "SGM": Setting("both: EQUISeg as it is", {}),
-    "no SGM, dropout": Setting("no SGM, half of the steps without some sensors", WITHOUT | {"modality_dropout": 0.5}),
-    "SGM, dropout": Setting("both, half of the steps without some sensors", {"modality_dropout": 0.5}),
-}  # fmt: skip
+    "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
+    "loss": Setting("of the SGM the loss alone", {"gate": False}),
+    "SGM": Setting("gate and loss: EQUISeg as it is", {}),
+    "no SGM, dropout": Setting("half of the steps lack sensors", WITHOUT | DROPOUT),
+    "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
+}
 
 
 @dataclass(frozen=True)
@@ -195,8 +196,10 @@ def _work(wanted: Sequence[Run], args: argparse.Namespace, console: Console) -> 
     return failed
 
 
-def _call(command: list[str], log: Path, stop: threading.Event, jobs: int, look: Any) -> int | None:
-    """The exit status of a command; None if it was stopped, or not begun, in order to go on later."""
+def _call(
+    command: list[str], log: Path, stop: threading.Event, jobs: int, look: Callable[[], object]
+) -> int | None:
+    """The exit status of a command; None if it was stopped, or not begun, to go on later."""
     if stop.is_set():
         return None
     share = max(1, (os.cpu_count() or 1) // jobs)
@@ -219,8 +222,7 @@ def _call(command: list[str], log: Path, stop: threading.Event, jobs: int, look:
 def _step(run: Run) -> int:
     """How many steps the log of a training has."""
     try:
-        return int(
-            json.loads((run.folder / "run" / "metrics.jsonl").read_text().splitlines()[-1])["step"]
-        )
+        lines = (run.folder / "run" / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
     except (OSError, ValueError, IndexError, KeyError):
         return 0

@@ -93,8 +93,8 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         f"Written by `python -m benchmarks miniature`. EQUISeg-{training['model']['variant']}, "
         f"{training['steps']} steps of {training['batch_size']} scenes of "
-        f"{' x '.join(map(str, training['data']['size']))} (`SyntheticScenes`), from scratch, seeds "
-        f"{', '.join(map(str, seeds))}; mIoU in % over {content['scenes']} scenes that were not "
+        f"{' x '.join(map(str, training['data']['size']))} (`SyntheticScenes`), from scratch, "
+        f"seeds {', '.join(map(str, seeds))}; mIoU in % over {content['scenes']} scenes not "
         "trained on: the mean over seeds, and in brackets the least and the most.",
         "",
         "| | " + " | ".join(COLUMNS) + " | what |",

@@ -17,9 +17,8 @@ SENSORS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3")
 
 def draw_severity(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
     """One panel per degradation: mIoU over severity, a line per setting, its seeds as a band."""
-    names = list(
-        dict.fromkeys(s["name"] for s in rows[0]["scores"] if s["protocol"] == "degradations")
-    )
+    degraded = [s["name"] for s in rows[0]["scores"] if s["protocol"] == "degradations"]
+    names = list(dict.fromkeys(degraded))
     figure, axes = panels(len(names), 3.6, 2.9, columns=4)
     used = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
     for axis, degradation in zip(axes, names, strict=True):
