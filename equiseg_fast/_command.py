@@ -3,10 +3,16 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 
 INTERRUPTED = 130
+
+LIBRARIES = (
+    "PIL", "cv2", "matplotlib", "rich", "safetensors", "tensorboard", "torchmetrics", "yaml"
+)  # fmt: skip
+"""What the extra [train] installs, by the names to import."""
 
 
 class Failed(Exception):
@@ -48,6 +54,11 @@ def run_command(
     except SystemExit as stop:  # --help and usage errors, already printed
         return int(stop.code or 0)
     try:
+        # at once, not where the first picture is drawn after hours
+        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+            raise ImportError(
+                f'{", ".join(missing)} must be installed: pip install "equiseg-fast[train]"'
+            )
         work(args)
     except Failed as error:
         return _say(parser, str(error), 1)

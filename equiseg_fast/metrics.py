@@ -38,6 +38,8 @@ class SegmentationMetrics(Metric):
     full_state_update = False
     higher_is_better = True
     confusion: Tensor
+    images: Tensor
+    not_finite: Tensor
 
     def __init__(self, num_classes: int, ignore_index: int = 255, **of_torchmetrics: Any) -> None:
         super().__init__(**of_torchmetrics)
@@ -49,6 +51,8 @@ class SegmentationMetrics(Metric):
         # have to be known, and the device waited for.
         zeros = torch.zeros(num_classes + 1, num_classes, dtype=torch.int64)
         self.add_state("confusion", zeros, dist_reduce_fx="sum")
+        for name in ("images", "not_finite"):
+            self.add_state(name, torch.zeros((), dtype=torch.int64), dist_reduce_fx="sum")
 
     def update(self, logits_or_prediction: Tensor, labels: Tensor) -> None:
         """Count B images: logits `[B, K, H, W]` or predicted classes `[B, H, W]`, which are an
@@ -58,15 +62,16 @@ class SegmentationMetrics(Metric):
         """
         x, classes = logits_or_prediction, self.num_classes
         check_tensor("labels", labels, INTEGER, "[B, H, W]")
-        if isinstance(x, Tensor) and x.dim() == 4:
+        batch, height, width = labels.shape
+        logits = x if isinstance(x, Tensor) and x.dim() == 4 else None
+        if logits is not None:
             check_tensor("logits", x, FLOATING, "[B, K, H, W]")
-            batch, height, width = labels.shape
             shape = "[B, K, H, W] (B, H, W of labels)"
             check_shape("logits", x, (batch, classes, height, width), shape)
-            x = x.argmax(dim=1)
+            x = logits.argmax(dim=1)
         else:
             check_tensor("prediction", x, INTEGER, "[B, H, W]")
-            check_shape("prediction", x, tuple(labels.shape), "[B, H, W] (that of labels)")
+            check_shape("prediction", x, (batch, height, width), "[B, H, W] (that of labels)")
             if has_values(x) and x.numel() and not 0 <= int(x.min()) <= int(x.max()) < classes:
                 raise ValueError(
                     f"prediction must be 0..{classes - 1}; got {int(x.min())} to {int(x.max())}"
@@ -79,6 +84,9 @@ class SegmentationMetrics(Metric):
         places = (rows * classes + x).flatten()
         # What `bincount` does, but that reads its largest value back from the device.
         self.confusion.view(-1).scatter_add_(0, places, torch.ones_like(places))
+        self.images += batch
+        if logits is not None:
+            self.not_finite += (~logits.isfinite()).flatten(1).any(dim=1).sum()
 
     def compute(self) -> dict[str, Any]:
         """Fractions in [0, 1], and NaN where there is nothing to divide by.
@@ -86,7 +94,9 @@ class SegmentationMetrics(Metric):
         "miou": mean IoU of the classes that occur, in labels or predictions. "iou": list of K, NaN
         for a class that occurs in neither. "pixel_accuracy": right among all labelled pixels.
         "miou_absent_as_zero": the mean over all K with 0 for classes that do not occur, which is
-        how DeLiVER's authors count (github.com/jamycheung/DELIVER, `semseg/metrics.py`).
+        how DeLiVER's authors count (github.com/jamycheung/DELIVER, `semseg/metrics.py`). "images":
+        how many were counted; "not_finite": how many of them had logits that are not finite, whose
+        classes mean nothing.
         """
         matrix = self.confusion[:-1].cpu().double()
         right = matrix.diagonal()
@@ -96,4 +106,6 @@ class SegmentationMetrics(Metric):
             "miou_absent_as_zero": iou.nan_to_num(nan=0.0).mean().item(),
             "pixel_accuracy": (right.sum() / matrix.sum()).item(),
             "iou": iou.tolist(),
+            "images": int(self.images),
+            "not_finite": int(self.not_finite),
         }

@@ -87,6 +87,17 @@ def test_nothing_labelled_is_nan_and_reset_forgets() -> None:
     assert all(math.isnan(x) for x in (*result["iou"], result["miou"], result["pixel_accuracy"]))
 
 
+def test_counts_images_whose_logits_are_not_finite() -> None:
+    logits, labels = random_batch(0, (3, 4, 4))
+    logits[1, 0, 0, 0] = math.nan
+    logits[1, 2, 3, 3] = math.inf
+    metrics = SegmentationMetrics(K, IGNORE)
+    metrics.update(logits, labels)
+    metrics.update(logits[:1], labels[:1])
+    result = metrics.compute()
+    assert (result["images"], result["not_finite"]) == (4, 1)
+
+
 def test_updates_read_nothing_back() -> None:
     """On the meta device every read of a value raises."""
     metrics = SegmentationMetrics(K, IGNORE).to("meta")
@@ -119,8 +130,9 @@ def test_sums_over_ranks() -> None:
     other.update(*random_batch(1, (1, 4, 4)))
 
     def gather(state: torch.Tensor, group: object) -> list[torch.Tensor]:
-        return [state, other.confusion]
+        return [state, next(theirs)]
 
+    theirs = iter(getattr(other, name) for name in ("confusion", "images", "not_finite"))
     metrics = SegmentationMetrics(
         K, IGNORE, dist_sync_fn=gather, distributed_available_fn=lambda: True
     )
@@ -129,4 +141,6 @@ def test_sums_over_ranks() -> None:
         metrics.update(*batch)
         alone.update(*batch)
     alone.update(*random_batch(1, (1, 4, 4)))
-    assert metrics.compute() == alone.compute()
+    result = metrics.compute()
+    assert result == alone.compute()
+    assert result["images"] == 3

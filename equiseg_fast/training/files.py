@@ -1,32 +1,17 @@
 """Files of a run: written so that a kill leaves the old one or the new one, and read without
 running code."""
 
-import os
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
 import torch
 
+from equiseg_fast._files import replace_file
+
 CHECKPOINT, CONFIG, FAILED, METRICS = "checkpoint.pt", "config.yaml", "failed.pt", "metrics.jsonl"
 MODEL, TENSORBOARD = "model", "tensorboard"
 FORMAT = 1
-
-
-def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Write a file beside `path`, then put it in its place. Raises OSError naming the path."""
-    beside = path.with_name(f".{path.name}.new")
-    try:
-        with beside.open("wb") as file:
-            write(file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(beside, path)
-    except BaseException as error:
-        beside.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise OSError(error.errno, error.strerror, str(path)) from error
-        raise
 
 
 def save(path: Path, content: Mapping[str, Any]) -> None:
