@@ -9,7 +9,6 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from equiseg_fast.robustness import CLEAN, Condition, Conditioned
 
 from benchmarks import outputs
 from benchmarks.miniature import SCENES, SETTINGS, TRAINING, Run
@@ -17,6 +16,7 @@ from benchmarks.reporting.plots import miniature as plots
 from equiseg_fast.data import collate
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISeg
+from equiseg_fast.robustness import CLEAN, Condition, Conditioned
 
 GATE = "SGM, dropout"
 """The setting whose gate is looked at, first seed."""

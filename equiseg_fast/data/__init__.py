@@ -7,7 +7,6 @@ from .deliver import DeLiVER
 from .folder import FolderDataset
 from .loading import batches
 from .muses import MUSES
-from .loading import batches
 from .pictures import colour_labels, contact_sheet, palette_of, show
 from .samples import Batch, Sample, SensorDataset, collate, normalise
 from .sensors import Sensor, camera, sensor
@@ -21,8 +20,6 @@ __all__ = [
     "Batch",
     "DataConfig",
     "DeLiVER",
-    "Augment",
-    "Batch",
     "Degraded",
     "FolderDataset",
     "Sample",
