@@ -33,8 +33,13 @@ TOUCHED = {
 
 
 @pytest.fixture(scope="module")
-def sample() -> Sample:
-    return SCENES.raw(1)
+def samples() -> list[Sample]:
+    return [SCENES.raw(i) for i in range(len(SCENES))]
+
+
+@pytest.fixture
+def sample(samples: list[Sample]) -> Sample:
+    return samples[1]
 
 
 def run(sample: Sample, name: str, severity: float, seed: int = 0) -> dict[str, Tensor]:
@@ -88,13 +93,12 @@ def test_chance_follows_from_seed_and_names(sample: Sample, name: str) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_worse_with_severity(name: str) -> None:
+def test_worse_with_severity(samples: list[Sample], name: str) -> None:
     """What is lost of the clean values grows all the way, in every sensor that is touched."""
     steps = (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)
     for key in TOUCHED[name]:
         errors = np.zeros(len(steps))
-        for i in range(len(SCENES)):
-            clean = SCENES.raw(i)
+        for clean in samples:
             for k, severity in enumerate(steps):
                 images = degrade(clean, SCENES.sensors, name, severity, seed=0).images
                 errors[k] += (images[key] - clean.images[key]).abs().mean()

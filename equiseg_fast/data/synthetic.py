@@ -18,7 +18,7 @@ DEPTH_RANGE = 60.0
 LIDAR_RANGE = 80.0
 MOST_EVENTS = 10.0
 
-# Mean and standard deviation of scaled values over 500 scenes of 96 x 128; a test measures again.
+# Mean and standard deviation of scaled values over 600 scenes of 96 x 128; a test measures again.
 SENSORS = (
     Sensor("rgb", "camera", 1 / 255, (0.448, 0.467, 0.480), (0.165, 0.170, 0.200)),
     Sensor("depth", "depth", 1 / DEPTH_RANGE, (0.164,), (0.186,)),
