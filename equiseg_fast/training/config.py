@@ -161,6 +161,8 @@ class TrainConfig:
             target = given.setdefault(section, {}) if section else given
             if not section and key in ("data", "model"):
                 raise ValueError(f"{key} has fields of its own: write --{key}.FIELD VALUE")
+            if not isinstance(target, dict):
+                raise ValueError(f"{section} must be a mapping of fields; got {target!r}")
             target[key] = text
         return cls.from_dict(given)
 
