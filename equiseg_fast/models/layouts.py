@@ -74,7 +74,8 @@ _OURS = re.compile(
     r"(?:\.(proj|norm[12]?|attn\.(?:q|kv|proj|sr|norm)|mlp\.(?:fc1|dwconv\.dwconv|fc2)))?"
     r"\.(weight|bias)"
 )
-FIRST = "patch_embed1.proj.weight"
+FIRST = re.compile(r"patch_embed1\.(?:proj|others\.\d+)\.(weight|bias)")
+"""First convolutions: the one of published encoders, and those for other numbers of channels."""
 
 HUGGING_FACE_V5 = Layout(
     "Hugging Face v5",

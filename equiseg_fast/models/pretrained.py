@@ -48,6 +48,9 @@ class Pretrained(Layer):
         without safetensors; OSError where the folder cannot be written.
         """
         _, to_bytes = _safetensors()
+        folder = _path(folder)
+        if not isinstance(state_dict, Mapping | None):
+            raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
         if state_dict is None and self.head.linear_fuse is None:
             raise RuntimeError(
                 "this model was folded for inference; save a copy of before, which fold_ folds "
@@ -57,7 +60,9 @@ class Pretrained(Layer):
         # What the compiler wraps has one more step in its name.
         state = {name.replace("_orig_mod.", ""): x for name, x in state.items()}
         state.setdefault("_extra_state", self.get_extra_state())
-        _check_fits("the state dict", state, self._expected())
+        with torch.device("meta"):
+            expected = type(self)(self.config).state_dict()
+        _check_fits("the state dict", state, expected)
         self.set_extra_state(state["_extra_state"])
         state = {name: _in_full(name, x) for name, x in state.items()}
         content = {
@@ -68,7 +73,6 @@ class Pretrained(Layer):
             **self.config.to_dict(),
         }
         text = json.dumps(content, indent=2) + "\n"
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / WEIGHTS, to_bytes(state, {"config": text}))
         _replace(folder / CONFIG, text.encode())
@@ -88,7 +92,7 @@ class Pretrained(Layer):
         one of another architecture or format, a damaged file, and weights that do not fit;
         ImportError without safetensors.
         """
-        folder = _existing(folder)
+        folder, device = _existing(folder), _device(device)
         content, state = _read(folder)
         try:
             fields = {k: v for k, v in content.items() if k not in _BESIDE_FIELDS}
@@ -97,7 +101,7 @@ class Pretrained(Layer):
             raise ValueError(f"{folder / CONFIG}: {error}") from error
         with torch.device("meta"):
             model = cls(config)
-        _check_fits(str(folder / WEIGHTS), state, model._expected())
+        _check_fits(str(folder / WEIGHTS), state, model.state_dict())
         try:
             model.load_state_dict(state, assign=True)
         except RuntimeError as error:  # of other modalities
@@ -139,11 +143,6 @@ class Pretrained(Layer):
                 f"the state dict must be of images with in_channels={config.in_channels}; "
                 f"got {channels}"
             )
-
-    def _expected(self) -> dict[str, Tensor]:
-        """The state of a model of this configuration, without values."""
-        with torch.device("meta"):
-            return dict(type(self)(self.config).state_dict())
 
 
 _BESIDE_FIELDS = ("architectures", "format", DIGEST)
@@ -189,7 +188,7 @@ def _check_fits(origin: str, state: Mapping[str, Any], expected: Mapping[str, Te
     """The state has every tensor of the model, no others, in these shapes and kinds of dtype."""
     for label, names in (
         ("lacks", [name for name in expected if name not in state]),
-        ("has no place in the model for", [name for name in state if name not in expected]),
+        ("has no place in the model for", sorted(set(state) - set(expected))),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -237,11 +236,15 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _existing(folder: Any) -> Path:
-    """A folder that has at least one of our files."""
+def _path(folder: Any) -> Path:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path; got {type(folder).__name__}")
-    path = Path(folder)
+    return Path(folder)
+
+
+def _existing(folder: Any) -> Path:
+    """A folder that has at least one of our files."""
+    path = _path(folder)
     if path.is_file():
         raise NotADirectoryError(f"folder must be a folder with {CONFIG}; {path} is a file")
     if not path.is_dir():
@@ -254,6 +257,13 @@ def _existing(folder: Any) -> Path:
         hint = f"; {inner} has one" if (inner / CONFIG).exists() else ""
         raise FileNotFoundError(f"{path} has no {CONFIG}, so no model was saved there{hint}")
     return path
+
+
+def _device(device: Any) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be one that PyTorch knows; got {device!r}") from error
 
 
 def _read(folder: Path) -> tuple[Content, dict[str, Tensor]]:

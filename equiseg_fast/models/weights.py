@@ -4,7 +4,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -15,55 +14,10 @@ from equiseg_fast.ops._checks import check_flags
 from .checkpoint import main_path, read, tensors
 from .config import VARIANTS
 from .equiseg import EQUISeg
-from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found
+from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found, Source
 from .mix_transformer import MixTransformer
 from .pretrained import sensors_of
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_backbone` did; `str` of it is a summary of a few lines.
-
-    Names of tensors that the file has beside its state dict have the keys of the mappings around
-    them in front, with dots.
-    """
-
-    layout: str
-    """Whose names the file uses: "NVlabs" (ours are the same), "CMX", "CMNeXt", "StitchFusion",
-    "MMSegmentation", "timm PVTv2", "Hugging Face v4" or "Hugging Face v5"."""
-    loaded: tuple[str, ...]
-    """Parameters of the model that were overwritten."""
-    ignored: tuple[str, ...]
-    """Tensors of the file that were not used: heads, auxiliary branches, adapters, copies."""
-    missing: tuple[str, ...]
-    """Encoder parameters of the model that the file lacks; never any with `strict=True`."""
-    prefixes: tuple[str, ...] = ()
-    """What the names of its weights begin with in the file, for each encoder of the model."""
-    not_taken: tuple[str, ...] = ()
-    """Prefixes of further encoders in the file."""
-    adapted: tuple[str, ...] = ()
-    """Convolutions whose input channels were summed or repeated."""
-    not_finite: tuple[str, ...] = ()
-    """Parameters of the model that got NaN or infinity from the file."""
-    overflowed: tuple[str, ...] = ()
-    """Parameters of the model that got infinity because their dtype cannot hold finite values."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.layout}: {len(self.loaded)} parameters loaded"]
-        if len(set(self.prefixes)) > 1 or self.not_taken:
-            others = f"; not from {_quoted(self.not_taken)}" if self.not_taken else ""
-            lines.append(f"  from {_quoted(self.prefixes)}{others}")
-        for label, names in (("missing", self.missing), ("ignored", self.ignored)):
-            count = len(names) or "none"
-            lines.append(f"  {count} {label}" + (f": {_summary(names)}" if names else ""))
-        for label, names in (
-            ("with input channels summed or repeated", self.adapted),
-            ("with NaN or infinity in the file", self.not_finite),
-            ("with values beyond the dtype of the model", self.overflowed),
-        ):
-            if names:
-                lines.append(f"  {len(names)} {label}: {_summary(names)}")
-        return "\n".join(lines)
+from .report import LoadReport, quoted, summary
 
 
 def load_backbone(
@@ -72,7 +26,7 @@ def load_backbone(
     *,
     strict: bool = True,
     prefix: str | Sequence[str] | None = None,
-    adapt_channels: bool = False,
+    adapt_channels: bool = True,
 ) -> LoadReport:
     """Overwrite the encoder weights of `model` with those of a checkpoint.
 
@@ -104,10 +58,11 @@ def load_backbone(
     front); a sequence gives one for each encoder of the model. None finds it, and raises ValueError
     naming the candidates where nothing above tells which it is.
 
-    adapt_channels: whether the first convolution may have other input channels in the file. Fewer
-    or more are taken in turn: with one in the model the weights are summed, with four the fourth
-    is the first again, each with half of its weights. So the model computes of images what the
-    original computes of them with channels repeated likewise. The report names it.
+    adapt_channels: whether a first convolution may have other input channels in the file, where
+    there is none for as many. Fewer or more are taken in turn: with one in the model the weights
+    are summed, with four the fourth is the first again, each with half of its weights. So the model
+    computes of images what the original computes of them with channels repeated likewise. The
+    report names it.
 
     The model keeps its dtypes and devices; parameters that get NaN, infinity, or values beyond
     their dtype are in the report. LayerNorm eps is no weight and so is not loaded: the original has
@@ -155,7 +110,7 @@ def load_backbone(
     for (path, encoder), theirs in zip(encoders, found, strict=True):
         parameters: dict[str, Tensor] = dict(encoder.named_parameters())
         _check_whole(path, encoder, parameters)
-        sources = {name: theirs.sources(name) for name in parameters}
+        sources = {name: _sources(theirs, name, parameters, state) for name in parameters}
         for source in {x.name for parts in sources.values() for x in parts} & state.keys():
             _check_plain(source, state[source])
         _check_variant(origin, state, theirs, encoder)
@@ -168,15 +123,17 @@ def load_backbone(
             shape = [target.shape[0] // len(parts), *target.shape[1:]]
             values = []
             for source, third in parts:
-                value = state[source]
-                if adapt_channels and name == FIRST and value.dim() == 4 and value.shape[1]:
-                    value = _adapt_channels(value, target.shape[1])
-                values.append(_rows(f"{source} (for {path}{name})", value, third, shape))
+                value, hint = state[source], ""
+                if _differs_in_channels(name, value, target):
+                    hint = "; adapt_channels=True sums or repeats input channels"
+                    if adapt_channels:
+                        value = _adapt_channels(value, target.shape[1])
+                values.append(_rows(f"{source} (for {path}{name})", value, third, shape, hint))
             new = _joined(f"{parts[0].name} (for {path}{name})", values, target)
             plan.append((target, new))
             loaded.append(path + name)
             used.update(x.name for x in parts)
-            if name == FIRST and state[parts[0].name].shape[1] != target.shape[1]:
+            if _differs_in_channels(name, state[parts[0].name], target):
                 adapted.append(path + name)
             if not new.isfinite().all():
                 finite = all(bool(value.double().isfinite().all()) for value in values)
@@ -184,7 +141,7 @@ def load_backbone(
     if missing and strict:
         raise ValueError(
             f"{origin} lacks {len(missing)} of {len(missing) + len(loaded)} encoder parameters: "
-            f"{_summary(missing)}; strict=False keeps those of the model"
+            f"{summary(missing)}; strict=False keeps those of the model"
         )
     # Nothing above writes into the model, and nothing here can fail.
     with torch.no_grad():
@@ -241,7 +198,7 @@ def _choose(found: list[Found], prefix: str | Sequence[str], count: int) -> list
     by_prefix = {x.prefix: x for x in reversed(found)}
     for x in wanted:
         if x not in by_prefix:
-            raise ValueError(f"prefix must be one of {_quoted([*by_prefix][::-1])}; got {x!r}")
+            raise ValueError(f"prefix must be one of {quoted([*by_prefix][::-1])}; got {x!r}")
     return [by_prefix[x] for x in wanted]
 
 
@@ -258,7 +215,7 @@ def _distribute(origin: str, found: list[Found], count: int) -> list[Found]:
         return found
     raise ValueError(
         f"{origin} must have one encoder, or numbered ones, as many as the model, which has "
-        f"{count}; got {_quoted(prefixes)}. Choose with prefix={prefixes[-1]!r}, say, or a "
+        f"{count}; got {quoted(prefixes)}. Choose with prefix={prefixes[-1]!r}, say, or a "
         "sequence of them"
     )
 
@@ -278,6 +235,29 @@ def _check_order(
             f"{origin} must have encoders of the modalities {ours}, in this order; got {names}. "
             "Say which goes where with a sequence as prefix"
         )
+
+
+def _sources(
+    theirs: Found, name: str, parameters: Mapping[str, Tensor], state: Mapping[str, Tensor]
+) -> list[Source]:
+    """Where the file has a parameter of ours; a first convolution where it has one for as many
+    channels, if it does, or else where it has that of all files."""
+    match = FIRST.fullmatch(name)
+    if match is None:
+        return theirs.sources(name)
+    channels = parameters[f"{name.removesuffix(match[1])}weight"].shape[1]
+    same = f"{theirs.prefix}patch_embed1.others.{channels}."
+    if f"{same}weight" in state:
+        return [Source(same + match[1], None)]
+    return theirs.sources(f"patch_embed1.proj.{match[1]}")
+
+
+def _differs_in_channels(name: str, value: Tensor, target: Tensor) -> bool:
+    """Whether the weight of a first convolution has other input channels and is else the same."""
+    if FIRST.fullmatch(name) is None or value.dim() != 4 or target.dim() != 4:
+        return False
+    sizes = [[*x.shape[:1], *x.shape[2:]] for x in (value, target)]
+    return sizes[0] == sizes[1] and value.shape[1] not in (0, target.shape[1])
 
 
 def _check_plain(name: str, value: Tensor) -> None:
@@ -306,7 +286,7 @@ def _check_whole(path: str, encoder: MixTransformer, parameters: Mapping[str, Te
 def _names(encoder: MixTransformer) -> Iterator[str]:
     """The parameters of a Mix Transformer with so many blocks."""
     with torch.device("meta"):
-        built = MixTransformer("b0")
+        built = MixTransformer("b0", in_channels=encoder.in_channels)
     for name, _ in built.named_parameters():
         match = re.fullmatch(r"(block\d)\.(\d+)\.(.+)", name)
         if match is None:
@@ -378,17 +358,11 @@ def _adapt_channels(weight: Tensor, channels: int) -> Tensor:
     return weight[:, turn] / turn.bincount()[turn][:, None, None]
 
 
-def _rows(label: str, value: Tensor, third: int | None, shape: list[int]) -> Tensor:
+def _rows(label: str, value: Tensor, third: int | None, shape: list[int], hint: str) -> Tensor:
     """A tensor of the file, or a third of it, in the shape that our parameter has there."""
     whole = shape if third is None else [3 * shape[0], *shape[1:]]
     as_convolution = [*whole, 1, 1] if len(whole) == 2 else whole
     if list(value.shape) not in (whole, as_convolution):
-        hint = ""
-        if label.endswith(f"{FIRST})") and [*value.shape[:1], *value.shape[2:]] == [
-            *shape[:1],
-            *shape[2:],
-        ]:
-            hint = "; adapt_channels=True sums or repeats input channels"
         raise ValueError(f"{label} must have shape {whole}; got {list(value.shape)}{hint}")
     return (value if third is None else value.chunk(3)[third]).reshape(shape)
 
@@ -413,18 +387,5 @@ def _describe(names: Sequence[str]) -> str:
         return "it is empty"
     for pattern, what in OTHERS:
         if any(re.search(pattern, name) for name in names):
-            return f"it looks like {what}; it has {_summary(names)}"
-    return f"it has {_summary(names)}"
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _summary(names: Sequence[str], limit: int = 6) -> str:
-    """A few names as they are; of more, how many there are of the most frequent kinds."""
-    if len(names) <= limit:
-        return ", ".join(names)
-    kinds = Counter(re.sub(r"\d+", "*", name.rpartition(".")[0] or name) for name in names)
-    shown = [f"{kind} ({count})" for kind, count in kinds.most_common(limit)]
-    return ", ".join(shown) + (", .." if len(kinds) > limit else "")
+            return f"it looks like {what}; it has {summary(names)}"
+    return f"it has {summary(names)}"
