@@ -3,7 +3,6 @@
 import io
 import os
 import struct
-import zipfile
 import zlib
 from pathlib import Path
 from types import ModuleType
@@ -18,16 +17,16 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".npy", ".npz")
 _INSTALL = 'reading {} needs {}: pip install "equiseg-fast[train]"'
 _PNG = b"\x89PNG\r\n\x1a\n"
 _GRAY, _WITH_ALPHA = 0, (4, 6)  # colour types of PNG
-_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA"}  # of Pillow
+_MODES = {"1": "L", "L": "L", "LA": "LA", "P": "RGBA", "RGB": "RGB", "RGBA": "RGBA"}  # of Pillow
 
 
 def read_sensor(path: str | os.PathLike[str], channels: int) -> Tensor:
     """The values of a sensor file, as they are in the file: fp32 `[channels, H, W]`.
 
-    PNG of 1 to 16 bits and JPEG: colours in the order red, green, blue, palettes resolved; turned
-    upright where EXIF says how, as viewers and labelling tools show them. NPY, and NPZ with a
-    single array: `[H, W]` or `[H, W, C]`, integers or floats. NaN, the usual mark of no
-    measurement, becomes 0, which is what it is in PNG.
+    PNG of 1 to 16 bits and JPEG: colours in the order red, green, blue, palettes resolved; JPEG is
+    turned upright where its EXIF says how, as viewers and labelling tools show it. NPY, and NPZ
+    with a single array: `[H, W]` or `[H, W, C]`, integers or floats. NaN, the usual mark of no
+    measurement, becomes 0, which is what marks it in PNG.
 
     A file with another number of channels is taken where nothing is lost: alpha is dropped, one
     channel becomes three equal ones, and three equal channels become one.
@@ -48,7 +47,7 @@ def read_sensor(path: str | os.PathLike[str], channels: int) -> Tensor:
     if values.shape[2] != channels:
         raise ValueError(
             f"{path}: must have {channels} channels, as its sensor is declared; got {found} in "
-            f"an image of {values.shape[0]} x {values.shape[1]}"
+            f"[H, W, C] = {[*values.shape[:2], found]}"
         )
     with np.errstate(over="ignore"):  # what overflows becomes infinite, and is refused below
         x = torch.from_numpy(np.ascontiguousarray(values.transpose(2, 0, 1), dtype=np.float32))
@@ -121,7 +120,7 @@ def _read_array(path: str | os.PathLike[str], data: bytes) -> np.ndarray:
             if len(array.files) != 1:
                 raise ValueError(f"has {len(array.files)} arrays instead of one")
             array = array[array.files[0]]
-    except (ValueError, EOFError, OSError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # of a broken header the parser of Python raises anything
         raise ValueError(f"{path}: cannot be read as an array: {_line(error)}") from None
     if array.dtype.kind not in "buif":
         raise ValueError(f"{path}: must hold integers or floats; got {array.dtype}")
@@ -142,7 +141,8 @@ def _read_image(
             if depth == 16 and colour != _GRAY:
                 image.verify()  # Pillow raises where OpenCV prints a warning and goes on
                 return _read_deep(data), colour in _WITH_ALPHA
-            image = PIL.ImageOps.exif_transpose(image)
+            if image.format == "JPEG":
+                image = PIL.ImageOps.exif_transpose(image)
             if image.mode.startswith("I"):
                 return np.asarray(image), False
             if as_labels and image.mode == "P":

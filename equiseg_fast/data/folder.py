@@ -74,7 +74,9 @@ class SceneFiles(SensorDataset):
             check_labels(labels, len(self.classes), self.ignore_index, scene.labels)
         size = self._fit(scene, found, labels)
         images = {
-            sensor.name: found.get(sensor.name, torch.zeros(sensor.channels, *size))
+            sensor.name: found[sensor.name]
+            if sensor.name in found
+            else torch.zeros(sensor.channels, *size)
             for sensor in self.sensors
         }
         present = torch.tensor([sensor.name in found for sensor in self.sensors])
@@ -168,6 +170,8 @@ class FolderDataset(SceneFiles):
 
 def folder_in(root: str | os.PathLike[str], name: str) -> Path:
     """The folder root/name. Raises ValueError listing those that are there if it is not."""
+    if not isinstance(root, (str, os.PathLike)):
+        raise TypeError(f"root must be a path; got {root!r}")
     folder = Path(root) / name
     if not folder.is_dir():
         if not Path(root).is_dir():
@@ -183,26 +187,26 @@ def files_in(folder: Path) -> Files:
     Raises ValueError if there is none, or two differ in their suffix only.
     """
     found: Files = {}
-    seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
-        seen.add(os.path.realpath(place))
-        # sorted, so that errors are the same everywhere; a link to a folder above has no end
-        folders[:] = sorted(
-            x
-            for x in folders
-            if not x.startswith(".") and os.path.realpath(os.path.join(place, x)) not in seen
-        )
+        # sorted: errors are the same everywhere
+        folders[:] = sorted(x for x in folders if x[0] != "." and not _leads_up(place, x))
         for name in sorted(files):
             path = Path(place, name)
             if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
                 continue
             stem = path.relative_to(folder).with_suffix("").as_posix()
             if stem in found:
-                raise ValueError(f"{path}: is the same scene as {found[stem]}; leave one of them")
+                raise ValueError(f"{path}: is the same scene as {found[stem]}; keep one of them")
             found[stem] = path
     if not found:
         raise ValueError(f"{folder}: must hold files {', '.join(SUFFIXES)}; there is none")
     return found
+
+
+def _leads_up(place: str, name: str) -> bool:
+    """Whether a folder is a link to one above it, which would never end."""
+    path = Path(place, name)
+    return path.is_symlink() and path.resolve() in {x.resolve() for x in path.parents}
 
 
 def join(files: Mapping[str, Files], labels: Files | None, missing: Missing) -> list[Scene]:
@@ -218,12 +222,14 @@ def join(files: Mapping[str, Files], labels: Files | None, missing: Missing) -> 
     stems = sorted(example)
     if missing == "error":
         for name, found in files.items():
-            lonely = [example[stem] for stem in stems if stem not in found]
-            _refuse(lonely, f"sensor {name!r} has no such file; missing='absent' does without")
+            lacking = [stem for stem in stems if stem not in found]
+            hint = "; missing='absent' takes scenes without it"
+            _refuse(lacking, example, f"sensor {name!r} has no", hint)
     if labels is not None:
-        _refuse([example[stem] for stem in stems if stem not in labels], "labels has no such file")
-        orphans = [labels[stem] for stem in sorted(labels) if stem not in example]
-        _refuse(orphans, "no sensor has such a file")
+        _refuse(
+            [stem for stem in stems if stem not in labels], example, "the folder of labels has no"
+        )
+        _refuse([stem for stem in sorted(labels) if stem not in example], labels, "no sensor has")
     return [
         Scene(
             stem,
@@ -284,10 +290,10 @@ def choose(
     return found
 
 
-def _refuse(paths: Sequence[Path], reason: str) -> None:
-    if paths:
-        others = f" (and so for {len(paths) - 1} other scenes)" if len(paths) > 1 else ""
-        raise ValueError(f"{paths[0]}: {reason}{others}")
+def _refuse(lacking: Sequence[str], files: Files, who: str, hint: str = "") -> None:
+    if lacking:
+        more = f", nor for {len(lacking) - 1} others" if len(lacking) > 1 else ""
+        raise ValueError(f"{files[lacking[0]]}: {who} {lacking[0]}.* for it{more}{hint}")
 
 
 def check_classes(classes: Sequence[str]) -> tuple[str, ...]:

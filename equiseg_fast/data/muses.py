@@ -72,7 +72,7 @@ class MUSES(SceneFiles):
         root/gt_semantic/<split>/<weather>/<time>/<scene>_gt_labelTrainIds.png
 
     is the scene "<weather>/<time>/<scene>". Complete splits have 1500, 250 and 750 scenes of
-    1080 x 1920 pixels. Projections may be NPZ, NPY or PNG; all three give the same values.
+    1080 x 1920 pixels. Projections may be NPZ, NPY or PNG, which the SDK writes in steps of 1/150.
 
     split: "train", "val" or "test", whose labels are not published: it has them if they are there.
     modalities: of "rgb", "event" and "lidar", by name with the statistics of `SENSORS`, or as
@@ -111,7 +111,11 @@ class MUSES(SceneFiles):
         if sensor.name == "rgb" or path.suffix.lower() != ".png":
             return super().read_sensor(path, sensor)
         values = read_sensor(path, sensor.channels).flip(0)
-        return values / 150 - 100 if sensor.name == "lidar" else values
+        if sensor.name != "lidar":
+            return values
+        if values.max() < 256:
+            raise ValueError(f"{path}: must have 16 bits, as the SDK of MUSES writes it; got 8")
+        return values / 150 - 100
 
 
 def _check_projection(root: str | os.PathLike[str], folder: str) -> None:

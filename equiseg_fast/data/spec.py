@@ -15,7 +15,7 @@ from equiseg_fast.ops._checks import (
     check_strings,
 )
 
-from . import deliver, muses
+from . import deliver, muses, synthetic
 from .folder import (
     FolderDataset,
     Missing,
@@ -45,7 +45,7 @@ _FIELDS: dict[str, dict[str, Any]] = {
     "deliver": {"root": _NEEDED, "sensors": deliver.SENSORS, "cases": None, "missing": "error"},
     "muses": {"root": _NEEDED, "sensors": muses.SENSORS, "cases": None, "missing": "error"},
     "synthetic": {
-        "sensors": None,
+        "sensors": synthetic.SENSORS,
         "size": (96, 128),
         "length": 1000,
         "held_out": 200,
@@ -141,6 +141,8 @@ class DataConfig:
             check_choice("missing", value, ("error", "absent"))
         elif name == "seed":
             check_seed(value)
+            if value < 0:
+                raise ValueError(f"seed must be at least 0; got {value}")
         else:
             check_sizes(**{name: value})
         return value
@@ -149,19 +151,9 @@ class DataConfig:
         check_sequence("sensors", value, object, "names or mappings")
         if self.kind == "folder":
             return as_sensors([_declared(i, x, _usual) for i, x in enumerate(value)])
-        known = {x.name: x for x in self._known()}
+        known = {x.name: x for x in _FIELDS[self.kind]["sensors"]}
         given = [_declared(i, x, known.get) for i, x in enumerate(value)]
         return named("sensors", given, tuple(known.values()))
-
-    def _known(self) -> tuple[Sensor, ...]:
-        """The sensors of a dataset that has its own."""
-        if self.kind == "deliver":
-            return deliver.SENSORS
-        if self.kind == "muses":
-            return muses.SENSORS
-        from .synthetic import SENSORS  # needs OpenCV
-
-        return SENSORS
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "DataConfig":
@@ -177,8 +169,7 @@ class DataConfig:
     def to_dict(self) -> dict[str, Any]:
         """The fields that have a value, in types that JSON and YAML have."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
-        if self.sensors is not None:
-            values["sensors"] = [asdict(x) for x in self.sensors]
+        values["sensors"] = [asdict(x) for x in self.sensors or ()]
         return {name: _listed(value) for name, value in values.items() if value is not None}
 
     def open(self, split: str) -> SensorDataset:
@@ -186,11 +177,9 @@ class DataConfig:
         check_choice("split", split, SPLITS)
         own: Any = self  # what its kind needs is not None
         if self.kind == "synthetic":
-            from .synthetic import SyntheticScenes
-
             length = own.length if split == "train" else own.held_out
             seed = 3 * own.seed + SPLITS.index(split)
-            return SyntheticScenes(own.size, length, seed, own.sensors)
+            return synthetic.SyntheticScenes(own.size, length, seed, own.sensors)
         root = Path(own.root).expanduser()
         if self.kind == "folder":
             return FolderDataset(
