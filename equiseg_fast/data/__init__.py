@@ -2,6 +2,7 @@
 for images."""
 
 from .augment import Augment
+from .degradations import DEGRADATIONS, Degraded, degradations_for, degrade
 from .deliver import DeLiVER
 from .folder import FolderDataset
 from .loading import batches
@@ -13,11 +14,13 @@ from .spec import DataConfig
 from .synthetic import SyntheticScenes
 
 __all__ = [
+    "DEGRADATIONS",
     "MUSES",
     "Augment",
     "Batch",
     "DataConfig",
     "DeLiVER",
+    "Degraded",
     "FolderDataset",
     "Sample",
     "Sensor",
@@ -28,6 +31,8 @@ __all__ = [
     "collate",
     "colour_labels",
     "contact_sheet",
+    "degradations_for",
+    "degrade",
     "normalise",
     "palette_of",
     "sensor",

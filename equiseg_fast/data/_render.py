@@ -110,7 +110,10 @@ class Canvas:
         if seen[:, 2].max() < NEAR:
             return
         if seen[:, 2].min() < NEAR:
-            at = (slice(None), slice(None))
+            # beside the camera: what is all to its right ends at the middle, and so on
+            to_left, to_right = seen[:, 0].min() < 0, seen[:, 0].max() > 0
+            limit = self.x[0, -1] + 1
+            at = self.window(np.array((-limit * to_left, -9)), np.array((limit * to_right, 9)))
         else:
             flat = seen[:, :2] / seen[:, 2:]
             at = self.window(flat.min(0), flat.max(0))
@@ -125,17 +128,26 @@ class Canvas:
             else:
                 continue
             depth = (np.float32(plane) - self.position[axis]) / rays[axis]
-            inside = depth > NEAR
+            inside = (depth > NEAR) & (depth < self.depth[at])
             along = []
             # across first, then up or away
             for other in ((2, 1), (0, 2), (0, 1))[axis]:
                 place = depth * rays[other] + (self.position[other] - np.float32(low[other]))
                 inside &= (place >= 0) & (place <= np.float32(high[other] - low[other]))
                 along.append(place)
-            if inside.any():
-                albedo, reflectance = texture(axis, *along)
-                lambert = max(0.0, toward * float(self.sun[axis]))
-                self.paint(at, inside, depth, thing, albedo, lambert, reflectance)
+            rows, columns = np.flatnonzero(inside.any(axis=1)), np.flatnonzero(inside.any(axis=0))
+            if rows.size == 0:
+                continue
+            # most of a face is out of sight
+            part = (slice(rows[0], rows[-1] + 1), slice(columns[0], columns[-1] + 1))
+            top, left = at[0].start, at[1].start
+            where = (
+                slice(top + rows[0], top + rows[-1] + 1),
+                slice(left + columns[0], left + columns[-1] + 1),
+            )
+            albedo, reflectance = texture(axis, along[0][part], along[1][part])
+            lambert = max(0.0, toward * float(self.sun[axis]))
+            self.paint(where, inside[part], depth[part], thing, albedo, lambert, reflectance)
 
     def flat(
         self, foot: Point, half_width: float, bottom: float, top: float
@@ -224,16 +236,20 @@ class Canvas:
         self, x: Array, z: Array, boxes: list[tuple[Point, Point]], balls: list[tuple[Point, float]]
     ) -> Array:
         """bool: which points (x, 0, z) one of the boxes or balls hides from the sun."""
-        sx, sy, sz = self.sun
+        sx, sy, sz = (float(v) for v in self.sun)
         dark = np.zeros(x.shape, bool)
+        # on the way to the sun, in units of its direction: from where to where a ray is in a box
+        x_way, z_way = x / np.float32(sx), z / np.float32(sz)
         for low, high in boxes:
-            a, b = (low[0] - x) / sx, (high[0] - x) / sx
-            c, d = (low[2] - z) / sz, (high[2] - z) / sz
-            first = np.maximum(np.minimum(a, b), np.minimum(c, d))
-            last = np.minimum(np.maximum(a, b), np.maximum(c, d))
-            dark |= np.maximum(first, low[1] / sy) < np.minimum(last, high[1] / sy)
+            near_x, far_x = sorted((low[0] / sx, high[0] / sx))
+            near_z, far_z = sorted((low[2] / sz, high[2] / sz))
+            first = np.maximum(np.float32(near_x) - x_way, np.float32(near_z) - z_way)
+            last = np.minimum(np.float32(far_x) - x_way, np.float32(far_z) - z_way)
+            np.maximum(first, np.float32(low[1] / sy), out=first)
+            np.minimum(last, np.float32(high[1] / sy), out=last)
+            dark |= first < last
         for centre, radius in balls:
-            dx, dz = centre[0] - x, centre[2] - z
-            along = dx * sx + centre[1] * sy + dz * sz
-            dark |= dx * dx + dz * dz + (centre[1] ** 2 - radius**2) < along * along
+            dx, dz = np.float32(centre[0]) - x, np.float32(centre[2]) - z
+            along = dx * np.float32(sx) + dz * np.float32(sz) + np.float32(centre[1] * sy)
+            dark |= dx * dx + dz * dz + np.float32(centre[1] ** 2 - radius**2) < along * along
         return dark

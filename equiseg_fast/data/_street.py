@@ -77,12 +77,13 @@ class Builder:
         for what in (ROAD, MARKING, SIDEWALK, TERRAIN):
             self.street.add(what)
         self.street.add(SKY)
-        for side in (-1, 1):
-            self.row_of_buildings(side)
-        self.trees()
+        # roughly from near to far: what is hidden costs little
+        self.people()
         self.posts()
         self.cars()
-        self.people()
+        self.trees()
+        for side in (-1, 1):
+            self.row_of_buildings(side)
         self.end_of_street()
         self.ground()
         return self.street
@@ -224,7 +225,7 @@ class Builder:
     def car(self, x: float, z: float, velocity: Point, across: bool = False) -> None:
         """A body and a cabin, along the road or across it."""
         rng = self.rng
-        paint = np.array(self.colour(0.05, 0.65, 0.18), np.float32)[:, None, None]
+        paint = np.array(self.colour(0.05, 0.65, 0.1), np.float32)[:, None, None]
         coating, van = rng.uniform(15, 70), rng.random() < 0.2
         length, wide = rng.uniform(3.8, 4.8), 1.8
         body, roof = (1.1, 2.1) if van else (0.88, 1.48)
