@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from equiseg_fast import reference, use_backend
-from equiseg_fast.models import EQUISeg, EQUISegConfig, MixTransformer
+from equiseg_fast.models import EQUISeg, EQUISegConfig, MixTransformer, load_backbone
 from equiseg_fast.models.inputs import left_modalities
 from equiseg_fast.nn import SelfGuidedGate
 from equiseg_fast.ops import _layout
@@ -46,6 +46,19 @@ def small_model(modalities: tuple[str, ...] = NAMES, **fields: object) -> EQUISe
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = EQUISeg.from_name("b0", modalities=modalities, num_classes=7, **fields)
+    return randomise(model).double().eval()
+
+
+def nano(**fields: Any) -> EQUISeg:
+    """A small model, the caller's own."""
+    return copy.deepcopy(_nano(**fields))
+
+
+@cache
+def _nano(**fields: Any) -> EQUISeg:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = EQUISeg.from_name("nano", **{"modalities": NAMES, "num_classes": 7, **fields})
     return randomise(model).double().eval()
 
 
@@ -522,6 +535,232 @@ class TestTraining:
         first, _ = model.loss(x, labels, generator=torch.Generator().manual_seed(3))
         second, _ = model.loss(padded, padded_labels, generator=torch.Generator().manual_seed(3))
         torch.testing.assert_close(first, second)
+
+
+class TestChannels:
+    """Sensors with other than three channels."""
+
+    NAMES = ("rgb", "thermal", "lidar")
+
+    def mixed(self, **fields: Any) -> EQUISeg:
+        return nano(modalities=self.NAMES, in_channels=(3, 1, 1), **fields)
+
+    def images(self, batch: int = 2) -> dict[str, Tensor]:
+        channels = zip(self.NAMES, (3, 1, 1), strict=True)
+        return {k: torch.randn(batch, c, 32, 32, dtype=torch.float64) for k, c in channels}
+
+    def test_a_first_convolution_for_each_number(self) -> None:
+        usual, mixed = nano(modalities=self.NAMES), self.mixed()
+        more = {"encoder.patch_embed1.others.1.weight", "encoder.patch_embed1.others.1.bias"}
+        assert mixed.state_dict().keys() == usual.state_dict().keys() | more
+        assert parameters(mixed) - parameters(usual) == 16 * 49 + 16
+        depth = nano(modalities=("depth", "lidar"), in_channels=1).state_dict()
+        assert depth["encoder.patch_embed1.proj.weight"].shape == (16, 1, 7, 7)
+        assert depth.keys() == nano(modalities=("a", "b")).state_dict().keys()
+        separate = self.mixed(share_encoder=False).state_dict()
+        found = [separate[f"encoder.{i}.patch_embed1.proj.weight"].shape[1] for i in range(3)]
+        assert found == [3, 1, 1]
+
+    @pytest.mark.parametrize("share", [True, False])
+    def test_grey_is_colour_whose_channels_are_alike(self, share: bool) -> None:
+        """With the weights of three channels, summed, one is as good as three that are the same."""
+        usual = nano(modalities=self.NAMES, share_encoder=share)
+        mixed = self.mixed(share_encoder=share)
+        rest = {k: x for k, x in without_names(usual).items() if not k.startswith("encoder.")}
+        mixed.load_state_dict(rest, strict=False)
+        report = load_backbone(mixed, without_names(usual))
+        where = ["encoder."] if share else ["encoder.1.", "encoder.2."]
+        names = [f"{x}patch_embed1.{'others.1' if share else 'proj'}.weight" for x in where]
+        assert report.adapted == tuple(names)
+        x = self.images()
+        wide = {k: v.expand(-1, 3, -1, -1) for k, v in x.items()}
+        mask = torch.tensor([[True, False], [True, True], [False, True]])
+        with torch.no_grad():
+            for present in (None, {"thermal", "lidar"}, {"lidar"}, mask):
+                expected = usual(wide, present=present)
+                torch.testing.assert_close(mixed(x, present=present), expected)
+            folded = copy.deepcopy(mixed).fold_()
+            torch.testing.assert_close(folded(x), usual(wide), rtol=1e-10, atol=1e-10)
+
+    def test_every_parameter_learns_from_any_mask(self) -> None:
+        model = self.mixed().train()
+        mask = torch.tensor([[True, True], [True, False], [False, False]])
+        x = self.images()
+        x["lidar"].fill_(float("nan"))
+        total, _ = model.loss(x, torch.randint(0, 7, (2, 32, 32)), present=mask)
+        total.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None, name
+            assert p.grad.isfinite().all(), name
+
+    def test_one_graph(self) -> None:
+        """Inputs, embeddings by channels, and modality dropout."""
+        model, x = self.mixed(), self.images()
+
+        def first_tokens(x: dict[str, Tensor]) -> Tensor:
+            maps, _, _ = model._inputs(x, None)
+            kept = left_modalities(0.5, maps, None, None)
+            return model._encode(0, model._masked(maps, kept)[0].flatten(0, 1), (0, 1, 2))[0]
+
+        torch.manual_seed(0)
+        expected = first_tokens(x)
+        torch.manual_seed(0)
+        actual = torch.compile(first_tokens, backend="eager", fullgraph=True)(x)
+        assert torch.equal(actual, expected)
+
+    def test_errors_name_the_modality(self) -> None:
+        model, x = self.mixed(), self.images()
+        cases: list[tuple[Any, type[Exception], str]] = [
+            ({**x, "thermal": x["rgb"]}, ValueError,
+             r"images\['thermal'\] must have 1 channel; got shape \[2, 3, 32, 32\]"),
+            ({**x, "rgb": x["lidar"]}, ValueError, r"images\['rgb'\] must have 3 channels"),
+            ({**x, "lidar": x["lidar"][:1]}, ValueError,
+             r"images\['lidar'\] must have shape \[B, 1, H, W\] \(B, H, W of images\['rgb'\]\)"),
+            (torch.stack([x["rgb"]] * 3), TypeError,
+             r"images must be a mapping .* channels \(rgb 3, thermal 1, lidar 1\); got a tensor"),
+        ]  # fmt: skip
+        for images, error, message in cases:
+            with pytest.raises(error, match=message):
+                model(images)
+        one = nano(modalities=("depth", "lidar"), in_channels=1)
+        assert one(torch.randn(2, 1, 1, 32, 32, dtype=torch.float64)).shape == (1, 7, 32, 32)
+        with pytest.raises(
+            ValueError, match=r"images must have 1 channel; got shape \[2, 1, 3, 32"
+        ):
+            one(torch.randn(2, 1, 3, 32, 32, dtype=torch.float64))
+
+    def test_states_know_their_channels(self) -> None:
+        """All parameters fit, but each convolution would see the images of the other sensor."""
+        state = nano(modalities=("a", "b"), in_channels=(3, 1)).state_dict()
+        model = nano(modalities=("a", "b"), in_channels=(1, 3))
+        message = r"must be of images with in_channels=\(1, 3\); got \(3, 1\)"
+        with pytest.raises(RuntimeError, match=message):
+            model.load_state_dict(state)
+        del state["_extra_state"]
+        model.load_state_dict(state)
+
+
+class TestParts:
+    """Fields that leave a part of the model out, or put it elsewhere."""
+
+    LABELS = torch.randint(0, 7, (2, 32, 32), generator=torch.Generator().manual_seed(0))
+
+    def test_without_the_cross_modal_block_is_the_mean_of_encodings(self) -> None:
+        with torch.device("meta"):
+            model = EQUISeg.from_name("b0", cross_modal=False, gate=False)
+        assert parameters(model) == 3_720_569  # that of SegFormer, whatever the sensors
+        model = nano(cross_modal=False, gate=False, fuse="mean")
+        x = images(height=32, width=32)
+        with torch.no_grad():
+            maps = [model.encoder(y) for y in x]
+            logits = model.head([torch.stack(stage).mean(0) for stage in zip(*maps, strict=True)])
+            expected = F.interpolate(logits, scale_factor=4, mode="bilinear")
+            torch.testing.assert_close(model(x), expected)
+            kept = model(x, present={"depth", "event"})
+            mask = torch.tensor([[False], [True], [True], [False]]).expand(4, 2)
+            poisoned = x.masked_fill(~mask[:, :, None, None, None], float("nan"))
+            torch.testing.assert_close(model(poisoned, present=mask), kept)
+
+    def test_without_the_cross_modal_block_gates_still_weigh(self) -> None:
+        model = nano(cross_modal=False)
+        assert len(model.fusion) == 0
+        stages = model.stages(images(height=32, width=32))
+        assert all(stage.contributions.std(dim=0).min() > 0 for stage in stages)
+
+    def test_gates_in_some_stages(self) -> None:
+        with torch.device("meta"):
+            model = EQUISeg.from_name("b0", gate_stages=(4, 2))
+        assert parameters(model) == 5_402_005 - 808 - 19_400
+        assert {name.split(".")[1] for name in model.state_dict() if "gates" in name} == {"1", "3"}
+        model = nano(gate_stages=(2, 4))
+        stages = model.stages(images(height=32, width=32))
+        equal = [bool((stage.contributions == 0.25).all()) for stage in stages]
+        assert equal == [True, False, True, False]
+        full = nano()
+        missing = full.load_state_dict(model.state_dict(), strict=False).missing_keys
+        assert {name.split(".")[1] for name in missing} == {"0", "2"}
+
+    def test_where_prototypes_are_taken_from(self) -> None:
+        x, order = images(height=32, width=32), torch.tensor([2, 0, 3, 1])
+        reached, losses = {}, {}
+        for source in ("encoded", "cross_modal", "gated"):
+            model = nano(sgm_source=source, sgm_stages=(1,), drop_path=0.0, head_dropout=0.0)
+            _, parts = model.loss(x, self.LABELS, order=order)
+            parts["sgm"].backward()
+            losses[source] = parts["sgm"].item()
+            places = {"encoder": model.encoder.block1, "fusion": model.fusion[0].attn,
+                      "gate": model.gates[0]}  # fmt: skip
+            reached[source] = {
+                name for name, part in places.items() if any(p.grad is not None and p.grad.any()
+                for p in part.parameters())
+            }  # fmt: skip
+        assert reached == {
+            "encoded": {"encoder"},
+            "cross_modal": {"encoder", "fusion"},
+            "gated": {"encoder", "fusion", "gate"},
+        }
+        assert len(set(losses.values())) == 3
+        # Gates begin with equal weights, which change no branch.
+        for p in model.gates[0].fc2.parameters():
+            torch.nn.init.zeros_(p)
+        _, parts = model.loss(x, self.LABELS, order=order)
+        assert parts["sgm"].item() == pytest.approx(losses["cross_modal"])
+
+
+class TestModalityDropout:
+    LABELS = TestParts.LABELS
+    STEPS = 4
+
+    def test_drops_by_mask_as_inference_does(self) -> None:
+        """Every step is that of the mask which is drawn, whatever the values of what is dropped."""
+        model = nano(modality_dropout=0.9, drop_path=0.0, head_dropout=0.0)
+        plain = nano(drop_path=0.0, head_dropout=0.0).train()
+        model.train()
+        given = torch.tensor([[True, True], [True, False], [True, True], [False, True]])
+        for seed in range(self.STEPS):
+            present = given if seed % 2 else None
+            x = images(height=32, width=32)
+            generator, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+            kept = left_modalities(0.9, x, present, again)
+            x = x.masked_fill(~kept[:, :, None, None, None], float("nan"))
+            ours = model.loss(x, self.LABELS, present=present, generator=generator)
+            theirs = plain.loss(x, self.LABELS, present=kept, generator=again)
+            assert ours[0].isfinite()
+            assert (ours[0], ours[1]["sgm"]) == (theirs[0], theirs[1]["sgm"])
+        whole = images(height=32, width=32)
+        ours = model.eval().loss(whole, self.LABELS, generator=generator)
+        assert torch.equal(ours[0], plain.eval().loss(whole, self.LABELS, generator=again)[0])
+
+    def test_zeroes_where_absent_is_zero(self) -> None:
+        """And never the last sensor of an image, which is told from the mask alone."""
+        fields = {"drop_path": 0.0, "head_dropout": 0.0, "missing": "zero"}
+        model = nano(modality_dropout=0.9, **fields).train()
+        plain = nano(**fields).train()
+        given = torch.tensor([[True, False], [False, True], [False, False], [False, False]])
+        for seed in range(self.STEPS):
+            present = given if seed % 2 else None
+            x = images(height=32, width=32)
+            generator, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+            kept = given if seed % 2 else left_modalities(0.9, x, None, again)
+            if seed % 2:
+                left_modalities(0.9, x, given, again)
+            zeroed = x.masked_fill(~kept[:, :, None, None, None], 0.0)
+            ours = model.loss(x, self.LABELS, present=present, generator=generator)
+            assert ours[0] == plain.loss(zeroed, self.LABELS, generator=again)[0]
+
+    def test_of_named_sensors(self) -> None:
+        model = nano(modality_dropout=0.9, drop_path=0.0, head_dropout=0.0).train()
+        plain = nano(drop_path=0.0, head_dropout=0.0).train()
+        for seed in range(2):
+            x = images(height=32, width=32)
+            generator, again = (torch.Generator().manual_seed(seed) for _ in range(2))
+            ours = model.loss(x, self.LABELS, present={"lidar", "depth"}, generator=generator)
+            kept = torch.zeros(4, 2, dtype=torch.bool)
+            kept[[1, 3]] = left_modalities(0.9, x[[1, 3]], None, again)
+            order = torch.randperm(2, generator=again)
+            order = torch.cat([torch.tensor([1, 3])[order], torch.tensor([0, 2])])
+            theirs = plain.loss(x, self.LABELS, present=kept, order=order)
+            torch.testing.assert_close(ours[0], theirs[0])
 
 
 class TestInputs:

@@ -263,6 +263,7 @@ SUBJECTS: dict[str, Subject] = {
         ),
     ),
     **build(models.EQUISegConfig),
+    **method(models.EQUISegConfig, "from_dict", content=models.EQUISegConfig().to_dict()),
     **build(models.EQUISeg, config=models.EQUISegConfig(modalities=("rgb",))),
     **method(models.EQUISeg, "from_name", variant="b0", modalities=("rgb",), drop_path=0.1),
     **method(
@@ -370,6 +371,8 @@ ACCEPTED: list[tuple[str, str, set[str], str]] = [
     ),
     ("EQUISeg*", "modalities", {"list of str", "[str, ..]"}, "any names"),
     ("EQUISegConfig", "sgm_stages", {"[]", "()"}, "no stage has the loss"),
+    ("EQUISegConfig", "gate_stages", {"[]", "()"}, "no stage has a gate"),
+    ("EQUISegConfig.from_dict", "content", {"{}"}, "all fields have defaults"),
     (
         "load_backbone", "path_or_state_dict",
         {"{tensor: float8, ..}", "{tensor: float16, ..}", "{tensor: float64, ..}"},

@@ -424,6 +424,16 @@ class TestSeveralEncoders:
         load_backbone(model, state, prefix=prefixes)
         assert same(model.encoder[0].state_dict(), first.encoder[1].state_dict())
 
+    def test_own_encoders_of_other_channels(self) -> None:
+        """Names decide here, too, and first convolutions are adapted."""
+        fields = {"modalities": ("rgb", "depth"), "share_encoder": False}
+        first = EQUISeg.from_name("b0", in_channels=(3, 1), **fields)
+        report = load_backbone(EQUISeg.from_name("b0", **fields), first.state_dict())
+        assert report.adapted == ("encoder.1.patch_embed1.proj.weight",)
+        model = EQUISeg.from_name("b0", **{**fields, "modalities": ("depth", "rgb")})
+        with pytest.raises(ValueError, match=r"in this order; got \('rgb', 'depth'\)"):
+            load_backbone(model, first.state_dict())
+
     def test_encoders_of_the_model_itself_can_be_swapped(self) -> None:
         model = EQUISeg.from_name("b0", modalities=("rgb", "depth"), share_encoder=False)
         first, second = ({k: v.clone() for k, v in e.state_dict().items()} for e in model.encoder)
@@ -534,8 +544,9 @@ class TestInputChannels:
     def test_same_function_of_channels_in_turn(self, theirs: int, ours: int) -> None:
         """What it computes is what the original computes of images with channels in turn."""
         original, model = (MixTransformer("b0", in_channels=n).double() for n in (theirs, ours))
-        report = load_backbone(model, original.state_dict(), adapt_channels=True)
+        report = load_backbone(model, original.state_dict())
         assert report.adapted == ("patch_embed1.proj.weight",)
+        assert "1 with input channels summed or repeated: patch_embed1.proj.w" in str(report)
         assert len(report.loaded) == 176
         x = torch.randn(1, min(theirs, ours), 32, 32, dtype=torch.float64)
         few = [torch.arange(n) % x.shape[1] for n in (theirs, ours)]
@@ -546,24 +557,53 @@ class TestInputChannels:
 
     def test_equal_channels_are_left_alone(self) -> None:
         model = MixTransformer("b0")
-        report = load_backbone(model, nvlabs_state(), adapt_channels=True)
+        report = load_backbone(model, nvlabs_state())
         assert report.adapted == ()
         assert same(model.state_dict(), nvlabs_state())
 
-    def test_is_offered(self) -> None:
+    @pytest.mark.parametrize("convert", [dict, to_mmseg, to_timm])
+    def test_every_first_convolution(self, convert: Callable[[State], State]) -> None:
+        """A file with one serves all, in any layout."""
+        model = MixTransformer("b0", in_channels=(1, 2, 3))
+        report = load_backbone(model, convert(nvlabs_state()))
+        others = [f"patch_embed1.others.{c}.weight" for c in (1, 2)]
+        assert report.adapted == tuple(others)
+        assert len(report.loaded) == 176 + 4
+        assert report.ignored == report.missing == ()
+        state, weight = model.state_dict(), nvlabs_state()["patch_embed1.proj.weight"]
+        assert torch.equal(state["patch_embed1.proj.weight"], weight)
+        torch.testing.assert_close(state[others[0]], weight.sum(1, keepdim=True))
+        for c in (1, 2):
+            bias = state[f"patch_embed1.others.{c}.bias"]
+            assert torch.equal(bias, nvlabs_state()["patch_embed1.proj.bias"])
+
+    def test_each_goes_to_as_many_channels(self) -> None:
+        """Of a file with several each is taken where it fits, under whatever name."""
+        file = counting(MixTransformer("b0", in_channels=(1, 3, 4)).state_dict())
+        model = EQUISeg.from_name("b0", modalities=("a", "b"), in_channels=(4, 1))
+        report = load_backbone(model, prefixed("encoder.", file))
+        assert report.adapted == ()
+        assert set(report.ignored) == {f"encoder.patch_embed1.proj.{x}" for x in ("weight", "bias")}
+        state = model.encoder.state_dict()
+        for ours, theirs in (("proj", "others.1"), ("others.4", "others.4")):
+            for kind in ("weight", "bias"):
+                expected = file[f"patch_embed1.{theirs}.{kind}"]
+                assert torch.equal(state[f"patch_embed1.{ours}.{kind}"], expected)
+
+    def test_can_be_refused(self) -> None:
         model = MixTransformer("b0", in_channels=1)
         message = (
             r"patch_embed1\.proj\.weight .* must have shape \[32, 1, 7, 7\]; got \[32, 3, 7, 7\]; "
             "adapt_channels=True sums or repeats input channels"
         )
         with pytest.raises(ValueError, match=message):
-            load_backbone(model, nvlabs_state())
+            load_backbone(model, nvlabs_state(), adapt_channels=False)
 
     @pytest.mark.parametrize("shape", [(32, 3, 3, 3), (32, 0, 7, 7), (32, 3, 49)])
     def test_other_shapes_stay_refused(self, shape: tuple[int, ...]) -> None:
         state = changed("patch_embed1.proj.weight", torch.zeros(shape))()
         with pytest.raises(ValueError, match=r"must have shape \[32, 3, 7, 7\]; got"):
-            load_backbone(MixTransformer("b0"), state, adapt_channels=True)
+            load_backbone(MixTransformer("b0"), state)
 
 
 class TestValues:

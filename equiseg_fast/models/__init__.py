@@ -3,7 +3,8 @@
 from .config import EQUISegConfig
 from .equiseg import EQUISeg, StageOutput
 from .mix_transformer import MixTransformer
-from .weights import LoadReport, load_backbone
+from .report import LoadReport
+from .weights import load_backbone
 
 __all__ = [
     "EQUISeg",

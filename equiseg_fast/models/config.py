@@ -130,8 +130,8 @@ class EQUISegConfig:
         self._set("variant", check_variant(self.variant))
         if isinstance(self.modalities, str):
             raise TypeError(
-                f"modalities must be a sequence of names, modalities=({self.modalities!r},) for "
-                f"one; got {self.modalities!r}"
+                f"modalities must be a sequence of names; got {self.modalities!r}. "
+                f"Write modalities=({self.modalities!r},) for one"
             )
         for name, kind, of in (
             ("modalities", str, "names"),

@@ -48,6 +48,9 @@ class Pretrained(Layer):
         without safetensors; OSError where the folder cannot be written.
         """
         _, to_bytes = _safetensors()
+        folder = _path(folder)
+        if not isinstance(state_dict, Mapping | None):
+            raise TypeError(f"state_dict must be a mapping; got {type(state_dict).__name__}")
         if state_dict is None and self.head.linear_fuse is None:
             raise RuntimeError(
                 "this model was folded for inference; save a copy of before, which fold_ folds "
@@ -70,7 +73,6 @@ class Pretrained(Layer):
             **self.config.to_dict(),
         }
         text = json.dumps(content, indent=2) + "\n"
-        folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         _replace(folder / WEIGHTS, to_bytes(state, {"config": text}))
         _replace(folder / CONFIG, text.encode())
@@ -186,7 +188,7 @@ def _check_fits(origin: str, state: Mapping[str, Any], expected: Mapping[str, Te
     """The state has every tensor of the model, no others, in these shapes and kinds of dtype."""
     for label, names in (
         ("lacks", [name for name in expected if name not in state]),
-        ("has no place in the model for", [name for name in state if name not in expected]),
+        ("has no place in the model for", sorted(set(state) - set(expected))),
     ):
         if names:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
@@ -234,11 +236,15 @@ def _replace(path: Path, content: bytes) -> None:
     os.replace(temporary, path)
 
 
-def _existing(folder: Any) -> Path:
-    """A folder that has at least one of our files."""
+def _path(folder: Any) -> Path:
     if not isinstance(folder, str | os.PathLike):
         raise TypeError(f"folder must be a path; got {type(folder).__name__}")
-    path = Path(folder)
+    return Path(folder)
+
+
+def _existing(folder: Any) -> Path:
+    """A folder that has at least one of our files."""
+    path = _path(folder)
     if path.is_file():
         raise NotADirectoryError(f"folder must be a folder with {CONFIG}; {path} is a file")
     if not path.is_dir():

@@ -4,7 +4,6 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,52 +17,7 @@ from .equiseg import EQUISeg
 from .layouts import BUILT_ON, FIRST, LAYOUTS, OTHERS, Found, Source
 from .mix_transformer import MixTransformer
 from .pretrained import sensors_of
-
-
-@dataclass(frozen=True)
-class LoadReport:
-    """What `load_backbone` did; `str` of it is a summary of a few lines.
-
-    Names of tensors that the file has beside its state dict have the keys of the mappings around
-    them in front, with dots.
-    """
-
-    layout: str
-    """Whose names the file uses: "NVlabs" (ours are the same), "CMX", "CMNeXt", "StitchFusion",
-    "MMSegmentation", "timm PVTv2", "Hugging Face v4" or "Hugging Face v5"."""
-    loaded: tuple[str, ...]
-    """Parameters of the model that were overwritten."""
-    ignored: tuple[str, ...]
-    """Tensors of the file that were not used: heads, auxiliary branches, adapters, copies."""
-    missing: tuple[str, ...]
-    """Encoder parameters of the model that the file lacks; never any with `strict=True`."""
-    prefixes: tuple[str, ...] = ()
-    """What the names of its weights begin with in the file, for each encoder of the model."""
-    not_taken: tuple[str, ...] = ()
-    """Prefixes of further encoders in the file."""
-    adapted: tuple[str, ...] = ()
-    """Convolutions whose input channels were summed or repeated."""
-    not_finite: tuple[str, ...] = ()
-    """Parameters of the model that got NaN or infinity from the file."""
-    overflowed: tuple[str, ...] = ()
-    """Parameters of the model that got infinity because their dtype cannot hold finite values."""
-
-    def __str__(self) -> str:
-        lines = [f"{self.layout}: {len(self.loaded)} parameters loaded"]
-        if len(set(self.prefixes)) > 1 or self.not_taken:
-            others = f"; not from {_quoted(self.not_taken)}" if self.not_taken else ""
-            lines.append(f"  from {_quoted(self.prefixes)}{others}")
-        for label, names in (("missing", self.missing), ("ignored", self.ignored)):
-            count = len(names) or "none"
-            lines.append(f"  {count} {label}" + (f": {_summary(names)}" if names else ""))
-        for label, names in (
-            ("with input channels summed or repeated", self.adapted),
-            ("with NaN or infinity in the file", self.not_finite),
-            ("with values beyond the dtype of the model", self.overflowed),
-        ):
-            if names:
-                lines.append(f"  {len(names)} {label}: {_summary(names)}")
-        return "\n".join(lines)
+from .report import LoadReport, quoted, summary
 
 
 def load_backbone(
@@ -187,7 +141,7 @@ def load_backbone(
     if missing and strict:
         raise ValueError(
             f"{origin} lacks {len(missing)} of {len(missing) + len(loaded)} encoder parameters: "
-            f"{_summary(missing)}; strict=False keeps those of the model"
+            f"{summary(missing)}; strict=False keeps those of the model"
         )
     # Nothing above writes into the model, and nothing here can fail.
     with torch.no_grad():
@@ -244,7 +198,7 @@ def _choose(found: list[Found], prefix: str | Sequence[str], count: int) -> list
     by_prefix = {x.prefix: x for x in reversed(found)}
     for x in wanted:
         if x not in by_prefix:
-            raise ValueError(f"prefix must be one of {_quoted([*by_prefix][::-1])}; got {x!r}")
+            raise ValueError(f"prefix must be one of {quoted([*by_prefix][::-1])}; got {x!r}")
     return [by_prefix[x] for x in wanted]
 
 
@@ -261,7 +215,7 @@ def _distribute(origin: str, found: list[Found], count: int) -> list[Found]:
         return found
     raise ValueError(
         f"{origin} must have one encoder, or numbered ones, as many as the model, which has "
-        f"{count}; got {_quoted(prefixes)}. Choose with prefix={prefixes[-1]!r}, say, or a "
+        f"{count}; got {quoted(prefixes)}. Choose with prefix={prefixes[-1]!r}, say, or a "
         "sequence of them"
     )
 
@@ -433,18 +387,5 @@ def _describe(names: Sequence[str]) -> str:
         return "it is empty"
     for pattern, what in OTHERS:
         if any(re.search(pattern, name) for name in names):
-            return f"it looks like {what}; it has {_summary(names)}"
-    return f"it has {_summary(names)}"
-
-
-def _quoted(names: Sequence[str]) -> str:
-    return ", ".join(map(repr, names))
-
-
-def _summary(names: Sequence[str], limit: int = 6) -> str:
-    """A few names as they are; of more, how many there are of the most frequent kinds."""
-    if len(names) <= limit:
-        return ", ".join(names)
-    kinds = Counter(re.sub(r"\d+", "*", name.rpartition(".")[0] or name) for name in names)
-    shown = [f"{kind} ({count})" for kind, count in kinds.most_common(limit)]
-    return ", ".join(shown) + (", .." if len(kinds) > limit else "")
+            return f"it looks like {what}; it has {summary(names)}"
+    return f"it has {summary(names)}"

@@ -2,7 +2,14 @@
 
 from math import prod, sqrt
 
-from torch import nn
+from torch import Tensor, nn
+
+
+def normal_(x: Tensor, std: float) -> None:
+    """Fill with normal values; but on the meta device, which has none, PyTorch loads its compiler
+    for that, which takes seconds."""
+    if not x.is_meta:
+        nn.init.normal_(x, std=std)
 
 
 def init_module(module: nn.Module) -> None:
@@ -16,7 +23,7 @@ def init_module(module: nn.Module) -> None:
         nn.init.trunc_normal_(module.weight, std=0.02)
     elif isinstance(module, nn.Conv1d | nn.Conv2d):
         fan_out = prod(module.kernel_size) * module.out_channels // module.groups
-        nn.init.normal_(module.weight, std=sqrt(2 / fan_out))
+        normal_(module.weight, sqrt(2 / fan_out))
     else:
         return
     if module.bias is not None:

@@ -13,6 +13,7 @@ from equiseg_fast.ops._checks import check_sequence, check_sizes
 
 from ._foreign import child
 from ._forms import as_tokens, check_channels, like
+from ._init import normal_
 from ._layer import Layer
 from ._plain import keeps_size
 from ._sharing import JoinedParameter, replace_by_joined
@@ -35,8 +36,8 @@ class SelfQueryHub(Layer):
 
     def reset_parameters(self) -> None:
         """Each net as `init_module` would start its two convolutions."""
-        nn.init.normal_(self.dw_weight, std=sqrt(2 / 9))
-        nn.init.normal_(self.pw_weight, std=sqrt(2))
+        normal_(self.dw_weight, sqrt(2 / 9))
+        normal_(self.pw_weight, sqrt(2))
 
     @classmethod
     def from_torch(cls, module: Any) -> "SelfQueryHub":
