@@ -39,12 +39,16 @@ class View:
         return 1 / self.sensor.scale
 
 
+Effect = Callable[[Array, float, View], Array]
+"""(values `[C, H, W]`, severity above 0, view) -> new values."""
+
+
 @dataclass(frozen=True)
 class Degradation:
-    """What it is, in a few words, and what it does to values `[C, H, W]` of which kinds."""
+    """What it is, in a few words, and what it does to sensors of which kinds."""
 
     what: str
-    effects: dict[Kind, Callable[[Array, float, View], Array]]
+    effects: dict[Kind, Effect]
 
 
 def degradations_for(sensors: Sequence[Sensor]) -> list[str]:
@@ -62,23 +66,22 @@ def degrade(
     name: one of `degradations_for(sensors)`. severity: 0 to 1. Where the sample has no distance, it
     is that of a flat road, 1.6 m below a camera of 70 degrees whose horizon is at half height.
     """
-    check_choice("name", name, degradations_for(sensors))
-    if not 0 <= number("severity", severity) <= 1:
-        raise ValueError(f"severity must be in [0, 1]; got {severity}")
-    check_seed(seed)
+    _check(sensors, name, severity, seed)
     if severity == 0:
         return sample
     images = dict(sample.images)
+    known = sample.distance is not None
     for i, sensor in enumerate(sensors):
         if not sample.present[i]:
             continue
-        if name == f"dead_{sensor.name}":
-            effect: Any = dead
-        elif (effect := _effect(name, sensor)) is None:
+        effect = _effect(name, sensor)
+        if effect is None:
             continue
         values = images[sensor.name].float().numpy()
-        known = sample.distance is not None
-        distance = sample.distance.numpy() if known else flat_road(*values.shape[1:])  # type: ignore[union-attr]
+        if sample.distance is not None:
+            distance = sample.distance.numpy()
+        else:
+            distance = flat_road(*values.shape[1:])
         chance = np.random.default_rng(
             (seed % 2**64, *(crc32(text.encode()) for text in (sample.name, name, sensor.name)))
         )
@@ -87,7 +90,16 @@ def degrade(
     return replace(sample, images=images)
 
 
-def _effect(name: str, sensor: Sensor) -> Callable[[Array, float, View], Array] | None:
+def _check(sensors: Sequence[Sensor], name: str, severity: float, seed: int) -> None:
+    check_choice("name", name, degradations_for(sensors))
+    if not 0 <= number("severity", severity) <= 1:
+        raise ValueError(f"severity must be in [0, 1]; got {severity}")
+    check_seed(seed)
+
+
+def _effect(name: str, sensor: Sensor) -> Effect | None:
+    if name == f"dead_{sensor.name}":
+        return dead
     found = DEGRADATIONS.get(name)
     return None if found is None else found.effects.get(sensor.kind)
 
@@ -96,10 +108,7 @@ class Degraded(SensorDataset):
     """A dataset under a degradation: all its samples, at one severity."""
 
     def __init__(self, dataset: SensorDataset, name: str, severity: float, seed: int = 0) -> None:
-        check_choice("name", name, degradations_for(dataset.sensors))
-        if not 0 <= number("severity", severity) <= 1:
-            raise ValueError(f"severity must be in [0, 1]; got {severity}")
-        check_seed(seed)
+        _check(dataset.sensors, name, severity, seed)
         self.dataset, self.name, self.severity, self.seed = dataset, name, severity, seed
         self.sensors, self.classes = dataset.sensors, dataset.classes
         self.ignore_index, self.palette = dataset.ignore_index, dataset.palette

@@ -20,9 +20,9 @@ MOST_EVENTS = 10.0
 
 # Mean and standard deviation of scaled values over 500 scenes of 96 x 128; a test measures again.
 SENSORS = (
-    Sensor("rgb", "camera", 1 / 255, (0.449, 0.468, 0.481), (0.167, 0.173, 0.203)),
-    Sensor("depth", "depth", 1 / DEPTH_RANGE, (0.165,), (0.186,)),
-    Sensor("event", "event", 1 / MOST_EVENTS, (0.014, 0.014), (0.069, 0.069)),
+    Sensor("rgb", "camera", 1 / 255, (0.448, 0.467, 0.480), (0.165, 0.170, 0.200)),
+    Sensor("depth", "depth", 1 / DEPTH_RANGE, (0.164,), (0.186,)),
+    Sensor("event", "event", 1 / MOST_EVENTS, (0.014, 0.014), (0.070, 0.070)),
     Sensor("lidar", "lidar", 1 / 100, (0.019, 0.040), (0.064, 0.116)),
 )
 

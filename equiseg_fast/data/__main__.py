@@ -1,0 +1,68 @@
+"""`python -m equiseg_fast.data`: look at data, as it is or under a degradation."""
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+from equiseg_fast._command import parser_of, run_command
+
+from . import DataConfig, Degraded, SensorDataset
+from .pictures import panels, sheet
+from .spec import SPLITS
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit status: see `run_command`."""
+    parser = parser_of("data", "Write a PNG of what sensors saw, one row per scene.")
+    parser.add_argument("data", help='"synthetic", or a YAML file of data or of a training')
+    parser.add_argument("out", type=Path, help="the PNG to write")
+    parser.add_argument("--split", default="val", choices=SPLITS, help="default val")
+    parser.add_argument("--count", type=int, default=6, help="scenes, evenly spaced; default 6")
+    parser.add_argument("--degradation", help="such as night; a wrong name lists all")
+    parser.add_argument(
+        "--severity",
+        type=float,
+        nargs="+",
+        default=[0.0, 0.25, 0.5, 1.0],
+        help="of the degradation, 0 to 1, one row for each; default 0 0.25 0.5 1",
+    )
+    return run_command(parser, draw, arguments)
+
+
+def draw(args: argparse.Namespace) -> None:
+    """What the command does."""
+    dataset = read(args.data).open(args.split)
+    if args.count < 1:
+        raise ValueError(f"count must be at least 1; got {args.count}")
+    count = min(args.count, len(dataset))
+    indices = [k * len(dataset) // count for k in range(count)]
+    looks: list[tuple[str, SensorDataset]] = [("", dataset)]
+    if args.degradation is not None:
+        looks = [
+            (f"\n{args.degradation} {s:g}", Degraded(dataset, args.degradation, s))
+            for s in args.severity
+        ]
+    samples = [(look.raw(i), suffix) for i in indices for suffix, look in looks]
+    rows = [(sample.name + suffix, panels(dataset, sample)) for sample, suffix in samples]
+    sheet(rows, args.out, classes=dataset.classes, palette=dataset.palette)
+
+
+def read(data: str) -> DataConfig:
+    """The data of a name on the command line."""
+    if data == "synthetic":
+        return DataConfig()
+    try:
+        import yaml
+    except ImportError as error:
+        raise ImportError(f'{data} needs pyyaml: pip install "equiseg-fast[train]"') from error
+    try:
+        content = yaml.safe_load(Path(data).read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{data} must be YAML: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{data} must have fields of data, or of a training; got {content!r}")
+    return DataConfig.from_dict(content.get("data", content))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
