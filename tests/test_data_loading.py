@@ -238,16 +238,22 @@ class TestAugment:
             assert not torch.equal(other.images[name], x)
 
     def test_bits_do_not_depend_on_threads(self) -> None:
-        sample = scene(0, 400, 500)
-        augment = Augment((256, 256), jitter=1.0, blur=1.0)
-        expected = augmented(augment, 1, sample)
+        """Of which those on images of a million values are many: a camera alone is enough."""
+        rgb = torch.rand(3, 700, 900, generator=torch.Generator().manual_seed(0)) * 255
+        sample = Sample("large", {"rgb": rgb}, torch.tensor([True]))
+        augment = Augment((128, 128), jitter=1.0, blur=1.0)
+
+        def images(seed: int) -> Tensor:
+            generator = torch.Generator().manual_seed(seed)
+            return augment(sample, SENSORS[:1], IGNORE, generator).images["rgb"]
+
+        expected = [images(seed) for seed in range(3)]
         try:
             torch.set_num_threads(3)
-            actual = augmented(augment, 1, sample)
+            actual = [images(seed) for seed in range(3)]
         finally:
             torch.set_num_threads(1)
-        for name, x in expected.images.items():
-            assert torch.equal(actual.images[name], x), name
+        assert all(map(torch.equal, actual, expected))
 
     @pytest.mark.parametrize(
         ("fields", "message"),
@@ -371,9 +377,11 @@ class TestBatches:
             assert seen == [f"scene {i}" for i in range(count)]
             assert len(loaders[0]) == -(-count // 4)
 
-    def test_without_augmentation_samples_are_those_of_the_dataset(self) -> None:
+    @pytest.mark.parametrize("augment", [None, Augment((20, 30), (1.0, 1.0), **STILL)])
+    def test_samples_are_normalised(self, augment: Augment | None) -> None:
+        """As the dataset does it, also where something is done before."""
         dataset = Scenes(4)
-        batch = next(iter(batches(dataset, **{**RUN, "augment": None, "shuffle": False})))
+        batch = next(iter(batches(dataset, **{**RUN, "augment": augment, "shuffle": False})))
         for i in range(4):
             for name, x in dataset[i].images.items():
                 assert torch.equal(batch.images[name][i], x)

@@ -82,12 +82,10 @@ class Augment:
         size = _size_of(sample, sensors)
         smooth, nearest = self._geometry(size, _draw(4, generator))
         images = {}
-        for i, sensor in enumerate(sensors):
+        for sensor in sensors:
             x = sample.images[sensor.name].float()
             if sensor.kind == "camera":
-                draws = _draw(5, generator)
-                if sample.present[i]:
-                    x = self._light(x, 1 / sensor.scale, draws)
+                x = self._light(x, 1 / sensor.scale, _draw(5, generator))
             images[sensor.name] = smooth(x) if sensor.kind in SMOOTH else nearest(x, 0)
         return replace(
             sample,
@@ -129,7 +127,7 @@ class Augment:
         return smooth, nearest
 
     def _light(self, x: Tensor, white: float, draws: list[float]) -> Tensor:
-        """A camera's image `[C, H, W]`, 0 to white, in another light, or out of focus."""
+        """A camera's image `[C, H, W]`, 0 to white, in another light or out of focus; 0 stays 0."""
         change, brightness, contrast, saturation, defocus = draws
         if change < self.jitter:
             x = (x * (0.5 + brightness)).clamp(0, white)
