@@ -108,15 +108,24 @@ def ohem_of_all(loss: Tensor, valid: Tensor, *, thresh: float) -> Tensor:
     (and of its gradients) is that of one process with all images. All have equal shapes.
     """
     world, rank = dist.get_world_size(), dist.get_rank()
-    mine = [loss.detach().contiguous(), valid.float()]
-    everything = [x.new_empty((world, *x.shape)) for x in mine]
-    for x, gathered in zip(mine, everything, strict=True):
-        dist.all_gather_into_tensor(gathered, x)
-    pixels = everything[0].requires_grad_()
+    pixels, counted = (_of_all(x, world) for x in (loss.detach(), valid.float()))
+    pixels.requires_grad_()
     with torch.enable_grad():
-        total = ohem(pixels, everything[1] > 0, thresh=thresh)
+        total = ohem(pixels, counted > 0, thresh=thresh)
     (weights,) = torch.autograd.grad(total, pixels)
-    return torch.where(weights[rank] > 0, loss * weights[rank], 0.0).sum() * world
+    weights = weights.chunk(world)[rank]
+    return torch.where(weights > 0, loss * weights, 0.0).sum() * world
+
+
+def _of_all(x: Tensor, world: int) -> Tensor:
+    parts = [torch.empty_like(x) for _ in range(world)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts)
+
+
+def part_here(x: Any) -> Tensor:
+    """The values of a tensor that are in this process."""
+    return x.to_local() if hasattr(x, "to_local") else x
 
 
 def in_full(x: Any) -> Tensor:

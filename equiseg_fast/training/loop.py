@@ -337,11 +337,13 @@ class _Stop:
 def _settings_kept(config: TrainConfig, here: Place) -> Iterator[None]:
     """What a training sets for the whole process, and sets back."""
     before = torch.are_deterministic_algorithms_enabled()
-    if config.deterministic:
+    change = config.deterministic and not before  # asking for what is imports the compiler
+    if change:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which PyTorch asks for
-    torch.use_deterministic_algorithms(before or config.deterministic)
+        torch.use_deterministic_algorithms(True)
     try:
         with torch.random.fork_rng([here.device] if here.device.type == "cuda" else []):
             yield
     finally:
-        torch.use_deterministic_algorithms(before)
+        if change:
+            torch.use_deterministic_algorithms(False)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import TrainConfig
+from .distributed import part_here
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
@@ -48,11 +49,10 @@ class Average:
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
         """Take in the weights after `step` steps."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
-        floating = [name for name, x in self.state.items() if x.is_floating_point()]
-        torch._foreach_lerp_(
-            [self.state[name] for name in floating],
-            [state[name].detach() for name in floating],
-            weight,
-        )
-        for name in self.state.keys() - set(floating):
-            self.state[name].copy_(state[name])
+        pairs = [(part_here(x), part_here(state[name])) for name, x in self.state.items()]
+        floating = [pair for pair in pairs if pair[0].is_floating_point()]
+        ours, theirs = zip(*floating, strict=True)
+        torch._foreach_lerp_(ours, theirs, weight)
+        for mine, now in pairs:
+            if not mine.is_floating_point():  # numbers of batches seen
+                mine.copy_(now)
