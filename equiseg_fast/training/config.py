@@ -24,7 +24,8 @@ FREE = ("out", "device", "workers", "save_every", "data.root")
 class TrainConfig:
     """A training; raises TypeError or ValueError naming the field on a value that it cannot have.
 
-    The defaults are the recipe of the paper (arXiv 2509.24505), but for the precision.
+    The defaults of rate, schedule, epochs and batch size are the recipe of the paper (arXiv
+    2509.24505).
 
     out: folder of the run, which goes on there if it was interrupted.
     data: where images come from. model: fields of `EQUISegConfig` that do not follow from the data.
@@ -37,12 +38,14 @@ class TrainConfig:
     warmup: part of all steps in which the rate grows; warmup_ratio: of lr, where it starts.
     power: of the polynomial by which the rate falls to 0 afterwards.
     clip: largest norm of the gradient, 0 for any.
-    ema: decay of the average of the weights that is validated and kept; 0 keeps the last ones.
+    ema: decay of the average of the weights that is validated and kept; 0 is for the weights
+        themselves.
     backbone: file of encoder weights to start from, see `load_backbone`.
     precision: "fp32", or autocast to "bf16" or "fp16" (whose loss is scaled).
     distributed: how processes started by torchrun share the work.
     sync_bn: whether batch norms see the images of all processes.
-    validate_on: split whose mIoU chooses the weights to keep, "none" keeps the last ones.
+    validate_on: split whose mIoU chooses the weights to keep, the best of all validations; "none"
+        keeps those of the last step.
     validate_every: epochs between validations, 0 for one at the end alone.
     log_every, save_every: steps between lines of the log, and between checkpoints.
     workers: processes that read images. device: None is the GPU if there is one.
@@ -161,6 +164,8 @@ class TrainConfig:
             target = given.setdefault(section, {}) if section else given
             if not section and key in ("data", "model"):
                 raise ValueError(f"{key} has fields of its own: write --{key}.FIELD VALUE")
+            if not isinstance(target, dict):
+                raise ValueError(f"{section} must be a mapping of fields; got {target!r}")
             target[key] = text
         return cls.from_dict(given)
 
