@@ -1,9 +1,6 @@
 """`python -m equiseg_fast.evaluate MODEL DATA`: how well a model does, and when sensors fail."""
 
 import argparse
-import hashlib
-import json
-import math
 import os
 import time
 from collections.abc import Sequence
@@ -17,9 +14,8 @@ from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import Failed, choose_device, parser_of, run_command
-from ._files import replace_file
+from ._record import Record, digest_of_file, digest_of_samples
 from .data import DataConfig, SensorDataset, collate
-from .data.folder import SceneFiles
 from .env import package_versions
 from .models import EQUISeg, EQUISegConfig
 from .robustness import (
@@ -28,15 +24,10 @@ from .robustness import (
     Conditioned,
     conditions,
     evaluate_dataset,
-    summary,
 )
 
-FORMAT = 1
 PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD, SHEET = "evaluation.json", "sheet.png"
-METRICS = ("miou", "miou_absent_as_zero")
-
-Result = dict[str, Any]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -98,13 +89,13 @@ def _work(args: argparse.Namespace) -> None:
 
     todo = conditions(dataset.sensors, protocols)
     out = Path(args.out)
-    record = _Record(
+    record = Record(
         out / RECORD,
         {
-            "weights": _digest_of_file(Path(args.model) / "model.safetensors"),
+            "weights": digest_of_file(Path(args.model) / "model.safetensors"),
             "config": config.to_dict(),
             "data": {**data.to_dict(), "split": args.split, "limit": args.limit},
-            "samples": _digest_of_samples(dataset),
+            "samples": digest_of_samples(dataset),
             "seed": args.seed,
             "precision": args.precision,
             "device": device.type,
@@ -232,83 +223,11 @@ def _synthetic_sensors() -> Any:
     return SENSORS
 
 
-class _Record:
-    """The file of results, which holds those of the conditions that are finished.
-
-    what: what results depend on, by name. Raises ValueError for a file of something else.
-    """
-
-    def __init__(self, path: Path, what: dict[str, Any]) -> None:
-        self.path, self.what = path, what
-        self.facts: dict[str, Any] = {}
-        self.results: dict[Condition, Result] = {}
-        if not path.exists():
-            return
-        try:
-            content = json.loads(path.read_text())
-            if content["format"] != FORMAT:
-                raise ValueError(f"it has format {content['format']}")
-            theirs = dict(content["what"])
-            for result in content["results"]:
-                self.results[Condition(**result.pop("condition"))] = {
-                    k: _nan_for_none(v) for k, v in result.items()
-                }
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise ValueError(
-                f"{path} is no evaluation of this version, or damaged ({error}); move it away, or "
-                "choose another --out"
-            ) from error
-        if other := [name for name in what if theirs.get(name) != what[name]]:
-            raise ValueError(
-                f"{path} is an evaluation with other {', '.join(other)}; choose another --out, or "
-                "move it away"
-            )
-
-    def add(self, condition: Condition, result: Result) -> None:
-        """Keep a result, also if this process is killed right after."""
-        self.results[condition] = result
-        self.write()
-
-    def write(self) -> None:
-        """Write the file so that a kill leaves the old one or the new one."""
-        names = self.facts["sensors"]
-        # In the order of a whole evaluation, whichever came first.
-        order = {protocol: i for i, protocol in enumerate(PROTOCOLS)}
-        self.results = dict(sorted(self.results.items(), key=lambda x: order[x[0].protocol]))
-        content = {
-            "format": FORMAT,
-            **self.facts,
-            "summary": {
-                metric: summary({c: r[metric] for c, r in self.results.items()}, names)
-                for metric in METRICS
-            },
-            "results": [{"condition": c.to_dict(), **r} for c, r in self.results.items()],
-            "what": self.what,
-        }
-        text = json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n"
-        replace_file(self.path, lambda file: file.write(text.encode()))
-
-
-def _none_for_nan(x: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(x, dict):
-        return {name: _none_for_nan(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_none_for_nan(value) for value in x]
-    return None if isinstance(x, float) and math.isnan(x) else x
-
-
-def _nan_for_none(x: Any) -> Any:
-    if isinstance(x, list):
-        return [_nan_for_none(value) for value in x]
-    return math.nan if x is None else x
-
-
 def _run(
     model: EQUISeg,
     dataset: Conditioned,
     left: Sequence[Condition],
-    record: _Record,
+    record: Record,
     args: argparse.Namespace,
     device: torch.device,
 ) -> None:
@@ -357,26 +276,6 @@ def _run(
             bar.remove_task(one)
             if not bar.console.is_terminal:  # where no bar is seen, as in a log
                 bar.console.print(f"{i + 1}/{len(left)} {condition}: mIoU {result['miou']:.4f}")
-
-
-def _digest_of_file(path: Path) -> str:
-    return hashlib.sha256(path.read_bytes()).hexdigest()
-
-
-def _digest_of_samples(dataset: Conditioned) -> str:
-    """Changes with the number of samples, with what is in the first one, and with any file."""
-    sample = dataset.raw(0)
-    digest = hashlib.sha256(f"{len(dataset)} {sample.name}".encode())
-    for x in (*sample.images.values(), sample.labels):
-        if x is not None:
-            digest.update(x.contiguous().numpy().tobytes())
-    if isinstance(dataset.dataset, SceneFiles):
-        for scene in dataset.dataset.scenes:
-            for path in (*scene.files.values(), scene.labels):
-                if path is not None:
-                    facts = path.stat()
-                    digest.update(f"{scene.name} {facts.st_size} {facts.st_mtime_ns}\n".encode())
-    return digest.hexdigest()
 
 
 def _seconds_per_image(

@@ -246,10 +246,6 @@ def evaluate_dataset(
     device = torch.device(device)
     conditioned = Conditioned(dataset, condition, seed=seed, limit=limit)
     metrics = SegmentationMetrics(len(dataset.classes), dataset.ignore_index).to(device)
-    modules = list(model.modules()) if isinstance(model, nn.Module) else []
-    modes = [module.training for module in modules]
-    for module in modules:
-        module.training = False
     loader = batches(
         conditioned,
         batch_size=batch_size,
@@ -261,6 +257,10 @@ def evaluate_dataset(
         shuffle=False,
         drop_last=False,
     )
+    modules = list(model.modules()) if isinstance(model, nn.Module) else []
+    modes = [module.training for module in modules]
+    for module in modules:
+        module.training = False
     try:
         with torch.no_grad(), torch.autocast(device.type, dtype, enabled=dtype is not None):
             for batch in loader:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from equiseg_fast import EQUISeg, evaluate
 from equiseg_fast.data import FolderDataset, camera, collate, sensor
-from equiseg_fast.robustness import summary
+from equiseg_fast.robustness import Condition, summary
 
 CLASSES = ("road", "car", "tree")
 SENSORS = (camera(), sensor("thermal"))
@@ -117,7 +117,7 @@ def test_scores_are_those_of_the_model(whole: Path, model: EQUISeg, folder: Path
     for result in content["results"]:
         counts[result["condition"]["protocol"]] += 1
     assert counts == {"clean": 1, "emm": 2, "rmm": 6, "nm": 3, "masked": 2}
-    scores = {evaluate.Condition(**r["condition"]): r["miou"] for r in content["results"]}
+    scores = {Condition(**r["condition"]): r["miou"] for r in content["results"]}
     assert content["summary"]["miou"] == summary(scores, ["rgb", "thermal"])
     assert not list(whole.glob(".*")), "temporary files stayed"
 
