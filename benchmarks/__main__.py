@@ -38,6 +38,7 @@ from benchmarks import (  # noqa: E402
     compare,
     dry,
     host,
+    miniature,
     outputs,
     predictions,
     profiling,
@@ -142,6 +143,7 @@ def _parser() -> argparse.ArgumentParser:
         (tune, "tune", "search faster launch configurations on a GPU"),
         (roofline, "roofline", "predicted floors on a GPU, without having one"),
         (predictions, "predict", "what a GPU should take for everything that is timed there"),
+        (miniature, "miniature", "what the parts of EQUISeg are worth when sensors fail"),
         (readme, "readme", "the numbers of README.md from the results that are committed"),
     ):
         command = commands.add_parser(name, help=text, description=module.__doc__)

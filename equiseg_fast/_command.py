@@ -3,14 +3,28 @@
 import argparse
 import sys
 from collections.abc import Callable, Sequence
+from importlib.util import find_spec
 
 import torch
 
 INTERRUPTED = 130
 
+LIBRARIES = (
+    "PIL", "cv2", "matplotlib", "rich", "safetensors", "tensorboard", "torchmetrics", "yaml"
+)  # fmt: skip
+"""What the extra [train] installs, by the names to import."""
+
 
 class Failed(Exception):
     """The work was done as asked and came out wrong: exit status 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the work in good order: exit status 128 + its number, as of a shell."""
+
+    def __init__(self, number: int, message: str) -> None:
+        super().__init__(message)
+        self.number = number
 
 
 def parser_of(module: str, description: str, usage: str | None = None) -> argparse.ArgumentParser:
@@ -32,17 +46,24 @@ def run_command(
     """Parse, work, and return the exit status.
 
     0: done. 1: `Failed`. 2: usage, a bad value, a file that cannot be read or written, a package
-    that is not installed; one line says which. 130: Ctrl-C. Anything else is a defect of ours and
-    keeps its traceback.
+    that is not installed; one line says which. 130: Ctrl-C, or 128 and the number of the signal
+    that `Interrupted` tells. Anything else is a defect of ours and keeps its traceback.
     """
     try:
         args = parser.parse_args(arguments)
     except SystemExit as stop:  # --help and usage errors, already printed
         return int(stop.code or 0)
     try:
+        # at once, not where the first picture is drawn after hours
+        if missing := [name for name in LIBRARIES if find_spec(name) is None]:
+            raise ImportError(
+                f'{", ".join(missing)} must be installed: pip install "equiseg-fast[train]"'
+            )
         work(args)
     except Failed as error:
         return _say(parser, str(error), 1)
+    except Interrupted as stop:
+        return _say(parser, str(stop), 128 + stop.number)
     except KeyboardInterrupt:
         return _say(parser, "interrupted; the same command goes on", INTERRUPTED)
     except (ValueError, TypeError, ImportError) as error:
@@ -70,5 +91,5 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:
-    print(f"{parser.prog}: {'' if status == INTERRUPTED else 'error: '}{message}", file=sys.stderr)
+    print(f"{parser.prog}: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
     return status

@@ -29,7 +29,7 @@ Gradients = dict[str, Tensor]
 
 def build() -> EQUISeg:
     torch.manual_seed(0)
-    model = EQUISeg.from_name("b0", modalities=("rgb", "depth"), num_classes=5, drop_path=0.0)
+    model = EQUISeg.from_name("nano", modalities=("rgb", "depth"), num_classes=5, drop_path=0.0)
     for gate in model.gates:
         nn.init.normal_(gate.fc2.weight, std=0.1)
     return model.double().eval()

@@ -2,16 +2,22 @@
 
 import ast
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from configparser import ConfigParser
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
+from equiseg_fast._command import LIBRARIES
+
 ROOT = Path(__file__).resolve().parent.parent
+COMMANDS = ("train", "evaluate", "predict")
 
 
 def python(code: str, *args: str, cwd: Path = ROOT, path: tuple[Path, ...] = (ROOT,)) -> str:
@@ -73,6 +79,25 @@ class TestImport:
         code = "import equiseg_fast as e; print(all(hasattr(e, n) for n in e.__all__))"
         assert python(code).strip() == "True"
 
+    def test_needs_no_library_of_the_commands(self) -> None:
+        """Nor does the package of datasets; what they lack is said before they begin."""
+        code = (
+            "import contextlib, sys\n"
+            f"for name in {LIBRARIES}: sys.modules[name] = None\n"
+            "import equiseg_fast.data\n"
+            "from equiseg_fast import EQUISeg, train, evaluate, predict\n"
+            "print(len(EQUISeg.from_name('nano').state_dict()) > 100)\n"
+            "with contextlib.redirect_stderr(sys.stdout):\n"
+            "    print(train.main(['a.yaml']), evaluate.main(['a', 'b']))\n"
+            "    print(predict.main(['a', 'b', 'c']))\n"
+        )
+        works, *lines = python(code).splitlines()
+        assert works == "True"
+        install = 'must be installed: pip install "equiseg-fast[train]"'
+        said = [f"error: {', '.join(LIBRARIES)} {install}"] * 3
+        assert [line.partition(": ")[2] for line in lines if ":" in line] == said
+        assert [line for line in lines if ":" not in line] == ["2 2", "2"]
+
     def test_environment_report(self) -> None:
         code = "import runpy; runpy.run_module('equiseg_fast.env', run_name='__main__')"
         report = python(code)
@@ -87,6 +112,22 @@ class TestImport:
             "except ValueError as error: print(error)"
         )
         assert "EQUISEG_FAST_BACKEND must be one of triton" in python(code)
+
+
+class TestCommands:
+    @pytest.mark.parametrize("name", COMMANDS)
+    def test_help_fits_a_screen(self, name: str, capsys: pytest.CaptureFixture[str]) -> None:
+        assert import_module(f"equiseg_fast.{name}").main(["--help"]) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0].startswith(f"usage: python -m equiseg_fast.{name} ")
+        assert len(lines) <= 50
+        assert max(map(len, lines)) <= 80
+
+    def test_what_they_ask_for_is_what_the_extra_installs(self) -> None:
+        extra = (ROOT / "pyproject.toml").read_text().partition("\ntrain = [")[2].partition("]")[0]
+        imports = {"opencv-python-headless": "cv2", "pillow": "PIL", "pyyaml": "yaml"}
+        names = re.findall(r'"([a-z-]+)>=', extra)
+        assert sorted(imports.get(name, name) for name in names) == sorted(LIBRARIES)
 
 
 class TestFolderKernels:
@@ -133,6 +174,12 @@ class TestDistributions:
         }
         assert expected | {"equiseg_fast/py.typed"} <= set(names)
         assert "equiseg_fast/kernels/attention.py" in expected
+        (path,) = (name for name in names if name.endswith("entry_points.txt"))
+        scripts = ConfigParser()
+        scripts.read_string(zipfile.ZipFile(wheel).read(path).decode())
+        assert dict(scripts["console_scripts"]) == {
+            f"equiseg-{name}": f"equiseg_fast.{name}:main" for name in COMMANDS
+        }
 
     def test_sdist(self, built: Path) -> None:
         (sdist,) = built.glob("*.tar.gz")

@@ -25,14 +25,14 @@ CONFIGS = {
 }
 
 TABLES = Path(__file__).parent.parent / "benchmarks" / "results" / "resources"
-HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
-"""What is compiled again on every run: the head dimensions of the Mix Transformer."""
-
-HOT_ARCHS = (80, 90, 100, 120)
-"""Where: sm_89 has the instructions of sm_80."""
+HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D64 "
+HOT_ARCHS = (80, 100, 120)
+"""What is compiled again on every run, beside what is on sm_90: the wider head dimension of the Mix
+Transformer. sm_89 has the instructions of sm_80."""
 
 HOT_ON_SM_90 = r"bf16 (C64 (gelu|du sums|save|64x64 )|K64 C64|M4 C64 \d|C256|u8 K32)"
-"""And of the other kernels, one of each that touches all features, on one architecture."""
+HOT_ON_SM_90 += r"|attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
+"""And both head dimensions, and of the other kernels one of each that touches all features."""
 
 # Ceilings of what is hot on sm_90: registers, KiB of shared memory, machine instructions per score.
 # The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
@@ -144,8 +144,9 @@ class TestCompiled:
     @needs_triton
     def test_table_is_true(self, installed: Path) -> None:
         compiled = resources.run(HOT_ARCHS, HOT, stems=["attention"], progress=False)
-        assert len(compiled) >= 6 * len(HOT_ARCHS)
+        assert len(compiled) >= 3 * len(HOT_ARCHS)
         others = resources.run([90], HOT_ON_SM_90, progress=False)
+        assert len([r for r in others if r.kernel.startswith("attention")]) >= 6
         assert {r.kernel for r in others} >= {r.split()[0] for r in REGISTERS if "\\" not in r}
         compiled += others
         known = {(r.arch, r.label): r for r in resources.read(installed)}

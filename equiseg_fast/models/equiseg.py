@@ -1,6 +1,6 @@
 """EQUISeg (arXiv 2509.24505): every modality encoded equally, fused across, balanced by SGM."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, NoReturn, overload
 
 import torch
@@ -65,6 +65,9 @@ class EQUISeg(Pretrained):
     belong to them by their order alone: `load_state_dict` raises RuntimeError for those of other
     names or another order. State dicts without them load as they are.
     """
+
+    hard_pixels: Callable[..., Tensor] = staticmethod(ohem)
+    """The mean of hard pixels; training in several processes takes it over the pixels of all."""
 
     def __init__(self, config: EQUISegConfig) -> None:
         super().__init__()
@@ -244,7 +247,7 @@ class EQUISeg(Pretrained):
         per_pixel = upsample_cross_entropy(
             self._head(stages), labels, ignore_index=config.ignore_index
         )
-        seg = ohem(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
+        seg = self.hard_pixels(per_pixel, labels != config.ignore_index, thresh=config.ohem_thresh)
         sgm = torch.zeros_like(seg)
         if x.shape[0] > 1 and config.sgm_stages:
             order = teacher_order(order, x, generator)

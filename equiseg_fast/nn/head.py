@@ -16,7 +16,7 @@ from ._forms import as_tokens, check_belongs, check_form
 from ._layer import Layer
 from ._plain import demand_plain, is_plain, keeps_size, plain, plain_parameters
 from ._sharing import adopt
-from .norm import BatchNorm2d
+from .norm import BatchNorm2d, batch_norm_map
 
 
 @plain
@@ -37,7 +37,7 @@ class _Fuse(nn.Module):
         self.bn = BatchNorm2d(dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.bn(self.conv(x))
+        return batch_norm_map(self.bn, self.conv(x))
 
 
 class SegmentationHead(Layer):
@@ -220,7 +220,7 @@ class SegmentationHead(Layer):
         fused = pointwise_conv(next(maps), weights[0], bias)
         for x, weight in zip(maps, weights[1:], strict=True):
             fused += _upsample(pointwise_conv(x, weight, None), sizes[0])
-        return fused if self.linear_fuse is None else self.linear_fuse.bn(fused)
+        return fused if self.linear_fuse is None else batch_norm_map(self.linear_fuse.bn, fused)
 
     def _published(self, features: Sequence[Tensor], sizes: Sequence[tuple[int, int]]) -> Tensor:
         maps = [

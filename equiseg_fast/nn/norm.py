@@ -64,6 +64,12 @@ def batch_norm_tokens(
     return ((stats - mean) * scale + norm.bias).to(x.dtype)
 
 
+def batch_norm_map(norm: nn.Module, x: Tensor) -> Tensor:
+    """`batch_norm_tokens` on a map `[B, C, H, W]`."""
+    size = x.shape[2], x.shape[3]
+    return to_map(batch_norm_tokens(norm, to_tokens(x), *size), *size)
+
+
 def _called(norm: nn.Module, x: Tensor, height: int, width: int, rows: Tensor | None) -> Tensor:
     if rows is None:
         return to_tokens(norm(to_map(x, height, width)))

@@ -1,0 +1,228 @@
+"""The claim of EQUISeg in miniature: small models, trained with and without its parts on synthetic
+scenes, and how well they do when sensors fail.
+
+Every run is two of the library's own commands, `equiseg_fast.train` and `equiseg_fast.evaluate`,
+which go on where they were stopped: so does this, piece by piece. What all runs have in common is
+`TRAINING`, what tells them apart `SETTINGS`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+from benchmarks import outputs
+from benchmarks.options import ROOT, to_path
+
+TRAINING: dict[str, Any] = {
+    "data": {"kind": "synthetic", "size": [96, 128], "length": 1000},
+    "model": {"variant": "nano"},
+    "steps": 1000,
+    "batch_size": 4,
+    "crop": [96, 128],
+    "scale": [0.75, 1.5],
+    "lr": 1e-3,
+    # The last weights count: nothing is chosen by looking at what is reported.
+    "validate_on": "none",
+    "log_every": 50,
+    "save_every": 100,
+    "workers": 0,
+}
+SEEDS = (0, 1, 2)
+SCENES = 100
+"""Of split val, for every condition."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A way to train. what: for readers; fields: of `EQUISegConfig`, other than the defaults."""
+
+    what: str
+    fields: dict[str, Any]
+
+
+WITHOUT = {"gate": False, "sgm_weight": 0.0}
+DROPOUT = {"modality_dropout": 0.5}
+SETTINGS = {
+    "mean": Setting("the mean of the encoded sensors", WITHOUT | {"cross_modal": False}),
+    "no SGM": Setting("cross-modal block, then the mean", WITHOUT),
+    "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
+    "loss": Setting("of the SGM the loss alone", {"gate": False}),
+    "SGM": Setting("gate and loss: EQUISeg as it is", {}),
+    "no SGM, dropout": Setting("half of the steps lack sensors", WITHOUT | DROPOUT),
+    "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
+}
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation, in a folder of their own."""
+
+    setting: str
+    seed: int
+    folder: Path
+
+    @property
+    def evaluation(self) -> Path:
+        return self.folder / "evaluation" / "evaluation.json"
+
+    @property
+    def done(self) -> bool:
+        return (self.folder / "evaluated").exists()
+
+    def commands(self, device: str | None) -> list[tuple[str, list[str]]]:
+        """What is left to do, each with the name of the file that says it is done."""
+        chosen = [] if device is None else ["--device", device]
+        train, trained = [str(self.folder / "train.yaml")], self.folder / "run"
+        evaluate = [
+            str(trained / "model"), str(trained / "config.yaml"), "--out",
+            str(self.evaluation.parent), "--limit", str(SCENES), "--batch-size", "10",
+        ]  # fmt: skip
+        found = [("trained", "train", train), ("evaluated", "evaluate", evaluate)]
+        return [
+            (mark, [sys.executable, "-m", f"equiseg_fast.{name}", *arguments, *chosen])
+            for mark, name, arguments in found
+            if not (self.folder / mark).exists()
+        ]
+
+    def prepare(self) -> None:
+        """Write the configuration of the training, unless it is there."""
+        fields = TRAINING["model"] | SETTINGS[self.setting].fields
+        content = TRAINING | {"out": str(self.folder / "run"), "seed": self.seed, "model": fields}
+        path = self.folder / "train.yaml"
+        if not path.exists():
+            outputs.write(path, yaml.safe_dump(content, sort_keys=False))
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=to_path, default=Path("miniature"), help="default: miniature")
+    parser.add_argument("--minutes", type=float, help="stop then; the same command goes on")
+    parser.add_argument(
+        "--setting", action="append", choices=tuple(SETTINGS), help="only this; may be repeated"
+    )
+    parser.add_argument("--jobs", type=int, help="runs at a time; default: CPU cores, 1 on a GPU")
+    parser.add_argument("--device", help="default: a GPU if there is one")
+    parser.add_argument("--dry-run", action="store_true", help="only list the runs")
+
+
+def runs(out: Path, settings: Sequence[str] = tuple(SETTINGS)) -> list[Run]:
+    """All runs of these settings, seed by seed: what is there first is a whole comparison."""
+    return [
+        Run(name, seed, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+        for seed in SEEDS
+        for name in settings
+    ]
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    wanted = runs(args.out, args.setting or tuple(SETTINGS))
+    if args.dry_run:
+        for run in wanted:
+            state = "done" if run.done else "to do"
+            console.print(f"{run.setting}, seed {run.seed}: {state} ({run.folder})")
+        return 0
+    args.kept = f"what is finished is in {args.out}; the same command goes on"
+    failed = _work([run for run in wanted if not run.done], args, console)
+    done = [run for run in runs(args.out) if run.done]
+    if done:
+        from benchmarks.reporting import miniature
+
+        miniature.write(done, args.out)
+        console.print(f"{args.out / 'report.md'} is of {len(done)} runs")
+    left = sum(not run.done for run in wanted)
+    for run, log in failed:
+        console.print(f"failed: {run.setting}, seed {run.seed}; see {log}", markup=False)
+    if left:
+        console.print(f"{left} of {len(wanted)} runs are left; the same command goes on")
+    return 1 if failed else 0
+
+
+def _work(wanted: Sequence[Run], args: argparse.Namespace, console: Console) -> list[Any]:
+    """Do the runs, some at a time, until the minutes are over; returns those that failed."""
+    import torch
+
+    on_gpu = torch.cuda.is_available() if args.device is None else args.device != "cpu"
+    jobs = args.jobs or (1 if on_gpu else os.cpu_count() or 1)
+    ends = None if args.minutes is None else monotonic() + 60 * args.minutes
+    stop = threading.Event()
+    failed: list[tuple[Run, Path]] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
+        whole = progress.add_task("runs", total=len(wanted))
+
+        def one(run: Run) -> None:
+            run.prepare()
+            task = progress.add_task(f"{run.setting}, seed {run.seed}", total=TRAINING["steps"])
+            for mark, command in run.commands(args.device):
+                log = run.folder / f"{mark}.log"
+                status = _call(
+                    command, log, stop, jobs, lambda: progress.update(task, completed=_step(run))
+                )
+                if status is None:
+                    break
+                if status:
+                    failed.append((run, log))
+                    break
+                (run.folder / mark).touch()
+            progress.remove_task(task)
+            progress.advance(whole, run.done)
+
+        with ThreadPoolExecutor(jobs) as pool:
+            waiting = [pool.submit(one, run) for run in wanted]
+            try:
+                while not all(x.done() for x in waiting):
+                    if ends is not None and monotonic() > ends:
+                        stop.set()
+                    threading.Event().wait(0.5)
+            finally:
+                stop.set()
+        for x in waiting:
+            x.result()
+    return failed
+
+
+def _call(
+    command: list[str], log: Path, stop: threading.Event, jobs: int, look: Callable[[], object]
+) -> int | None:
+    """The exit status of a command; None if it was stopped, or not begun, to go on later."""
+    if stop.is_set():
+        return None
+    share = max(1, (os.cpu_count() or 1) // jobs)
+    env = os.environ | {"OMP_NUM_THREADS": str(share), "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
+    with log.open("w") as file:
+        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        asked = False
+        while process.poll() is None:
+            if stop.is_set() and not asked:
+                process.send_signal(signal.SIGTERM)
+                asked = True
+            look()
+            try:
+                process.wait(1.0)
+            except subprocess.TimeoutExpired:
+                continue
+    return None if asked and process.returncode else process.returncode
+
+
+def _step(run: Run) -> int:
+    """How many steps the log of a training has."""
+    try:
+        lines = (run.folder / "run" / "metrics.jsonl").read_text().splitlines()
+        return int(json.loads(lines[-1])["step"])
+    except (OSError, ValueError, IndexError, KeyError):
+        return 0

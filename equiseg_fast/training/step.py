@@ -1,0 +1,89 @@
+"""What is computed of one batch: the loss to learn from, and the scores to be judged by."""
+
+import hashlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from equiseg_fast.data import Batch, SensorDataset, batches
+from equiseg_fast.metrics import SegmentationMetrics
+from equiseg_fast.models import EQUISeg
+
+from .config import TrainConfig
+from .distributed import Place
+
+
+def seed_of(*key: int | str) -> int:
+    """A seed of its own for every key."""
+    # The generator of the CPU looks at 32 bits.
+    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
+
+
+def loss_of(
+    model: nn.Module, batch: Batch, step: int, config: TrainConfig, here: Place
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Loss and its parts. What is drawn follows from seed and step: which modalities are dropped
+    and which teach is common to all processes; dropout and stochastic depth are not."""
+    torch.manual_seed(seed_of(config.seed, step, here.rank))
+    generator = torch.Generator(here.device).manual_seed(seed_of(config.seed, step, "common"))
+    batch = batch.to(here.device)
+    if batch.labels is None:
+        raise ValueError(f"training images must have labels; {', '.join(batch.names)} have none")
+    with autocast(config, here):
+        return model(batch.images, labels=batch.labels, present=batch.mask, generator=generator)
+
+
+def autocast(config: TrainConfig, here: Place) -> torch.autocast:
+    """The precision of the forward pass."""
+    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
+    return torch.autocast(here.device.type, dtype, enabled=dtype is not None)
+
+
+@torch.no_grad()
+def validate(
+    model: EQUISeg,
+    data: SensorDataset,
+    config: TrainConfig,
+    here: Place,
+    pause: Callable[[], None] = lambda: None,
+) -> dict[str, Any]:
+    """mIoU and IoU by name of class over whole images, of all processes together.
+
+    pause: called before every image, to stop there.
+    """
+    metrics = SegmentationMetrics(len(data.classes), data.ignore_index).to(here.device)
+    loader = batches(
+        data, batch_size=here.world, seed=0, epoch=0, workers=config.workers, rank=here.rank,
+        world=here.world, shuffle=False, drop_last=False,
+    )  # fmt: skip
+    for batch in loader:
+        pause()
+        batch = batch.to(here.device)
+        with autocast(config, here):
+            logits = model(batch.images, present=batch.mask)
+        metrics.update(logits, batch.labels)
+    found = metrics.compute()
+    return {"miou": found["miou"], "iou": dict(zip(data.classes, found["iou"], strict=True))}
+
+
+@contextmanager
+def contributions(model: EQUISeg) -> Iterator[dict[int, Tensor]]:
+    """The weights `[M, B, C]` of the last call of every gate that weighs the fused map."""
+    found: dict[int, Tensor] = {}
+
+    def hook(index: int) -> Any:
+        def keep(_: nn.Module, __: Any, output: tuple[Tensor, ...]) -> None:
+            found[index] = output[-1].detach()
+
+        return keep
+
+    gates = list(model.gates) if model.config.fuse == "gate" else []
+    handles = [gate.register_forward_hook(hook(i)) for i, gate in enumerate(gates)]
+    try:
+        yield found
+    finally:
+        for handle in handles:
+            handle.remove()
