@@ -96,8 +96,9 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "# EQUISeg in miniature: what its parts are worth when sensors fail",
         "",
         f"Written by `python -m benchmarks miniature`. EQUISeg-{training['model']['variant']}, "
-        f"{training['steps']} steps of {training['batch_size']} scenes of "
-        f"{' x '.join(map(str, training['data']['size']))} (`SyntheticScenes`), from scratch, "
+        f"{training['steps']} steps of {training['batch_size']} scenes (of "
+        f"{training['data']['length']}) of {' x '.join(map(str, training['data']['size']))} "
+        "(`SyntheticScenes`), from scratch, "
         f"seeds {', '.join(map(str, seeds))}; mIoU in % over {content['scenes']} scenes not "
         "trained on: the mean over seeds, and in brackets the least and the most.",
         "",
