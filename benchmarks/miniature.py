@@ -29,8 +29,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from benchmarks import outputs
 from benchmarks.options import ROOT, to_path
 
+# Ten epochs.
 TRAINING: dict[str, Any] = {
-    "data": {"kind": "synthetic", "size": [96, 128], "length": 1000},
+    "data": {"kind": "synthetic", "size": [96, 128], "length": 400},
     "model": {"variant": "nano"},
     "steps": 1000,
     "batch_size": 4,

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
-from benchmarks import outputs
-from benchmarks.miniature import SCENES, SETTINGS, TRAINING, Run
+from benchmarks import miniature, outputs
+from benchmarks.miniature import Run
 from benchmarks.reporting.plots import miniature as plots
 from equiseg_fast.data import collate
 from equiseg_fast.data.spec import DataConfig
@@ -35,7 +35,11 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 def write(done: Sequence[Run], out: Path) -> None:
     """Everything, from the evaluations of the runs that are done."""
     rows = [_row(run) for run in done]
-    content: dict[str, Any] = {"training": TRAINING, "scenes": SCENES, "runs": rows}
+    content: dict[str, Any] = {
+        "training": miniature.TRAINING,
+        "scenes": miniature.SCENES,
+        "runs": rows,
+    }
     looked_at = [run for run in done if run.setting == GATE]
     names = []
     if looked_at:
@@ -63,7 +67,7 @@ def contributions(run: Run, scenes: int = 50) -> dict[str, Any]:
     scenes, under some conditions: name -> `[4][M]`, None where a sensor is absent."""
     model = EQUISeg.from_pretrained(run.folder / "run" / "model")
     sensors = model.config.modalities
-    dataset = DataConfig.from_dict(TRAINING["data"]).open("val")
+    dataset = DataConfig.from_dict(miniature.TRAINING["data"]).open("val")
     looks = {"all well": CLEAN, "night": Condition("degradations", amount=1.0, name="night")}
     for name in sensors:
         looks[f"{name} blank"] = Condition("emm", (name,))
@@ -92,8 +96,9 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "# EQUISeg in miniature: what its parts are worth when sensors fail",
         "",
         f"Written by `python -m benchmarks miniature`. EQUISeg-{training['model']['variant']}, "
-        f"{training['steps']} steps of {training['batch_size']} scenes of "
-        f"{' x '.join(map(str, training['data']['size']))} (`SyntheticScenes`), from scratch, "
+        f"{training['steps']} steps of {training['batch_size']} scenes (of "
+        f"{training['data']['length']}) of {' x '.join(map(str, training['data']['size']))} "
+        "(`SyntheticScenes`), from scratch, "
         f"seeds {', '.join(map(str, seeds))}; mIoU in % over {content['scenes']} scenes not "
         "trained on: the mean over seeds, and in brackets the least and the most.",
         "",
@@ -102,12 +107,12 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     ]
     by_setting = {
         name: [row for row in rows if row["setting"] == name]
-        for name in SETTINGS
+        for name in miniature.SETTINGS
         if any(row["setting"] == name for row in rows)
     }
     for name, own in by_setting.items():
         cells = [_cell([f(row["summary"]) for row in own]) for f in COLUMNS.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {SETTINGS[name].what} |")
+        lines.append(f"| {name} | " + " | ".join(cells) + f" | {miniature.SETTINGS[name].what} |")
     degradations = list(rows[0]["summary"]["degradations"])
     lines += [
         "",

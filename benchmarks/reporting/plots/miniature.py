@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.miniature import SETTINGS
+from benchmarks import miniature
 from benchmarks.reporting.plots.style import panels, pyplot, save
 
 LINES = ("#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#55a868", "#c44e52")
@@ -20,10 +20,11 @@ def draw_severity(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
     degraded = [s["name"] for s in rows[0]["scores"] if s["protocol"] == "degradations"]
     names = list(dict.fromkeys(degraded))
     figure, axes = panels(len(names), 3.6, 2.9, columns=4)
-    used = [name for name in SETTINGS if any(row["setting"] == name for row in rows)]
+    used = [name for name in miniature.SETTINGS if any(row["setting"] == name for row in rows)]
+    highest = 100 * max(s["miou"] for row in rows for s in row["scores"])
     for axis, degradation in zip(axes, names, strict=True):
         for name in used:
-            colour = LINES[list(SETTINGS).index(name)]
+            colour = LINES[list(miniature.SETTINGS).index(name)]
             curves = [_curve(row, degradation) for row in rows if row["setting"] == name]
             severities = sorted(curves[0])
             columns = [[100 * curve[s] for curve in curves] for s in severities]
@@ -33,9 +34,10 @@ def draw_severity(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
                 alpha=0.15, lw=0,
             )  # fmt: skip
         axis.set_title(degradation.replace("_", " "))
-        axis.set_ylim(bottom=0)
+        axis.set_ylim(0, 1.05 * highest)
         axis.set_xlabel("severity")
-    axes[0].set_ylabel("mIoU, %")
+    for axis in axes[::4]:
+        axis.set_ylabel("mIoU, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(used), frameon=False)
     return save(figure, path)
@@ -69,7 +71,8 @@ def draw_gate(found: Mapping[str, Any], path: Path) -> str:
         axis.set_ylim(0, 1)
         axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
         axis.set_xticks(range(1, 5), [f"stage {s}" for s in range(1, 5)])
-    axes[0].set_ylabel("share of the fused map, %")
+    for axis in axes[::4]:
+        axis.set_ylabel("share of the fused map, %")
     handles = [pyplot().Rectangle((0, 0), 1, 1, color=c) for c in SENSORS[: len(sensors)]]
     figure.legend(handles, sensors, loc="outside lower center", ncols=len(sensors), frameon=False)
     return save(figure, path)

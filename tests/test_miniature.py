@@ -1,0 +1,88 @@
+"""The runs in miniature: commands that go on, and what is made of their evaluations."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks import miniature
+from benchmarks.__main__ import main
+from benchmarks.reporting import miniature as report
+
+
+@pytest.fixture
+def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """One setting, one seed, one step, one scene."""
+    training = {"steps": 1, "batch_size": 1, "crop": [32, 64]}
+    data = {"kind": "synthetic", "size": [32, 64], "length": 2, "held_out": 1}
+    monkeypatch.setattr(miniature, "TRAINING", miniature.TRAINING | training | {"data": data})
+    monkeypatch.setattr(miniature, "SEEDS", (0,))
+    monkeypatch.setattr(miniature, "SETTINGS", {report.GATE: miniature.SETTINGS[report.GATE]})
+    monkeypatch.setattr(miniature, "SCENES", 1)
+    return
+
+
+def test_it_is_stopped_and_goes_on(
+    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["miniature", "--out", str(out), "--minutes", "0"]) == 0
+    assert "1 of 1 runs are left" in capsys.readouterr().out
+    assert main(["miniature", "--out", str(out), "--device", "cpu"]) == 0
+    content = json.loads((out / "results.json").read_text())
+    (row,) = content["runs"]
+    assert row["setting"] == report.GATE
+    assert len(row["scores"]) > 100
+    shares = content["gate"]["shares"]
+    assert shares["rgb absent"][0][0] is None
+    for table in shares.values():
+        for stage in table:
+            assert sum(x or 0.0 for x in stage) == pytest.approx(1.0, abs=1e-5)
+    for name in ("report.md", "gate.png", "severity.png"):
+        assert (out / name).stat().st_size > 500
+    assert main(["miniature", "--out", str(out), "--dry-run"]) == 0
+    assert "seed 0: done" in capsys.readouterr().out.replace("\n", " ")
+
+
+def test_a_run_that_fails_is_named(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = [("trained", ["/bin/false"])]
+    monkeypatch.setattr(miniature.Run, "commands", lambda self, device: command)
+    assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
+    said = capsys.readouterr().out.replace("\n", "")
+    assert f"failed: {report.GATE}, seed 0" in said
+    assert "trained.log" in said
+
+
+def test_tables_have_mean_and_spread() -> None:
+    def row(setting: str, seed: int, miou: float) -> dict[str, Any]:
+        summary = {
+            "clean": miou,
+            "EMM_Avg": miou / 2,
+            "RMM_Avg": {"0.5": miou},
+            "NM": {"low": miou, "high": 0.0},
+            "masked_Avg": miou,
+            "degradations": {"night": miou, "fog": 0.0},
+        }
+        return {"setting": setting, "seed": seed, "summary": summary}
+
+    rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5)]
+    content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}
+    text = report.report(content, ["severity.png"])
+    lines = [line for line in text.splitlines() if line.startswith("| ")]
+    assert lines[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
+    assert lines[2].startswith("| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 0.0 | 50.0 | 25.0 |")
+    assert lines[-1] == "| SGM | 50.0 | 0.0 |"
+    assert "![severity.png](severity.png)" in text
+
+
+def test_settings_differ_in_what_they_say() -> None:
+    fields = [setting.fields for setting in miniature.SETTINGS.values()]
+    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 7
+    assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
+    assert len(miniature.runs(Path())) == 7 * len(miniature.SEEDS)
+    folders = [run.folder for run in miniature.runs(Path())]
+    assert len(set(folders)) == len(folders)
