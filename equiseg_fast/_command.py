@@ -91,5 +91,6 @@ def choose_device(name: str | None) -> torch.device:
 
 
 def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:
-    print(f"{parser.prog}: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
+    if message:  # of several processes one speaks
+        print(f"{parser.prog}: {'error: ' if status < 128 else ''}{message}", file=sys.stderr)
     return status

@@ -44,6 +44,11 @@ class Place:
             values /= self.world
         return values
 
+    def share(self, x: Tensor) -> None:
+        """Put the values of the first process into x."""
+        if self.world > 1:
+            dist.broadcast(x, 0)
+
     def gathered(self, value: Any) -> list[Any]:
         """The value of every process, in the order of their ranks."""
         if self.world == 1:

@@ -159,9 +159,8 @@ class _Run:
                 if stopped or (state.step % self.config.save_every == 0):
                     self._save()
                 if stopped:
-                    raise Interrupted(
-                        int(stopped), f"stopped after step {state.step}; the same command goes on"
-                    )
+                    message = f"stopped after step {state.step}; the same command goes on"
+                    raise Interrupted(int(stopped), self._first(message))
                 if state.step == plan.steps:
                     break
 
@@ -220,11 +219,12 @@ class _Run:
             ", ".join(f"{name} {value:.6g}" for name, value in x.items()) for x in every
         )
         images = ", ".join(everything["names"])
-        raise Failed(
+        message = (
             f"step {state.step + 1} is not finite: {said}; images: {images}. "
             f"The state before it and its batch are in {path}: "
             f'torch.load("{path}", weights_only=True)'
         )
+        raise Failed(self._first(message))
 
     def _log(self) -> None:
         state, here = self.state, self.here
@@ -300,6 +300,10 @@ class _Run:
         content = self._content()
         if self.here.rank == 0:
             files.save(self.out / files.CHECKPOINT, content)
+
+    def _first(self, message: str) -> str:
+        """What all processes have to say is said by the first one."""
+        return message if self.here.rank == 0 else ""
 
     def _write(self, line: dict[str, Any]) -> None:
         if self.log is not None:

@@ -41,9 +41,12 @@ class State:
 
     def kept(self) -> dict[str, Tensor]:
         """The weights to validate and keep, in full: the average, or the last. All processes call
-        this."""
+        this, and have the running statistics of the first one afterwards, which count."""
         tensors = self.tensors() if self.average is None else self.average.state
-        return {name: in_full(x.detach()) for name, x in tensors.items()}
+        found = {name: in_full(x.detach()) for name, x in tensors.items()}
+        for name, _ in self.model.named_buffers():
+            self.here.share(found[name])
+        return found
 
     def to_dict(self) -> dict[str, Any]:
         """Tensors on the CPU and plain values. All processes call this; only in the first one are
