@@ -127,7 +127,8 @@ def test_a_few_steps_agree(backend: str) -> None:
 def test_a_hundred_steps_give_one_curve() -> None:
     """With all that training draws, on scenes: dropout, stochastic depth, teachers, augmentation.
 
-    What is left of rounding after a hundred steps stays far below what another seed changes.
+    Rounding leaves 0.2 to 0.4 % of what another seed changes; gradients of a single operation that
+    are 2 % wrong left 4.4 %.
     """
     names, size = ("rgb", "depth"), (32, 64)
     scenes = SyntheticScenes(size, length=200, seed=0)
@@ -164,4 +165,4 @@ def test_a_hundred_steps_give_one_curve() -> None:
     spread = (another - expected).abs().mean()
     error = (actual - expected).abs()
     assert error.max() < spread
-    assert error.mean() < 0.05 * spread, f"{error.mean()} of {spread}"
+    assert error.mean() < 0.02 * spread, f"{error.mean()} of {spread}"
