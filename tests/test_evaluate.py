@@ -308,6 +308,13 @@ def test_says_where_data_and_model_disagree(
         evaluate.agree(evaluate.read_data(str(path), model.config).open("val"), model.config)
 
 
+def test_order_and_normalisation_are_those_of_the_model(model: EQUISeg, tmp_path: Path) -> None:
+    thermal = {"name": "thermal", "scale": 0.5, "mean": [3.0], "std": [2.0]}
+    fields = {"kind": "folder", "root": ".", "sensors": [thermal, "rgb", "lidar"], "classes": ["a"]}
+    (tmp_path / "data.yml").write_text(yaml.safe_dump(fields))
+    assert evaluate.read_data(str(tmp_path / "data.yml"), model.config).sensors == SENSORS
+
+
 @pytest.mark.parametrize(
     ("options", "says"),
     [
