@@ -525,7 +525,7 @@ def test_norms_biases_and_scales_do_not_decay(tmp_path: Path) -> None:
 
 
 def test_learns(tmp_path: Path) -> None:
-    """In 40 steps on scenes the loss falls by a quarter, and the mIoU is three times that of calling
+    """In 40 steps the loss falls by a quarter, and the mIoU is three times that of calling
     everything the most frequent class."""
     config = configuration(
         tmp_path / "out", steps=40, batch_size=4, log_every=10, save_every=1000, validate_every=0,
