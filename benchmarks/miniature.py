@@ -22,7 +22,6 @@ from pathlib import Path
 from time import monotonic
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -103,6 +102,8 @@ class Run:
 
     def prepare(self) -> None:
         """Write the configuration of the training, unless it is there."""
+        import yaml
+
         fields = TRAINING["model"] | SETTINGS[self.setting].fields
         content = TRAINING | {"out": str(self.folder / "run"), "seed": self.seed, "model": fields}
         path = self.folder / "train.yaml"

@@ -9,6 +9,9 @@ import torch
 
 INTERRUPTED = 130
 
+PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+"""Dtypes of autocast."""
+
 LIBRARIES = (
     "PIL", "cv2", "matplotlib", "rich", "safetensors", "tensorboard", "torchmetrics", "yaml"
 )  # fmt: skip

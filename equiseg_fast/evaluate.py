@@ -13,7 +13,7 @@ import torch
 from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
-from ._command import Failed, choose_device, parser_of, run_command
+from ._command import PRECISIONS, Failed, choose_device, parser_of, run_command
 from ._record import Record, digest_of_file, digest_of_samples
 from .data import DataConfig, SensorDataset, collate
 from .env import package_versions
@@ -26,7 +26,6 @@ from .robustness import (
     evaluate_dataset,
 )
 
-PRECISIONS = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 RECORD, SHEET = "evaluation.json", "sheet.png"
 
 
@@ -164,7 +163,7 @@ def read_data(data: str, config: EQUISegConfig) -> DataConfig:
             ignore_index=config.ignore_index,
         )
     elif path.suffix in (".yaml", ".yml"):
-        found = _read_yaml(path)
+        found = DataConfig.load(path)
     else:
         raise ValueError(
             f'data must be a folder, a YAML file (.yaml, .yml) or "synthetic"; got {data}, which '
@@ -200,21 +199,6 @@ def agree(dataset: SensorDataset, config: EQUISegConfig) -> None:
         )
     if not len(dataset):
         raise ValueError("data must have at least one sample; it has none")
-
-
-def _read_yaml(path: Path) -> DataConfig:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} must be YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f'{path} must have fields of data, or a section "data"; got {content!r}')
-    try:
-        return DataConfig.from_dict(content.get("data", content))
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{path}: {error}") from error
 
 
 def _synthetic_sensors() -> Any:

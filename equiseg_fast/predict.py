@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from equiseg_fast._command import Failed, choose_device, parser_of, run_command
+from equiseg_fast._command import PRECISIONS, Failed, choose_device, parser_of, run_command
 from equiseg_fast._files import replace_file
 from equiseg_fast.data import Sample, SensorDataset, collate, palette_of
 from equiseg_fast.ops._checks import check_sizes
@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
     from equiseg_fast.data import FolderDataset
     from equiseg_fast.models import EQUISeg
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 WRITERS = 2
 """Threads that encode and write files, while the next images are computed."""
@@ -209,7 +207,7 @@ class Passes:
     window: tuple[int, int] | None
     overlap: float
     batch_size: int
-    dtype: torch.dtype
+    dtype: torch.dtype | None
 
     def groups(self, samples: Iterable["Sample | Unread"]) -> Iterator["list[Sample] | Unread"]:
         """Neighbours of one size that lack the same sensors."""
@@ -244,7 +242,7 @@ class Passes:
         there = batch.present[:, 0].tolist()
         names = [name for name, here in zip(images, there, strict=True) if here]
         present = None if all(there) else names
-        with torch.autocast(weight.device.type, self.dtype, self.dtype != torch.float32):
+        with torch.autocast(weight.device.type, self.dtype, enabled=self.dtype is not None):
             if self.window is None:
                 labels = self.model(images, present=present).argmax(dim=1)
             else:

@@ -31,7 +31,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def draw(args: argparse.Namespace) -> None:
     """What the command does."""
-    dataset = read(args.data).open(args.split)
+    config = DataConfig() if args.data == "synthetic" else DataConfig.load(args.data)
+    dataset = config.open(args.split)
     if args.count < 1:
         raise ValueError(f"count must be at least 1; got {args.count}")
     count = min(args.count, len(dataset))
@@ -45,23 +46,6 @@ def draw(args: argparse.Namespace) -> None:
     samples = [(look.raw(i), suffix) for i in indices for suffix, look in looks]
     rows = [(sample.name + suffix, panels(dataset, sample)) for sample, suffix in samples]
     sheet(rows, args.out, classes=dataset.classes, palette=dataset.palette)
-
-
-def read(data: str) -> DataConfig:
-    """The data of a name on the command line."""
-    if data == "synthetic":
-        return DataConfig()
-    try:
-        import yaml
-    except ImportError as error:
-        raise ImportError(f'{data} needs pyyaml: pip install "equiseg-fast[train]"') from error
-    try:
-        content = yaml.safe_load(Path(data).read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"{data} must be YAML: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{data} must have fields of data, or of a training; got {content!r}")
-    return DataConfig.from_dict(content.get("data", content))
 
 
 if __name__ == "__main__":

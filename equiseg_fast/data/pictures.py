@@ -8,6 +8,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
+from equiseg_fast._files import replace_file
+
 from .samples import Sample, SensorDataset
 from .sensors import Sensor
 
@@ -191,13 +193,7 @@ def sheet(
             borderaxespad=0.2,
             handlelength=1.4,
         )
-    target = Path(path)
-    partial = target.with_name(f".{target.name}.{os.getpid()}")
-    try:
-        FigureCanvasAgg(figure).print_png(str(partial))
-        os.replace(partial, target)
-    finally:
-        partial.unlink(missing_ok=True)
+    replace_file(Path(path), FigureCanvasAgg(figure).print_png)
 
 
 def _distances(x: np.ndarray, *, dilate: bool) -> np.ndarray:

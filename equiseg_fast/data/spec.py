@@ -166,6 +166,27 @@ class DataConfig:
                 raise ValueError(f"{name} is no field of data; there are {', '.join(names)}")
         return cls(**values)
 
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "DataConfig":
+        """The configuration in a YAML file: all that it holds, or its section "data", as of a
+        training. Raises ValueError naming the file and the field."""
+        try:
+            import yaml
+        except ImportError as error:
+            raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
+        try:
+            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        except (yaml.YAMLError, UnicodeDecodeError) as error:
+            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        if not isinstance(content, Mapping):
+            raise ValueError(
+                f'{path} must have fields of data, or a section "data"; got {content!r}'
+            )
+        try:
+            return cls.from_dict(content.get("data", content))
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"{path}: {error}") from error
+
     def to_dict(self) -> dict[str, Any]:
         """The fields that have a value, in types that JSON and YAML have."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast import __version__
+from equiseg_fast._files import replace_file
 from equiseg_fast.nn._layer import Layer
 from equiseg_fast.ops._checks import check_memory
 
@@ -74,8 +75,9 @@ class Pretrained(Layer):
         }
         text = json.dumps(content, indent=2) + "\n"
         folder.mkdir(parents=True, exist_ok=True)
-        _replace(folder / WEIGHTS, to_bytes(state, {"config": text}))
-        _replace(folder / CONFIG, text.encode())
+        weights = to_bytes(state, {"config": text})
+        replace_file(folder / WEIGHTS, lambda file: file.write(weights))
+        replace_file(folder / CONFIG, lambda file: file.write(text.encode()))
 
     @classmethod
     def from_pretrained(
@@ -227,13 +229,6 @@ def _digest(state: Mapping[str, Tensor]) -> str:
         digest.update(f"{name} {x.dtype} {list(x.shape)}".encode())
         digest.update(x.reshape(-1).view(torch.uint8).numpy())
     return digest.hexdigest()
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Write a file so that everybody sees the old one or the whole new one."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(content)
-    os.replace(temporary, path)
 
 
 def _path(folder: Any) -> Path:

@@ -48,7 +48,8 @@ class TrainConfig:
         keeps those of the last step.
     validate_every: epochs between validations, 0 for one at the end alone.
     log_every, save_every: steps between lines of the log, and between checkpoints.
-    workers: processes that read images. device: None is the GPU if there is one.
+    workers: processes that read images; None is 4, or one for each core where those are fewer.
+    device: None is the GPU if there is one.
     deterministic: whether only algorithms that repeat their bits are allowed on a GPU.
     """
 
@@ -79,7 +80,7 @@ class TrainConfig:
     validate_every: int = 1
     log_every: int = 20
     save_every: int = 500
-    workers: int = 4
+    workers: int | None = None
     device: str | None = None
     deterministic: bool = False
 
@@ -97,14 +98,20 @@ class TrainConfig:
             self._require(name, 0.0 <= number(name, getattr(self, name)) <= 1.0, "in [0, 1]")
         for name in ("warmup", "ema"):
             rate(name, getattr(self, name))
-        for name in ("weight_decay", "power", "clip", "validate_every", "workers"):
+        for name in ("weight_decay", "power", "clip", "validate_every"):
             self._require(name, number(name, getattr(self, name)) >= 0, "at least 0")
+        self._require("workers", self.workers is None or self.workers >= 0, "at least 0")
         ordered = 0.0 < self.scale[0] <= self.scale[1]
         self._require("scale", ordered, "two positive numbers, the smaller first")
         if self.precision == "fp16" and self.distributed == "fsdp2":
             raise ValueError(
                 'precision must be "fp32" or "bf16" with distributed="fsdp2"; got "fp16"'
             )
+
+    @property
+    def loaders(self) -> int:
+        """Processes that read images, for each that trains."""
+        return min(4, os.cpu_count() or 1) if self.workers is None else self.workers
 
     def _require(self, name: str, condition: bool, allowed: str) -> None:
         if not condition:

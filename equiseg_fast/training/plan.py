@@ -38,7 +38,7 @@ class Plan:
         config = self.config
         return batches(
             self.train, batch_size=config.batch_size, seed=config.seed, epoch=epoch,
-            augment=self.augment, workers=config.workers, first=first, rank=self.here.rank,
+            augment=self.augment, workers=config.loaders, first=first, rank=self.here.rank,
             world=self.here.world,
         )  # fmt: skip
 
@@ -103,6 +103,7 @@ def _summary(plan: Plan, step: int) -> list[str]:
         parameters = sum(p.numel() for p in EQUISeg(model).parameters())
     height, width = plan.augment.crop
     rising = round(config.warmup * plan.steps)
+    rise = f"rising to {config.lr:g} in {rising} steps, then" if rising else f"{config.lr:g},"
     last = config.lr * lr_ratio(plan.steps - 1, plan.steps, config)
     images = ", ".join(f"{s.name} ({s.channels})" for s in plan.train.sensors)
     val = "no validation, the last weights are kept"
@@ -116,7 +117,7 @@ def _summary(plan: Plan, step: int) -> list[str]:
         f"a step; {val}",
         f"steps: {plan.steps}, {plan.steps_per_epoch} an epoch"
         + (f"; going on after step {step}" if step else ""),
-        f"rate: rising to {config.lr:g} in {rising} steps, then falling to {last:.2g}",
+        f"rate: {rise} falling to {last:.2g}",
         f"device: {plan.here.device}, {config.precision}"
         + (f", {plan.here.world} processes by {config.distributed}" if plan.here.world > 1 else ""),
     ]

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from equiseg_fast.data import Batch, SensorDataset, batches
-from equiseg_fast.metrics import SegmentationMetrics
+from equiseg_fast._command import PRECISIONS
+from equiseg_fast.data import Batch, SensorDataset
 from equiseg_fast.models import EQUISeg
+from equiseg_fast.robustness import evaluate_dataset
 
 from .config import TrainConfig
 from .distributed import Place
@@ -32,17 +33,11 @@ def loss_of(
     batch = batch.to(here.device)
     if batch.labels is None:
         raise ValueError(f"training images must have labels; {', '.join(batch.names)} have none")
-    with autocast(config, here):
+    dtype = PRECISIONS[config.precision]
+    with torch.autocast(here.device.type, dtype, enabled=dtype is not None):
         return model(batch.images, labels=batch.labels, present=batch.mask, generator=generator)
 
 
-def autocast(config: TrainConfig, here: Place) -> torch.autocast:
-    """The precision of the forward pass."""
-    dtype = {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[config.precision]
-    return torch.autocast(here.device.type, dtype, enabled=dtype is not None)
-
-
-@torch.no_grad()
 def validate(
     model: EQUISeg,
     data: SensorDataset,
@@ -52,20 +47,19 @@ def validate(
 ) -> dict[str, Any]:
     """mIoU and IoU by name of class over whole images, of all processes together.
 
-    pause: called before every image, to stop there.
+    pause: called after every image, to stop there.
     """
-    metrics = SegmentationMetrics(len(data.classes), data.ignore_index).to(here.device)
-    loader = batches(
-        data, batch_size=here.world, seed=0, epoch=0, workers=config.workers, rank=here.rank,
-        world=here.world, shuffle=False, drop_last=False,
-    )  # fmt: skip
-    for batch in loader:
-        pause()
-        batch = batch.to(here.device)
-        with autocast(config, here):
-            logits = model(batch.images, present=batch.mask)
-        metrics.update(logits, batch.labels)
-    found = metrics.compute()
+    found = evaluate_dataset(
+        model,
+        data,
+        batch_size=here.world,
+        workers=config.loaders,
+        device=here.device,
+        dtype=PRECISIONS[config.precision],
+        rank=here.rank,
+        world=here.world,
+        progress=lambda _: pause(),
+    )
     return {"miou": found["miou"], "iou": dict(zip(data.classes, found["iou"], strict=True))}
 
 
