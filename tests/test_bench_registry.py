@@ -172,7 +172,7 @@ def test_shape_is_a_filter_with_alternatives() -> None:
         (["--threads", "0"], "--threads: must be 1 to 1024; got '0'"),
         (["--threads", "99999999999"], "must be 1 to 1024; got '99999999999'"),
         (["--at", "depth=4"], "--at must be among variant, stage, height"),
-        (["--at", "variant=b9"], "--at variant must be among b0, b1"),
+        (["--at", "variant=b9"], "--at variant must be among nano, b0"),
         (["--at", "stage=5"], "--at stage must be among 0, 1, 2, 3, 4; got '5'"),
         (["--at", "batch=0"], "--at batch must be a positive integer; got '0'"),
         (["--at", "height=x"], "--at height must be a positive integer; got 'x'"),

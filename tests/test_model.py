@@ -4,6 +4,7 @@ import copy
 import re
 from collections.abc import Iterator
 from functools import cache
+from math import log
 from pathlib import Path
 from typing import Any
 
@@ -449,6 +450,13 @@ class TestHead:
 
 
 class TestTraining:
+    @pytest.mark.parametrize("classes", [2, 25])
+    def test_a_new_model_is_not_sure_of_anything(self, classes: int) -> None:
+        x, labels = torch.randn(4, 2, 3, 32, 64), torch.randint(0, classes, (2, 32, 64))
+        model = EQUISeg.from_name("nano", num_classes=classes)
+        _, parts = model.loss(x, labels)
+        assert parts["seg"].item() == pytest.approx(log(classes), rel=0.05)
+
     def test_order_of_the_teachers(self) -> None:
         """Given it is used, drawn it comes from the generator, and a wrong one is refused."""
         x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))

@@ -530,6 +530,7 @@ RECORDS = {
 
 ELSEWHERE = {
     "hooked": "in the way of every call of a rule, it asks nothing else",
+    "EQUISeg.hard_pixels": "`ohem`, which is here",
     "EQUISeg.set_extra_state": "for load_state_dict, which collects what RuntimeErrors say",
     "ParallelPoolingMixer.train": "PyTorch's own, apart from a state that it refuses",
     "SegmentationHead.train": "the same",

@@ -15,6 +15,7 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     init_module,
 )
+from equiseg_fast.nn._init import normal_
 from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
@@ -100,6 +101,9 @@ class EQUISeg(Pretrained):
             config.dims, config.head_dim, config.num_classes, config.head_dropout, config.fold_head
         )
         self.head.apply(init_module)
+        # A new model is not sure of anything. By fan-out its first losses would be far above the
+        # log of the number of classes, and the first steps would do nothing but take that back.
+        normal_(self.head.linear_pred.weight, 0.01)
         self.prototype_loss = PrototypeLoss(config.num_classes, config.sgm_tau, config.ignore_index)
         self.register_load_state_dict_pre_hook(accept_no_names)
 

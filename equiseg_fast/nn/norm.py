@@ -40,7 +40,7 @@ def batch_norm_tokens(
     hold nothing real. Without any such row the running statistics serve. A norm that has hooks or
     is of another class is called instead, with these rows alone, and the others are zero.
     """
-    synchronised = isinstance(norm, nn.SyncBatchNorm) and _distributed()
+    synchronised = _synchronised(norm)
     if not norm.training or (rows is None and not synchronised):
         return to_tokens(norm(to_map(x, height, width)))
     if plain_parameters(norm) is None or norm.momentum is None or norm.running_mean is None:
@@ -66,6 +66,8 @@ def batch_norm_tokens(
 
 def batch_norm_map(norm: nn.Module, x: Tensor) -> Tensor:
     """`batch_norm_tokens` on a map `[B, C, H, W]`."""
+    if not (norm.training and _synchronised(norm)):
+        return norm(x)
     size = x.shape[2], x.shape[3]
     return to_map(batch_norm_tokens(norm, to_tokens(x), *size), *size)
 
@@ -86,8 +88,9 @@ def scale_and_shift(norm: nn.Module) -> tuple[Tensor, Tensor]:
     return scale, norm.bias - norm.running_mean * scale
 
 
-def _distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
+def _synchronised(norm: nn.Module) -> bool:
+    """Whether the statistics of a batch norm in training are those of several processes."""
+    return isinstance(norm, nn.SyncBatchNorm) and dist.is_available() and dist.is_initialized()
 
 
 class _AllReduce(torch.autograd.Function):
