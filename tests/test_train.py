@@ -454,7 +454,7 @@ class TestConfiguration:
             ("out: x", ("--sync-bn", "maybe"), "sync_bn must be true or false; got 'maybe'"),
             ("out: x", ("--precision", "int8"), "precision must be one of fp32, bf16, fp16; got"),
             ("out: x", ("--crop", "32"), "crop must be a list of 2; got ['32']"),
-            ("out: x", ("--scale", "2,1"), "scale must be two positive numbers"),
+            ("out: x", ("--scale", "2,1"), "scale must be lowest and highest; got (2.0, 1.0)"),
             ("out: x", ("--warmup", "1"), "warmup must be in [0, 1)"),
             ("out: x", ("--model", "b0"), "model has fields of its own: write --model.FIELD VALUE"),
             ("out: x", ("--modle.variant", "b0"), "modle.variant is no field; did you mean model."),

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from equiseg_fast.data import SensorDataset
+from equiseg_fast._files import as_json, read_yaml
+from equiseg_fast.data import Augment, SensorDataset
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISegConfig
 from equiseg_fast.ops._checks import check_seed, check_sizes, check_strings, number, positive, rate
 
-from .fields import plain, unknown, values_of
+from .fields import unknown, values_of
 
 FROM_DATA = ("modalities", "num_classes", "ignore_index", "in_channels", "class_names", "sensors")
 """Fields of the model that follow from the data."""
@@ -91,18 +91,16 @@ class TrainConfig:
             check_sizes(**{name: getattr(self, name)})
         if self.steps is not None:
             check_sizes(steps=self.steps)
-        if self.crop is not None:
-            check_sizes(crop=min(self.crop))
+        # Its fields have the same names.
+        Augment(self.crop or (1, 1), self.scale, self.flip, self.jitter, self.blur)
         positive("lr", self.lr)
-        for name in ("flip", "jitter", "blur", "warmup_ratio"):
-            self._require(name, 0.0 <= number(name, getattr(self, name)) <= 1.0, "in [0, 1]")
+        ratio = number("warmup_ratio", self.warmup_ratio)
+        self._require("warmup_ratio", 0.0 <= ratio <= 1.0, "in [0, 1]")
         for name in ("warmup", "ema"):
             rate(name, getattr(self, name))
         for name in ("weight_decay", "power", "clip", "validate_every"):
             self._require(name, number(name, getattr(self, name)) >= 0, "at least 0")
         self._require("workers", self.workers is None or self.workers >= 0, "at least 0")
-        ordered = 0.0 < self.scale[0] <= self.scale[1]
-        self._require("scale", ordered, "two positive numbers, the smaller first")
         if self.precision == "fp16" and self.distributed == "fsdp2":
             raise ValueError(
                 'precision must be "fp32" or "bf16" with distributed="fsdp2"; got "fp16"'
@@ -155,15 +153,7 @@ class TrainConfig:
 
         Raises ValueError naming file and field, OSError if there is no such file.
         """
-        import yaml
-
-        try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{path} must hold fields and values; got {type(given).__name__}")
-        given = {key: dict(x) if isinstance(x, Mapping) else x for key, x in given.items()}
+        given = read_yaml(path)
         for name, text in (overrides or {}).items():
             section, _, key = name.rpartition(".")
             if section not in ("", "data", "model"):
@@ -178,13 +168,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, from which `from_dict` makes an equal configuration."""
-        values = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: as_json(getattr(self, f.name)) for f in fields(self)}
+        model = self.model.to_dict()
         values["data"] = self.data.to_dict()
-        values["model"] = {
-            f.name: plain(getattr(self.model, f.name))
-            for f in fields(self.model)
-            if f.name not in FROM_DATA
-        }
+        values["model"] = {name: x for name, x in model.items() if name not in FROM_DATA}
         return values
 
     def to_yaml(self) -> str:

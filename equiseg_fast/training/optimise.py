@@ -47,7 +47,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Take in the weights that step number `step`, from 0, made."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = [(part_here(x), part_here(state[name])) for name, x in self.state.items()]
         floating = [pair for pair in pairs if pair[0].is_floating_point()]
