@@ -331,7 +331,7 @@ def test_a_gradient_that_is_not_finite(
     assert all(x.isfinite().all() for x in saved["model"].values())
 
 
-def test_where_it_cannot_or_must_not_write(tmp_path: Path, children: Children) -> None:
+def test_where_it_cannot_or_must_not_write(tmp_path: Path) -> None:
     """One line that says why, and nothing of what is there changes."""
     config = configuration(tmp_path / "run", steps=2, validate_on="none")
     train(config)
