@@ -24,33 +24,33 @@ FREE = ("out", "device", "workers", "save_every", "data.root")
 class TrainConfig:
     """A training; raises TypeError or ValueError naming the field on a value that it cannot have.
 
-    The defaults of rate, schedule, epochs and batch size are the recipe of the paper (arXiv
-    2509.24505).
+    The defaults of learning rate, schedule, epochs and batch size are the recipe of the paper
+    (arXiv 2509.24505).
 
     out: folder of the run, which goes on there if it was interrupted.
     data: where images come from. model: fields of `EQUISegConfig` that do not follow from the data.
-    seed: of the weights, of the order of the images and of everything that is drawn.
+    seed: of the initial weights, the order of the images and everything else that is random.
     epochs: passes over the training images; steps: optimiser steps instead, if given.
     batch_size: images per step, of all processes together.
     crop: height and width of training images; None is the size of the first one.
     scale, flip, jitter, blur: augmentation, see `data.Augment`.
-    lr, weight_decay: of AdamW; norms, biases and scales do not decay.
-    warmup: part of all steps in which the rate grows; warmup_ratio: of lr, where it starts.
-    power: of the polynomial by which the rate falls to 0 afterwards.
-    clip: largest norm of the gradient, 0 for any.
-    ema: decay of the average of the weights that is validated and kept; 0 is for the weights
-        themselves.
+    lr, weight_decay: of AdamW; norms, biases and layer scales have no weight decay.
+    warmup: fraction of all steps in which the learning rate grows, from warmup_ratio * lr.
+    power: of the polynomial by which the learning rate falls to 0 afterwards.
+    clip: largest norm of the gradient, 0 for no clipping.
+    ema: decay of the exponential moving average of the weights, which is then what is validated
+        and kept; 0 for none.
     backbone: file of encoder weights to start from, see `load_backbone`.
     precision: "fp32", or autocast to "bf16" or "fp16" (whose loss is scaled).
     distributed: how processes started by torchrun share the work.
-    sync_bn: whether batch norms see the images of all processes.
+    sync_bn: whether batch norms take their statistics over the images of all processes.
     validate_on: split whose mIoU chooses the weights to keep, the best of all validations; "none"
         keeps those of the last step.
-    validate_every: epochs between validations, 0 for one at the end alone.
+    validate_every: epochs between validations, 0 for a single one at the end.
     log_every, save_every: steps between lines of the log, and between checkpoints.
     workers: processes that read images; None is 4, or one for each core where those are fewer.
     device: None is the GPU if there is one.
-    deterministic: whether only algorithms that repeat their bits are allowed on a GPU.
+    deterministic: whether to use deterministic algorithms only; CPUs are deterministic anyway.
     """
 
     out: str
