@@ -301,6 +301,20 @@ def assert_equal(actual: list[Batch], expected: list[Batch]) -> None:
             assert torch.equal(a.images[name], x)
 
 
+def test_only_a_gpu_may_lag_behind(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it copies to the CPU in the background would be read before it is there."""
+    asked = []
+
+    def to(x: Tensor, device: str, *, non_blocking: bool) -> Tensor:
+        asked.append((device, non_blocking))
+        return x
+
+    monkeypatch.setattr(Tensor, "to", to)
+    batch = batches(Scenes(1), **{**RUN, "batch_size": 1, "augment": None}).dataset[0]
+    batch._replace(images={"rgb": batch.images["rgb"]}).to("cpu").to("cuda")
+    assert asked == [("cpu", False)] * 2 + [("cuda", True)] * 2
+
+
 class TestBatches:
     @pytest.mark.parametrize("workers", [1, 2])
     def test_workers_change_nothing(self, workers: int) -> None:
