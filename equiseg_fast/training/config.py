@@ -92,7 +92,8 @@ class TrainConfig:
         if self.steps is not None:
             check_sizes(steps=self.steps)
         # Its fields have the same names.
-        Augment(self.crop or (1, 1), self.scale, self.flip, self.jitter, self.blur)
+        crop = (1, 1) if self.crop is None else self.crop
+        Augment(crop, self.scale, self.flip, self.jitter, self.blur)
         positive("lr", self.lr)
         ratio = number("warmup_ratio", self.warmup_ratio)
         self._require("warmup_ratio", 0.0 <= ratio <= 1.0, "in [0, 1]")
