@@ -11,6 +11,7 @@ setup(
     packages=[
         "equiseg_fast",
         "equiseg_fast.data",
+        "equiseg_fast.evaluation",
         "equiseg_fast.integrations",
         "equiseg_fast.kernels",
         "equiseg_fast.models",

@@ -4,8 +4,13 @@ import argparse
 import sys
 from collections.abc import Callable, Sequence
 from importlib.util import find_spec
+from typing import TYPE_CHECKING
 
 import torch
+
+if TYPE_CHECKING:
+    from rich.console import Console
+    from rich.progress import Progress
 
 INTERRUPTED = 130
 
@@ -91,6 +96,26 @@ def choose_device(name: str | None) -> torch.device:
         reason = str(error).splitlines()[0]
         raise ValueError(f"device must be one that PyTorch sees; got {name!r}: {reason}") from None
     return device
+
+
+def progress_bar(console: "Console", *, transient: bool = False) -> "Progress":
+    """A bar: how much is done of what there is, how long the rest takes, and a description."""
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+    )
+
+    return Progress(
+        BarColumn(20),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(compact=True),
+        TextColumn("{task.description}", markup=False),
+        console=console,
+        transient=transient,
+    )
 
 
 def _say(parser: argparse.ArgumentParser, message: str, status: int) -> int:

@@ -13,11 +13,12 @@ import torch
 from equiseg_fast import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
-from ._command import PRECISIONS, Failed, choose_device, parser_of, run_command
-from ._record import Record, digest_of_file, digest_of_samples
+from ._command import PRECISIONS, Failed, choose_device, parser_of, progress_bar, run_command
 from .data import DataConfig, SensorDataset, collate
 from .env import package_versions
+from .evaluation.record import Record, digest_of_file, digest_of_samples
 from .models import EQUISeg, EQUISegConfig
+from .models.pretrained import WEIGHTS
 from .robustness import (
     PROTOCOLS,
     Condition,
@@ -91,7 +92,7 @@ def _work(args: argparse.Namespace) -> None:
     record = Record(
         out / RECORD,
         {
-            "weights": digest_of_file(Path(args.model) / "model.safetensors"),
+            "weights": digest_of_file(Path(args.model) / WEIGHTS),
             "config": config.to_dict(),
             "data": {**data.to_dict(), "split": args.split, "limit": args.limit},
             "samples": digest_of_samples(dataset),
@@ -102,7 +103,7 @@ def _work(args: argparse.Namespace) -> None:
         },
     )
     left = [condition for condition in todo if condition not in record.results]
-    from ._tables import show_plan, show_tables
+    from .evaluation.tables import show_plan, show_tables
 
     console = Console()
     if args.dry_run:
@@ -121,7 +122,7 @@ def _work(args: argparse.Namespace) -> None:
     _run(model, dataset, left, record, args, device)
     record.write()
     if args.sheet:
-        from ._sheet import draw_sheet
+        from .evaluation.sheet import draw_sheet
 
         draw_sheet(
             out / SHEET,
@@ -217,23 +218,10 @@ def _run(
 ) -> None:
     """Run the conditions that are left, with a bar over their images."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(compact=True),
-    )
     # Where batches go to a GPU, reading them would be what it waits for.
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type != "cpu" else 0
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with progress_bar(Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("all", total=len(left) * len(dataset))
         for i, condition in enumerate(left):
             one = bar.add_task(str(condition), total=len(dataset))

@@ -17,7 +17,14 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from equiseg_fast._command import PRECISIONS, Failed, choose_device, parser_of, run_command
+from equiseg_fast._command import (
+    PRECISIONS,
+    Failed,
+    choose_device,
+    parser_of,
+    progress_bar,
+    run_command,
+)
 from equiseg_fast._files import replace_file
 from equiseg_fast.data import Sample, SensorDataset, collate, palette_of
 from equiseg_fast.ops._checks import check_sizes
@@ -286,13 +293,6 @@ def _predict(
 ) -> list[Unread]:
     """Predict and write some images of a dataset, and print a summary. Returns the unread ones."""
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-    )
 
     start = time.monotonic()
     done, pixels = 0, np.zeros(len(dataset.classes), np.int64)
@@ -305,12 +305,9 @@ def _predict(
         num_workers=workers,
         collate_fn=_as_it_is,
     )
-    columns = (
-        BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[speed]}"), TimeRemainingColumn()
-    )  # fmt: skip
     console = Console(stderr=True)
-    with Progress(*columns, console=console) as bar, ThreadPoolExecutor(WRITERS) as pool:
-        task = bar.add_task("", total=len(todo), speed="")
+    with progress_bar(console) as bar, ThreadPoolExecutor(WRITERS) as pool:
+        task = bar.add_task("", total=len(todo))
         writing: deque[Future[np.ndarray]] = deque()
 
         def finish(most: int) -> None:
@@ -320,7 +317,7 @@ def _predict(
                 np.add(pixels, writing.popleft().result(), out=pixels)
                 done += 1
                 speed = done / (time.monotonic() - start)
-                bar.update(task, advance=1, speed=f"{speed:.1f} images/s")
+                bar.update(task, advance=1, description=f"{speed:.1f} images/s")
 
         for group in passes.groups(loader):
             if isinstance(group, Unread):

@@ -6,7 +6,6 @@ github.com/Chenfei-Liao/Multi-Modal-Semantic-Segmentation-Robustness-Benchmark).
 normalised images, as the model sees them. "masked" and "degradations" are ours.
 """
 
-import hashlib
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from equiseg_fast._seeds import generator_of
 from equiseg_fast.ops._checks import check_choice, check_sequence, check_sizes
 
 from .data.samples import Batch, Sample, SensorDataset
@@ -148,19 +148,13 @@ def apply(
             images[sensor.name] = torch.zeros_like(x)
             present[i] = condition.protocol == "emm"
         elif condition.protocol == "rmm":
-            missing = torch.rand(x.shape, generator=_generator(key)) < condition.amount
+            missing = torch.rand(x.shape, generator=generator_of(key)) < condition.amount
             images[sensor.name] = x.masked_fill(missing, 0.0)
         else:
             density, std = LEVELS[condition.name]
             std = 0.0 if sensor.kind == "event" else std
-            images[sensor.name] = _noisy(x, density, std, _generator(key))
+            images[sensor.name] = _noisy(x, density, std, generator_of(key))
     return replace(sample, images=images, present=present)
-
-
-def _generator(key: tuple[Any, ...]) -> torch.Generator:
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    # The generator of the CPU looks at 32 bits.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _noisy(x: Tensor, density: float, std: float, generator: torch.Generator) -> Tensor:

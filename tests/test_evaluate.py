@@ -294,7 +294,7 @@ def test_logits_that_are_not_finite_fail(
         ({"classes": ["road"]}, "class_names of the model are road, car, tree; the data has road"),
         ({"root": "/not/there"}, "/not/there"),
         ({"colour": 1}, "data.yaml: colour is no field of data"),
-        (None, 'must have fields of data, or a section "data"; got None'),
+        (None, "data.yaml must hold fields and values; got NoneType"),
     ],
 )
 def test_says_where_data_and_model_disagree(

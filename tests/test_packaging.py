@@ -120,7 +120,7 @@ class TestCommands:
         assert import_module(f"equiseg_fast.{name}").main(["--help"]) == 0
         lines = capsys.readouterr().out.splitlines()
         assert lines[0].startswith(f"usage: python -m equiseg_fast.{name} ")
-        assert len(lines) <= 50
+        assert len(lines) <= 40
         assert max(map(len, lines)) <= 80
 
     def test_what_they_ask_for_is_what_the_extra_installs(self) -> None:

@@ -165,7 +165,7 @@ def test_normalised_values_have_mean_0_and_deviation_1(scenes: list[Sample]) -> 
         ({"length": 0}, ValueError, "length must be at least 1"),
         ({"seed": -1}, ValueError, "seed must be at least 0; got -1"),
         ({"sensors": "rgb"}, TypeError, "sensors must be a sequence"),
-        ({"sensors": ["radar"]}, ValueError, "sensors must be one of rgb.*'radar'"),
+        ({"sensors": ["radar"]}, ValueError, "sensors must be of rgb.*'radar'"),
         ({"sensors": ["rgb", "rgb"]}, ValueError, "unique names"),
         ({"sensors": [Sensor("depth", "depth")]}, ValueError, "depth has 1 channels; got 3"),
     ],

@@ -331,7 +331,7 @@ def test_a_gradient_that_is_not_finite(
     assert all(x.isfinite().all() for x in saved["model"].values())
 
 
-def test_where_it_cannot_or_must_not_write(tmp_path: Path, children: Children) -> None:
+def test_where_it_cannot_or_must_not_write(tmp_path: Path) -> None:
     """One line that says why, and nothing of what is there changes."""
     config = configuration(tmp_path / "run", steps=2, validate_on="none")
     train(config)
@@ -454,7 +454,7 @@ class TestConfiguration:
             ("out: x", ("--sync-bn", "maybe"), "sync_bn must be true or false; got 'maybe'"),
             ("out: x", ("--precision", "int8"), "precision must be one of fp32, bf16, fp16; got"),
             ("out: x", ("--crop", "32"), "crop must be a list of 2; got ['32']"),
-            ("out: x", ("--scale", "2,1"), "scale must be two positive numbers"),
+            ("out: x", ("--scale", "2,1"), "scale must be lowest and highest; got (2.0, 1.0)"),
             ("out: x", ("--warmup", "1"), "warmup must be in [0, 1)"),
             ("out: x", ("--model", "b0"), "model has fields of its own: write --model.FIELD VALUE"),
             ("out: x", ("--modle.variant", "b0"), "modle.variant is no field; did you mean model."),
@@ -477,12 +477,10 @@ class TestConfiguration:
         assert said.err.count("\n") == 1
         assert not (tmp_path / "out").exists()
 
-    def test_help_fits_a_screen(self, capsys: pytest.CaptureFixture[str]) -> None:
+    def test_help_has_every_field(self, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["--help"]) == 0
-        lines = capsys.readouterr().out.splitlines()
-        assert len(lines) <= 40
-        assert max(map(len, lines)) <= 80
-        assert all(f"--{name}" in " ".join(lines) for name in field_names())
+        words = capsys.readouterr().out.split()
+        assert {f"--{name}" for name in field_names()} <= set(words)
 
     def test_dry_run_writes_nothing(
         self, tmp_path: Path, capsys: pytest.CaptureFixture[str]

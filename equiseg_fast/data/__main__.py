@@ -7,8 +7,8 @@ from pathlib import Path
 from equiseg_fast._command import parser_of, run_command
 
 from . import DataConfig, Degraded, SensorDataset
+from .folder import SPLITS
 from .pictures import panels, sheet
-from .spec import SPLITS
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -43,18 +43,10 @@ Effect = Callable[[Array, float, View], Array]
 """(values `[C, H, W]`, severity above 0, view) -> new values."""
 
 
-@dataclass(frozen=True)
-class Degradation:
-    """What it is, in a few words, and what it does to sensors of which kinds."""
-
-    what: str
-    effects: dict[Kind, Effect]
-
-
 def degradations_for(sensors: Sequence[Sensor]) -> list[str]:
     """Names of all that can happen to one of these sensors."""
     kinds = {sensor.kind for sensor in sensors}
-    happens = [name for name, found in DEGRADATIONS.items() if kinds & set(found.effects)]
+    happens = [name for name, effects in DEGRADATIONS.items() if kinds & effects.keys()]
     return happens + [f"dead_{sensor.name}" for sensor in sensors]
 
 
@@ -100,8 +92,7 @@ def _check(sensors: Sequence[Sensor], name: str, severity: float, seed: int) -> 
 def _effect(name: str, sensor: Sensor) -> Effect | None:
     if name == f"dead_{sensor.name}":
         return dead
-    found = DEGRADATIONS.get(name)
-    return None if found is None else found.effects.get(sensor.kind)
+    return DEGRADATIONS.get(name, {}).get(sensor.kind)
 
 
 class Degraded(SensorDataset):
@@ -281,17 +272,14 @@ def _cv2() -> Any:
     return cv2
 
 
-DEGRADATIONS: dict[str, Degradation] = {
-    "night": Degradation("little light: dark, noisy cameras", {"camera": _night}),
-    "over_exposure": Degradation("too much light: white cameras", {"camera": _over_exposure}),
-    "motion_blur": Degradation("cameras that turn while they expose", {"camera": _motion_blur}),
-    "fog": Degradation(
-        "fog: cameras fade, depth and lidar reach less far, events get fewer",
-        {"camera": _fog_camera, "depth": _fog_depth, "event": _fog_event, "lidar": _fog_lidar},
-    ),
-    "lidar_dropout": Degradation("points and lines are lost", {"lidar": _lidar_dropout}),
-    "lidar_jitter": Degradation("points stray", {"lidar": _lidar_jitter}),
-    "event_noise": Degradation("events without cause, hot pixels", {"event": _event_noise}),
+DEGRADATIONS: dict[str, dict[Kind, Effect]] = {
+    "night": {"camera": _night},
+    "over_exposure": {"camera": _over_exposure},
+    "motion_blur": {"camera": _motion_blur},
+    "fog": {"camera": _fog_camera, "depth": _fog_depth, "event": _fog_event, "lidar": _fog_lidar},
+    "lidar_dropout": {"lidar": _lidar_dropout},
+    "lidar_jitter": {"lidar": _lidar_jitter},
+    "event_noise": {"event": _event_noise},
 }
-"""By name; besides these there is "dead_<sensor>" for every sensor of whatever kind, whose rows are
-not read out any more."""
+"""By name, what happens to sensors of which kinds; besides these there is "dead_<sensor>" for every
+sensor of whatever kind, whose rows are not read out any more."""

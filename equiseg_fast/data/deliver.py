@@ -13,10 +13,9 @@ from torch import Tensor
 from equiseg_fast.ops._checks import check_choice
 
 from .files import read_labels
-from .folder import Missing, SceneFiles, check_cases, choose, join, named
-from .sensors import Sensor, camera
+from .folder import SPLITS, Missing, SceneFiles, check_cases, choose, join
+from .sensors import Sensor, camera, named
 
-SPLITS = ("train", "val", "test")
 CASES = (
     ("cloud", "fog", "night", "rain", "sun"),
     ("motionblur", "overexposure", "underexposure", "lidarjitter", "eventlowres"),

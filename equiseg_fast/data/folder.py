@@ -20,6 +20,7 @@ Missing = Literal["error", "absent"]
 Files = dict[str, Path]
 """Name of a scene -> a file."""
 Palette = tuple[tuple[int, int, int], ...]
+SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True)
@@ -238,19 +239,6 @@ def join(files: Mapping[str, Files], labels: Files | None, missing: Missing) -> 
         )
         for stem in stems
     ]
-
-
-def named(
-    name: str, chosen: Sequence[Sensor | str], sensors: Sequence[Sensor]
-) -> tuple[Sensor, ...]:
-    """Those chosen of the sensors of a dataset, each by its name or as one of that name with
-    other settings; name: of the argument."""
-    check_sequence(name, chosen, object, "names or Sensor")
-    known = {sensor.name: sensor for sensor in sensors}
-    for x in chosen:
-        if (x.name if isinstance(x, Sensor) else x) not in known:
-            raise ValueError(f"{name} must be of {', '.join(known)}; got {x!r}")
-    return check_sensors([x if isinstance(x, Sensor) else known[x] for x in chosen])
 
 
 def check_cases(cases: Sequence[str] | None, *groups: Sequence[str]) -> tuple[tuple[str, ...], ...]:

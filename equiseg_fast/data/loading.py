@@ -1,7 +1,6 @@
 """Batches of a dataset that follow from a seed, an epoch and nothing else."""
 
 import contextlib
-import hashlib
 import signal
 import traceback
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
+from equiseg_fast._seeds import generator_of
 from equiseg_fast.ops._checks import check_flags, check_integer, check_seed, check_sizes
 
 from .augment import Augment
@@ -75,7 +75,7 @@ def batches(
 
     order = list(range(count))
     if shuffle:
-        order = torch.randperm(count, generator=_generator(seed, epoch)).tolist()
+        order = torch.randperm(count, generator=generator_of([int(seed), int(epoch)])).tolist()
     end = count - count % batch_size if drop_last else count
     chunks = [order[i : min(i + batch_size, end)] for i in range(0, end, batch_size)]
     if first > len(chunks):
@@ -88,7 +88,7 @@ def batches(
         num_workers=workers,
         worker_init_fn=_prepare_worker,
         pin_memory=torch.cuda.is_available(),
-        generator=_generator(seed, epoch),  # else PyTorch draws from the global one
+        generator=generator_of([int(seed), int(epoch)]),  # else PyTorch draws from the global one
     )
 
 
@@ -120,7 +120,7 @@ class _Epoch(Dataset[Any]):
     def sample(self, index: int) -> Sample:
         if self.augment is None:
             return self.dataset[index]
-        generator = _generator(self.seed, self.epoch, index)
+        generator = generator_of([int(self.seed), int(self.epoch), index])
         dataset = self.dataset
         raw = self.augment(dataset.raw(index), dataset.sensors, dataset.ignore_index, generator)
         return normalise(raw, dataset.sensors)
@@ -145,13 +145,6 @@ class _Loader(DataLoader[Any]):
                 cause = RuntimeError(f"in a worker:\n{batch.traceback}")
                 raise batch.kind(batch.message) from cause
             yield batch
-
-
-def _generator(*key: int) -> torch.Generator:
-    """A generator of its own for every key: neighbouring seeds share no stream of draws."""
-    digest = hashlib.sha256(repr([int(k) for k in key]).encode()).digest()
-    # The generator of the CPU looks at 32 bits.
-    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))
 
 
 def _prepare_worker(_: int) -> None:

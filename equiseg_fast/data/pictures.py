@@ -1,7 +1,7 @@
 """Pictures of what sensors saw and of labels, for people."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,9 @@ from equiseg_fast._files import replace_file
 
 from .samples import Sample, SensorDataset
 from .sensors import Sensor
+
+Panel = np.ndarray | Callable[[Any], None] | None
+"""A picture uint8 `[H, W, 3]`, what draws into given axes of matplotlib, or None for nothing."""
 
 # viridis (CC0) without its darkest part, which would look like the black of no value
 _COLOURS = np.array(
@@ -105,9 +108,9 @@ def contact_sheet(
     sheet(rows, path, classes=dataset.classes, palette=dataset.palette)
 
 
-def panels(dataset: SensorDataset, sample: Sample) -> list[tuple[str, np.ndarray | None]]:
+def panels(dataset: SensorDataset, sample: Sample) -> list[tuple[str, Panel]]:
     """Titles and pictures of a raw sample, sensors first and labels last; None where absent."""
-    pictures: list[tuple[str, np.ndarray | None]] = [
+    pictures: list[tuple[str, Panel]] = [
         (sensor.name, show(sensor, sample.images[sensor.name]) if sample.present[i] else None)
         for i, sensor in enumerate(dataset.sensors)
     ]
@@ -118,16 +121,16 @@ def panels(dataset: SensorDataset, sample: Sample) -> list[tuple[str, np.ndarray
 
 
 def sheet(
-    rows: Sequence[tuple[str, Sequence[tuple[str, np.ndarray | None]]]],
+    rows: Sequence[tuple[str, Sequence[tuple[str, Panel]]]],
     path: str | os.PathLike[str],
     *,
     classes: Sequence[str] = (),
     palette: Sequence[Sequence[int]] | np.ndarray | None = None,
 ) -> None:
-    """Write rows of (name, [(title, picture uint8 `[H, W, 3]` or None), ..]) as a PNG.
+    """Write rows of (name, [(title, panel), ..]) as a PNG.
 
-    Titles stand above a panel where they differ from that of the row above. Classes, if given, are
-    explained below in the colours of `palette_of`. The file is there whole or not at all.
+    A title stands above a panel where it differs from that of the panel above. Classes, if given,
+    are explained below in the colours of `palette_of`. The file is there whole or not at all.
     """
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -141,11 +144,12 @@ def sheet(
     if not rows:
         raise ValueError("a sheet needs at least one row")
     columns = max(len(row) for _, row in rows)
-    shapes = [picture.shape[:2] for _, row in rows for _, picture in row if picture is not None]
+    shapes = [x.shape[:2] for _, row in rows for _, x in row if isinstance(x, np.ndarray)]
     height, width = shapes[0] if shapes else (1, 1)
-    # inches: panels of 2.6 across, a line for titles, and below that many lines of legend
+    # inches: panels of 2.6 across, high enough to be drawn in, a line for titles, and below that
+    # many lines of legend
     across, line = 2.6, 0.22
-    down = across * height / width + line
+    down = max(across * height / width, 1.0) + line
     per_line = max(1, int(columns * across / 1.5))
     below = line * (-(-len(classes) // per_line) + 1) if classes else 0.05
     size = (columns * across + 0.35, len(rows) * down + below)
@@ -163,7 +167,7 @@ def sheet(
             ha="center",
             va="center",
         )
-        for c, (title, picture) in enumerate(row):
+        for c, (title, panel) in enumerate(row):
             box = (
                 (0.35 + c * across) / size[0],
                 bottom / size[1],
@@ -172,11 +176,13 @@ def sheet(
             )
             axes = figure.add_axes(box)
             axes.set_axis_off()
-            if picture is None:
+            if panel is None:
                 axes.text(0.5, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
+            elif isinstance(panel, np.ndarray):
+                axes.imshow(panel, interpolation="nearest")
             else:
-                axes.imshow(picture, interpolation="nearest")
-            if titles != above:
+                panel(axes)
+            if above[c : c + 1] != [title]:
                 axes.set_title(title, fontsize=9, pad=3)
         above = titles
     if classes:

@@ -76,8 +76,10 @@ class Batch(NamedTuple):
 
     def to(self, device: torch.device | str) -> "Batch":
         """The batch on a device; `present` stays on the CPU, where its values can be checked."""
-        images = {name: x.to(device, non_blocking=True) for name, x in self.images.items()}
-        labels = None if self.labels is None else self.labels.to(device, non_blocking=True)
+        # Nobody would wait for what a GPU copies to the CPU before it is read there.
+        ahead = torch.device(device).type != "cpu"
+        images = {name: x.to(device, non_blocking=ahead) for name, x in self.images.items()}
+        labels = None if self.labels is None else self.labels.to(device, non_blocking=ahead)
         return self._replace(images=images, labels=labels)
 
     @property

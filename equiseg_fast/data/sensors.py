@@ -123,3 +123,16 @@ def check_sensors(sensors: Sequence[Sensor]) -> tuple[Sensor, ...]:
     if not 1 <= len(names) <= 8 or len(set(names)) != len(names):
         raise ValueError(f"sensors must be 1 to 8 with unique names; got {names}")
     return tuple(sensors)
+
+
+def named(
+    name: str, chosen: Sequence[Sensor | str], sensors: Sequence[Sensor]
+) -> tuple[Sensor, ...]:
+    """Those chosen of the sensors of a dataset, each by its name or as one of that name with
+    other settings; name: of the argument."""
+    check_sequence(name, chosen, object, "names or Sensor")
+    known = {sensor.name: sensor for sensor in sensors}
+    for x in chosen:
+        if (x.name if isinstance(x, Sensor) else x) not in known:
+            raise ValueError(f"{name} must be of {', '.join(known)}; got {x!r}")
+    return check_sensors([x if isinstance(x, Sensor) else known[x] for x in chosen])

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from equiseg_fast._files import as_json, read_yaml
 from equiseg_fast.ops._checks import (
     check_choice,
     check_ignore_index,
@@ -17,6 +18,7 @@ from equiseg_fast.ops._checks import (
 
 from . import deliver, muses, synthetic
 from .folder import (
+    SPLITS,
     FolderDataset,
     Missing,
     Palette,
@@ -24,12 +26,9 @@ from .folder import (
     check_classes,
     check_palette,
     folder_in,
-    named,
 )
 from .samples import SensorDataset
-from .sensors import Sensor, as_sensors, is_usual, sensor
-
-SPLITS = ("train", "val", "test")
+from .sensors import Sensor, as_sensors, is_usual, named, sensor
 
 _NEEDED: Any = object()
 _FIELDS: dict[str, dict[str, Any]] = {
@@ -170,18 +169,7 @@ class DataConfig:
     def load(cls, path: str | os.PathLike[str]) -> "DataConfig":
         """The configuration in a YAML file: all that it holds, or its section "data", as of a
         training. Raises ValueError naming the file and the field."""
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
-        if not isinstance(content, Mapping):
-            raise ValueError(
-                f'{path} must have fields of data, or a section "data"; got {content!r}'
-            )
+        content = read_yaml(path)
         try:
             return cls.from_dict(content.get("data", content))
         except (TypeError, ValueError) as error:
@@ -191,7 +179,7 @@ class DataConfig:
         """The fields that have a value, in types that JSON and YAML have."""
         values = {field.name: getattr(self, field.name) for field in fields(self)}
         values["sensors"] = [asdict(x) for x in self.sensors or ()]
-        return {name: _listed(value) for name, value in values.items() if value is not None}
+        return {name: as_json(value) for name, value in values.items() if value is not None}
 
     def open(self, split: str) -> SensorDataset:
         """The dataset of split "train", "val" or "test"."""
@@ -237,10 +225,3 @@ def _declared(i: int, value: Any, usual: Callable[[str], Sensor | None]) -> Sens
         return replace(base, **value)
     except (ValueError, TypeError) as error:
         raise type(error)(f"sensors[{i}]: {error}") from None
-
-
-def _listed(value: Any) -> Any:
-    """Tuples as lists, all the way down."""
-    if isinstance(value, dict):
-        return {name: _listed(x) for name, x in value.items()}
-    return [_listed(x) for x in value] if isinstance(value, (list, tuple)) else value

@@ -5,12 +5,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from equiseg_fast.ops._checks import check_choice, check_seed, check_sequence, check_sizes
+from equiseg_fast.ops._checks import check_seed, check_sequence, check_sizes
 
 from ._render import Array, Canvas, noise
 from ._street import CLASSES, PALETTE, SKY, Builder, Street
 from .samples import Sample, SensorDataset
-from .sensors import Sensor, check_sensors
+from .sensors import Sensor, named
 
 FAR = 1000.0
 """Distance of the sky, metres."""
@@ -90,19 +90,12 @@ class SyntheticScenes(SensorDataset):
 
 
 def _chosen(sensors: Sequence[str | Sensor]) -> tuple[Sensor, ...]:
-    """The sensors of names, or with statistics of one's own."""
-    check_sequence("sensors", sensors, object, "names or Sensor")
-    known = {sensor.name: sensor for sensor in SENSORS}
-    chosen = []
-    for sensor in sensors:
-        name = sensor.name if isinstance(sensor, Sensor) else sensor
-        check_choice("sensors", name, tuple(known))
-        if isinstance(sensor, Sensor) and sensor.channels != known[name].channels:
-            raise ValueError(
-                f"sensors: {name} has {known[name].channels} channels; got {sensor.channels}"
-            )
-        chosen.append(sensor if isinstance(sensor, Sensor) else known[name])
-    return check_sensors(chosen)
+    channels = {sensor.name: sensor.channels for sensor in SENSORS}
+    chosen = named("sensors", sensors, SENSORS)
+    for x in chosen:
+        if x.channels != channels[x.name]:
+            raise ValueError(f"sensors: {x.name} has {channels[x.name]} channels; got {x.channels}")
+    return chosen
 
 
 class Scene:

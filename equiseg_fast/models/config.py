@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any, Literal
 
+from equiseg_fast._files import as_json
 from equiseg_fast.data.sensors import Sensor
 from equiseg_fast.ops._checks import (
     MAX_SIZE,
@@ -228,7 +229,8 @@ class EQUISegConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON and YAML have them; `from_dict` makes an equal configuration of it."""
-        return {name: _as_json(value) for name, value in asdict(self).items()}
+        found: dict[str, Any] = as_json(asdict(self))
+        return found
 
     @classmethod
     def from_dict(cls, content: Mapping[str, Any]) -> "EQUISegConfig":
@@ -271,10 +273,10 @@ class EQUISegConfig:
 
     @property
     def gated(self) -> tuple[int, ...]:
-        """Stages, 1 to 4, that have a gate: where it can change what anybody reads."""
+        """Stages, 1 to 4, that have a gate: where it can change a prediction."""
         if not self.gate or len(self.modalities) == 1:
             return ()
-        # The branches of the last stage go nowhere.
+        # No prediction depends on the branches of the last stage.
         return tuple(s for s in sorted(self.gate_stages) if self.fuse == "gate" or s < 4)
 
 
@@ -284,12 +286,6 @@ def _unique(values: Sequence[Any]) -> bool:
 
 def _names(kind: Any) -> list[str]:
     return [field.name for field in fields(kind)]
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {name: _as_json(x) for name, x in value.items()}
-    return [_as_json(x) for x in value] if isinstance(value, tuple) else value
 
 
 def _sensor(index: int, content: Any) -> Sensor:

@@ -3,15 +3,15 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
-from equiseg_fast.data import SensorDataset
+from equiseg_fast._files import as_json, read_yaml
+from equiseg_fast.data import Augment, SensorDataset
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISegConfig
 from equiseg_fast.ops._checks import check_seed, check_sizes, check_strings, number, positive, rate
 
-from .fields import plain, unknown, values_of
+from .fields import unknown, values_of
 
 FROM_DATA = ("modalities", "num_classes", "ignore_index", "in_channels", "class_names", "sensors")
 """Fields of the model that follow from the data."""
@@ -24,33 +24,33 @@ FREE = ("out", "device", "workers", "save_every", "data.root")
 class TrainConfig:
     """A training; raises TypeError or ValueError naming the field on a value that it cannot have.
 
-    The defaults of rate, schedule, epochs and batch size are the recipe of the paper (arXiv
-    2509.24505).
+    The defaults of learning rate, schedule, epochs and batch size are the recipe of the paper
+    (arXiv 2509.24505).
 
     out: folder of the run, which goes on there if it was interrupted.
     data: where images come from. model: fields of `EQUISegConfig` that do not follow from the data.
-    seed: of the weights, of the order of the images and of everything that is drawn.
+    seed: of the initial weights, the order of the images and everything else that is random.
     epochs: passes over the training images; steps: optimiser steps instead, if given.
     batch_size: images per step, of all processes together.
     crop: height and width of training images; None is the size of the first one.
     scale, flip, jitter, blur: augmentation, see `data.Augment`.
-    lr, weight_decay: of AdamW; norms, biases and scales do not decay.
-    warmup: part of all steps in which the rate grows; warmup_ratio: of lr, where it starts.
-    power: of the polynomial by which the rate falls to 0 afterwards.
-    clip: largest norm of the gradient, 0 for any.
-    ema: decay of the average of the weights that is validated and kept; 0 is for the weights
-        themselves.
+    lr, weight_decay: of AdamW; norms, biases and layer scales have no weight decay.
+    warmup: fraction of all steps in which the learning rate grows, from warmup_ratio * lr.
+    power: of the polynomial by which the learning rate falls to 0 afterwards.
+    clip: largest norm of the gradient, 0 for no clipping.
+    ema: decay of the exponential moving average of the weights, which is then what is validated
+        and kept; 0 for none.
     backbone: file of encoder weights to start from, see `load_backbone`.
     precision: "fp32", or autocast to "bf16" or "fp16" (whose loss is scaled).
     distributed: how processes started by torchrun share the work.
-    sync_bn: whether batch norms see the images of all processes.
+    sync_bn: whether batch norms take their statistics over the images of all processes.
     validate_on: split whose mIoU chooses the weights to keep, the best of all validations; "none"
         keeps those of the last step.
-    validate_every: epochs between validations, 0 for one at the end alone.
+    validate_every: epochs between validations, 0 for a single one at the end.
     log_every, save_every: steps between lines of the log, and between checkpoints.
     workers: processes that read images; None is 4, or one for each core where those are fewer.
     device: None is the GPU if there is one.
-    deterministic: whether only algorithms that repeat their bits are allowed on a GPU.
+    deterministic: whether to use deterministic algorithms only; CPUs are deterministic anyway.
     """
 
     out: str
@@ -91,18 +91,17 @@ class TrainConfig:
             check_sizes(**{name: getattr(self, name)})
         if self.steps is not None:
             check_sizes(steps=self.steps)
-        if self.crop is not None:
-            check_sizes(crop=min(self.crop))
+        # Its fields have the same names.
+        crop = (1, 1) if self.crop is None else self.crop
+        Augment(crop, self.scale, self.flip, self.jitter, self.blur)
         positive("lr", self.lr)
-        for name in ("flip", "jitter", "blur", "warmup_ratio"):
-            self._require(name, 0.0 <= number(name, getattr(self, name)) <= 1.0, "in [0, 1]")
+        ratio = number("warmup_ratio", self.warmup_ratio)
+        self._require("warmup_ratio", 0.0 <= ratio <= 1.0, "in [0, 1]")
         for name in ("warmup", "ema"):
             rate(name, getattr(self, name))
         for name in ("weight_decay", "power", "clip", "validate_every"):
             self._require(name, number(name, getattr(self, name)) >= 0, "at least 0")
         self._require("workers", self.workers is None or self.workers >= 0, "at least 0")
-        ordered = 0.0 < self.scale[0] <= self.scale[1]
-        self._require("scale", ordered, "two positive numbers, the smaller first")
         if self.precision == "fp16" and self.distributed == "fsdp2":
             raise ValueError(
                 'precision must be "fp32" or "bf16" with distributed="fsdp2"; got "fp16"'
@@ -155,15 +154,7 @@ class TrainConfig:
 
         Raises ValueError naming file and field, OSError if there is no such file.
         """
-        import yaml
-
-        try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
-        if not isinstance(given, Mapping):
-            raise ValueError(f"{path} must hold fields and values; got {type(given).__name__}")
-        given = {key: dict(x) if isinstance(x, Mapping) else x for key, x in given.items()}
+        given = read_yaml(path)
         for name, text in (overrides or {}).items():
             section, _, key = name.rpartition(".")
             if section not in ("", "data", "model"):
@@ -178,13 +169,10 @@ class TrainConfig:
 
     def to_dict(self) -> dict[str, Any]:
         """Nested plain values, from which `from_dict` makes an equal configuration."""
-        values = {f.name: plain(getattr(self, f.name)) for f in fields(self)}
+        values = {f.name: as_json(getattr(self, f.name)) for f in fields(self)}
+        model = self.model.to_dict()
         values["data"] = self.data.to_dict()
-        values["model"] = {
-            f.name: plain(getattr(self.model, f.name))
-            for f in fields(self.model)
-            if f.name not in FROM_DATA
-        }
+        values["model"] = {name: x for name, x in model.items() if name not in FROM_DATA}
         return values
 
     def to_yaml(self) -> str:

@@ -134,7 +134,7 @@ def part_here(x: Any) -> Tensor:
 
 
 def in_full(x: Any) -> Tensor:
-    """A tensor with all its values, also where every process has a part; all processes call it."""
+    """A tensor with all its values, also where every process has a part; all must call this."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -149,7 +149,8 @@ def as_part_of(x: Tensor, example: Any) -> Tensor:
 
 
 def full_state(tensors: dict[str, Tensor], here: Place) -> dict[str, Tensor]:
-    """Copies of the tensors, in full; on the CPU, and empty but in the first process."""
+    """Full copies of the tensors on the CPU in the first process; in the others nothing. All
+    processes must call this."""
     found = {}
     for name, x in tensors.items():
         x = in_full(x.detach())

@@ -93,12 +93,3 @@ def _tuple(name: str, value: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
     return tuple(
         convert(f"{name}[{i}]", x, k) for i, (x, k) in enumerate(zip(value, kinds, strict=True))
     )
-
-
-def plain(value: Any) -> Any:
-    """A value as YAML and JSON have it: lists for tuples."""
-    if isinstance(value, list | tuple):
-        return [plain(x) for x in value]
-    if isinstance(value, Mapping):
-        return {key: plain(x) for key, x in value.items()}
-    return value

@@ -1,14 +1,16 @@
 """What a run says while it goes: lines of JSON, TensorBoard, and a progress bar."""
 
 import json
-import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
+
+from equiseg_fast._command import progress_bar
+from equiseg_fast._files import as_json
 
 from .files import METRICS, TENSORBOARD
 
@@ -42,8 +44,7 @@ class Log:
 
     def write(self, line: Mapping[str, Any]) -> None:
         """Append a line, whose fractional numbers become scalars, also those in mappings."""
-        # JSON has no NaN.
-        text = json.dumps(_finite(line), allow_nan=False)
+        text = json.dumps(as_json(line), allow_nan=False)
         try:
             self._file.write(text.encode() + b"\n")
             self._file.flush()
@@ -68,14 +69,6 @@ class Log:
         self._board.close()
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {key: _finite(x) for key, x in value.items()}
-    if isinstance(value, float) and not math.isfinite(value):
-        return None
-    return value
-
-
 class Screen:
     """A progress bar where there is a terminal, lines where there is none, nothing without a
     console."""
@@ -84,10 +77,7 @@ class Screen:
         self.console = console
         self._bar: Progress | None = None
         if console is not None and console.is_terminal:
-            self._bar = Progress(
-                BarColumn(20), MofNCompleteColumn(), TimeRemainingColumn(),
-                TextColumn("{task.description}"), console=console,
-            )  # fmt: skip
+            self._bar = progress_bar(console)
             self._task = self._bar.add_task("", total=steps, completed=step)
             self._bar.start()
 

@@ -150,17 +150,16 @@ class _Run:
             epoch, position = divmod(state.step, plan.steps_per_epoch)
             self.since = time.monotonic(), state.step
             for batch in plan.batches(epoch, position):
-                self._step(batch)
+                stopped = self._step(batch)
                 state.step += 1
                 self.screen.advance(state.step)
                 if state.step % self.config.log_every == 0 or state.step == plan.steps:
                     self._log()
-                (stopped,) = self.here.maximum(self.stop.signal)
                 if stopped or (state.step % self.config.save_every == 0):
                     self._save()
                 if stopped:
                     message = f"stopped after step {state.step}; the same command goes on"
-                    raise Interrupted(int(stopped), self._first(message))
+                    raise Interrupted(stopped, self._first(message))
                 if state.step == plan.steps:
                     break
 
@@ -170,7 +169,8 @@ class _Run:
         step = self.state.step
         return step == self.plan.steps or (every > 0 and step > 0 and step % every == 0)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch) -> int:
+        """Learn from a batch; returns the signal by which any process was asked to stop, or 0."""
         config, state, here = self.config, self.state, self.here
         ratio = lr_ratio(state.step, self.plan.steps, config)
         for group in state.optimiser.param_groups:
@@ -189,23 +189,25 @@ class _Run:
             shares = torch.stack([x.mean((1, 2)) for x in self.gates.values()])
             found.extend(shares.mean(0))
         values = torch.stack([x.float() for x in found]).tolist()
-        self._check(batch, before, dict(zip(VALUES, values, strict=False)))
+        stopped = self._check(batch, before, dict(zip(VALUES, values, strict=False)))
         state.scaler.step(state.optimiser)
         state.scaler.update()
         if state.average is not None:
             state.average.update(state.tensors(), state.step)
         state.sums = [a + b for a, b in zip_longest(state.sums, [1.0, *values], fillvalue=0.0)]
+        return stopped
 
-    def _check(self, batch: Batch, before: list[Tensor], values: dict[str, float]) -> None:
-        """Stop where something is not finite, and keep what it takes to see why."""
+    def _check(self, batch: Batch, before: list[Tensor], values: dict[str, float]) -> int:
+        """Stop where something is not finite, and keep what it takes to see why; the signal to stop
+        comes back from the same exchange between processes, which all wait for."""
         state = self.state
         wrong = not math.isfinite(values["loss"])
         # Scaled gradients overflow now and then: that step is skipped, and the scale halved.
         scaled = state.scaler.is_enabled() and state.scaler.get_scale() > 1.0
         wrong = wrong or not (scaled or math.isfinite(values["grad_norm"]))
-        (stop,) = self.here.maximum(float(wrong))
-        if not stop:
-            return
+        any_wrong, stopped = self.here.maximum(float(wrong), self.stop.signal)
+        if not any_wrong:
+            return int(stopped)
         for x, old in zip(state.model.buffers(), before, strict=True):
             x.copy_(old)
         everything = joined(self.here.gathered(batch.to("cpu")))

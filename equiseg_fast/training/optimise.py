@@ -1,4 +1,4 @@
-"""The optimiser, the schedule of its rate, and averages of weights."""
+"""The optimiser, its learning rate, and averages of weights."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -11,8 +11,8 @@ from .distributed import part_here
 
 
 def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW in which norms, biases and scales do not decay: all of one dimension, and those that
-    are called bias (of score nets, which have one for every modality)."""
+    """AdamW without weight decay on norms, biases and layer scales: all parameters of one
+    dimension, and those called bias (score nets stack theirs over modalities)."""
     named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
     still = {name for name, p in named if p.dim() < 2 or name.endswith("bias")}
     groups: list[dict[str, Any]] = [
@@ -23,7 +23,7 @@ def adamw(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
 
 
 def lr_ratio(step: int, steps: int, config: TrainConfig) -> float:
-    """What the rate of step 0 <= step < steps is multiplied by.
+    """What `lr` is multiplied by at step 0 <= step < steps.
 
     Linear from `warmup_ratio` to 1 in the first part, `warmup` of all steps; then
     (1 - t)^power, where t goes from 0 to 1. The schedule of CMNeXt (arXiv 2303.01480).
@@ -47,7 +47,7 @@ class Average:
 
     @torch.no_grad()
     def update(self, state: Mapping[str, Tensor], step: int) -> None:
-        """Take in the weights after `step` steps."""
+        """Take in the weights that step number `step`, from 0, made."""
         weight = 1 - min(self.decay, (1 + step) / (10 + step))
         pairs = [(part_here(x), part_here(state[name])) for name, x in self.state.items()]
         floating = [pair for pair in pairs if pair[0].is_floating_point()]

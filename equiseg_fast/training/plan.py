@@ -117,7 +117,7 @@ def _summary(plan: Plan, step: int) -> list[str]:
         f"a step; {val}",
         f"steps: {plan.steps}, {plan.steps_per_epoch} an epoch"
         + (f"; going on after step {step}" if step else ""),
-        f"rate: {rise} falling to {last:.2g}",
+        f"learning rate: {rise} falling to {last:.2g}",
         f"device: {plan.here.device}, {config.precision}"
         + (f", {plan.here.world} processes by {config.distributed}" if plan.here.world > 1 else ""),
     ]

@@ -1,4 +1,4 @@
-"""Everything that changes while a model is trained, to be written down and gone on from."""
+"""Everything that changes during training, saved and restored as one."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -40,8 +40,8 @@ class State:
         return {**dict(self.model.named_parameters()), **dict(self.model.named_buffers())}
 
     def kept(self) -> dict[str, Tensor]:
-        """The weights to validate and keep, in full: the average, or the last. All processes call
-        this, and have the running statistics of the first one afterwards, which count."""
+        """The weights to validate and keep, in full: the average if there is one, or the last. All
+        processes must call this; it gives them the running statistics of the first."""
         tensors = self.tensors() if self.average is None else self.average.state
         found = {name: in_full(x.detach()) for name, x in tensors.items()}
         for name, _ in self.model.named_buffers():
@@ -92,7 +92,7 @@ class State:
 
 
 def build(model_config: EQUISegConfig, config: TrainConfig, backbone: bool) -> tuple[EQUISeg, str]:
-    """A model from the seed, with the weights of the backbone, and what to say of those."""
+    """A model with weights from the seed and the backbone, and the report of loading the latter."""
     torch.manual_seed(config.seed)
     model = EQUISeg(model_config)
     report = ""

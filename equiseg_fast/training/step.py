@@ -1,6 +1,5 @@
 """What is computed of one batch: the loss to learn from, and the scores to be judged by."""
 
-import hashlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast._command import PRECISIONS
+from equiseg_fast._seeds import seed_of
 from equiseg_fast.data import Batch, SensorDataset
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.robustness import evaluate_dataset
@@ -17,19 +17,14 @@ from .config import TrainConfig
 from .distributed import Place
 
 
-def seed_of(*key: int | str) -> int:
-    """A seed of its own for every key."""
-    # The generator of the CPU looks at 32 bits.
-    return int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:4], "little")
-
-
 def loss_of(
     model: nn.Module, batch: Batch, step: int, config: TrainConfig, here: Place
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Loss and its parts. What is drawn follows from seed and step: which modalities are dropped
     and which teach is common to all processes; dropout and stochastic depth are not."""
-    torch.manual_seed(seed_of(config.seed, step, here.rank))
-    generator = torch.Generator(here.device).manual_seed(seed_of(config.seed, step, "common"))
+    torch.manual_seed(seed_of((config.seed, step, here.rank)))
+    common = seed_of((config.seed, step, "common"))
+    generator = torch.Generator(here.device).manual_seed(common)
     batch = batch.to(here.device)
     if batch.labels is None:
         raise ValueError(f"training images must have labels; {', '.join(batch.names)} have none")

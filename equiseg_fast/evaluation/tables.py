@@ -8,9 +8,9 @@ import torch
 from rich.console import Console
 from rich.table import Column, Table
 
-from .data import SensorDataset
-from .models import EQUISegConfig
-from .robustness import (
+from equiseg_fast.data import SensorDataset
+from equiseg_fast.models import EQUISegConfig
+from equiseg_fast.robustness import (
     CLEAN,
     FAILURES,
     LEVELS,

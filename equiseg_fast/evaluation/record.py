@@ -6,9 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-from ._files import replace_file
-from .data.folder import SceneFiles
-from .robustness import PROTOCOLS, Condition, Conditioned, summary
+from equiseg_fast._files import as_json, replace_file
+from equiseg_fast.data.folder import SceneFiles
+from equiseg_fast.robustness import PROTOCOLS, Condition, Conditioned, summary
 
 FORMAT = 1
 METRICS = ("miou", "miou_absent_as_zero")
@@ -69,17 +69,8 @@ class Record:
             "results": [{"condition": c.to_dict(), **r} for c, r in self.results.items()],
             "what": self.what,
         }
-        text = json.dumps(_none_for_nan(content), indent=1, allow_nan=False) + "\n"
+        text = json.dumps(as_json(content), indent=1, allow_nan=False) + "\n"
         replace_file(self.path, lambda file: file.write(text.encode()))
-
-
-def _none_for_nan(x: Any) -> Any:
-    """JSON has no NaN."""
-    if isinstance(x, dict):
-        return {name: _none_for_nan(value) for name, value in x.items()}
-    if isinstance(x, list):
-        return [_none_for_nan(value) for value in x]
-    return None if isinstance(x, float) and math.isnan(x) else x
 
 
 def _nan_for_none(x: Any) -> Any:
