@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any, Literal
 
+from equiseg_fast._files import read_yaml
 from equiseg_fast.ops._checks import (
     check_choice,
     check_ignore_index,
@@ -170,14 +171,7 @@ class DataConfig:
     def load(cls, path: str | os.PathLike[str]) -> "DataConfig":
         """The configuration in a YAML file: all that it holds, or its section "data", as of a
         training. Raises ValueError naming the file and the field."""
-        try:
-            import yaml
-        except ImportError as error:
-            raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
-        try:
-            content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
+        content = read_yaml(path)
         if not isinstance(content, Mapping):
             raise ValueError(
                 f'{path} must have fields of data, or a section "data"; got {content!r}'

@@ -3,9 +3,9 @@
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
-from pathlib import Path
 from typing import Any, Literal
 
+from equiseg_fast._files import read_yaml
 from equiseg_fast.data import SensorDataset
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISegConfig
@@ -155,12 +155,7 @@ class TrainConfig:
 
         Raises ValueError naming file and field, OSError if there is no such file.
         """
-        import yaml
-
-        try:
-            given = yaml.safe_load(Path(path).read_text(encoding="utf-8")) or {}
-        except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from None
+        given = read_yaml(path) or {}
         if not isinstance(given, Mapping):
             raise ValueError(f"{path} must hold fields and values; got {type(given).__name__}")
         given = {key: dict(x) if isinstance(x, Mapping) else x for key, x in given.items()}
