@@ -7,17 +7,22 @@ from pathlib import Path
 from typing import IO, Any
 
 
+def beside(path: Path) -> Path:
+    """Where `replace_file` writes first, and a kill leaves what was written so far."""
+    return path.with_name(f".{path.name}.new")
+
+
 def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Write a file beside `path`, then put it in its place. Raises OSError naming the path."""
-    beside = path.with_name(f".{path.name}.new")
+    new = beside(path)
     try:
-        with beside.open("wb") as file:
+        with new.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(beside, path)
+        os.replace(new, path)
     except BaseException as error:
-        beside.unlink(missing_ok=True)
+        new.unlink(missing_ok=True)
         if isinstance(error, OSError):
             raise OSError(error.errno, error.strerror, str(path)) from error
         raise
@@ -26,16 +31,24 @@ def replace_file(path: Path, write: Callable[[IO[bytes]], object]) -> None:
 def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The fields and values in a YAML file.
 
-    Raises ValueError naming a file that holds anything else, OSError if there is none, ImportError
-    without pyyaml.
+    Raises ValueError naming a file that holds anything else, or says something twice, of which
+    PyYAML would drop the first; OSError if there is none, ImportError without pyyaml.
     """
     try:
         import yaml
     except ImportError as error:
         raise ImportError(f'{path} needs pyyaml: pip install "equiseg-fast[train]"') from error
+
+    class Loader(yaml.SafeLoader):
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            keys = [key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+            if twice := [key for i, key in enumerate(keys) if key in keys[:i]]:
+                raise yaml.YAMLError(f"{twice[0]} is there twice{node.start_mark}")
+            return super().construct_mapping(node, deep)
+
     try:
-        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {' '.join(str(error).split())}") from error
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold fields and values; got {type(content).__name__}")

@@ -133,6 +133,6 @@ def named(
     check_sequence(name, chosen, object, "names or Sensor")
     known = {sensor.name: sensor for sensor in sensors}
     for x in chosen:
-        if (x.name if isinstance(x, Sensor) else x) not in known:
+        if (x.name if isinstance(x, Sensor) else x) not in list(known):  # x may be anything
             raise ValueError(f"{name} must be of {', '.join(known)}; got {x!r}")
     return check_sensors([x if isinstance(x, Sensor) else known[x] for x in chosen])

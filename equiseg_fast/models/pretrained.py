@@ -99,10 +99,17 @@ class Pretrained(Layer):
         try:
             fields = {k: v for k, v in content.items() if k not in _BESIDE_FIELDS}
             config = EQUISegConfig.from_dict(fields)
-        except (TypeError, ValueError) as error:
+            # Every block has tensors of its own: one for each is none to wait for in vain.
+            if config.ppx_depth > len(state):
+                raise ValueError(
+                    f"ppx_depth must be that of the weights, {len(state)} tensors; "
+                    f"got {config.ppx_depth}"
+                )
+            with torch.device("meta"):
+                model = cls(config)
+        except (TypeError, ValueError, RuntimeError) as error:
+            # RuntimeError: of sizes beyond what PyTorch can count.
             raise ValueError(f"{folder / CONFIG}: {error}") from error
-        with torch.device("meta"):
-            model = cls(config)
         _check_fits(str(folder / WEIGHTS), state, model.state_dict())
         try:
             model.load_state_dict(state, assign=True)
@@ -301,7 +308,7 @@ def _content(path: Path, text: str | bytes) -> Content:
     """A configuration that this version can read."""
     try:
         content = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} holds no JSON: {error}") from error
     names = content.get("architectures") if isinstance(content, dict) else None
     if names != [ARCHITECTURE]:

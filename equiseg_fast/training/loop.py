@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from equiseg_fast import __version__
 from equiseg_fast._command import Failed, Interrupted
+from equiseg_fast._files import beside
 from equiseg_fast.data import Batch
 from equiseg_fast.models import EQUISeg
 
@@ -74,7 +75,7 @@ def train(
 class _Run:
     def __init__(self, plan: Plan, console: Console | None) -> None:
         self.plan, self.config, self.here = plan, plan.config, plan.here
-        self.out = Path(plan.config.out)
+        self.out = Path(plan.config.out).expanduser()
         self.console = console
         self.stop = _Stop()
 
@@ -118,7 +119,14 @@ class _Run:
         content = files.load(checkpoint) if checkpoint.exists() else None
         if content is None and config.exists():
             theirs = TrainConfig.load(config).to_dict()
-        elif content is None and self.out.is_dir() and any(self.out.iterdir()):
+        elif (
+            content is None
+            and self.out.is_dir()
+            and (
+                # A kill while the first file was written leaves no run, and its beginning.
+                {*self.out.iterdir()} - {beside(config)}
+            )
+        ):
             raise ValueError(f"out must be a new folder, or that of a run; {self.out} is neither")
         else:
             theirs = ours if content is None else content["config"]

@@ -1,5 +1,6 @@
 """Everything that changes during training, saved and restored as one."""
 
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -97,5 +98,6 @@ def build(model_config: EQUISegConfig, config: TrainConfig, backbone: bool) -> t
     model = EQUISeg(model_config)
     report = ""
     if backbone and config.backbone is not None:
-        report = str(load_backbone(model, config.backbone, adapt_channels=True))
+        path = os.path.expanduser(config.backbone)
+        report = str(load_backbone(model, path, adapt_channels=True))
     return model, report
