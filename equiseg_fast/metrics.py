@@ -1,5 +1,6 @@
 """Metrics of semantic segmentation, from one confusion matrix over a whole split."""
 
+import math
 from typing import Any
 
 import torch
@@ -92,7 +93,8 @@ class SegmentationMetrics(Metric):
         """Fractions in [0, 1], and NaN where there is nothing to divide by.
 
         "miou": mean IoU of the classes that occur, in labels or predictions. "iou": list of K, NaN
-        for a class that occurs in neither. "pixel_accuracy": right among all labelled pixels.
+        for a class that occurs in neither, and for that of `ignore_index`, if it is one: no pixel
+        can be right. "pixel_accuracy": right among all labelled pixels.
         "miou_absent_as_zero": the mean over all K with 0 for classes that do not occur, which is
         how DeLiVER's authors count (github.com/jamycheung/DELIVER, `semseg/metrics.py`). "images":
         how many were counted; "not_finite": how many of them had logits that are not finite, whose
@@ -101,6 +103,8 @@ class SegmentationMetrics(Metric):
         matrix = self.confusion[:-1].cpu().double()
         right = matrix.diagonal()
         iou = right / (matrix.sum(dim=0) + matrix.sum(dim=1) - right)
+        if 0 <= self.ignore_index < self.num_classes:
+            iou[self.ignore_index] = math.nan
         return {
             "miou": iou.nanmean().item(),
             "miou_absent_as_zero": iou.nan_to_num(nan=0.0).mean().item(),

@@ -72,7 +72,14 @@ def test_ignored_index_inside_the_classes_and_of_int8() -> None:
     prediction, labels = hand_made()
     metrics = SegmentationMetrics(K, 0)
     metrics.update(prediction, labels.masked_fill(labels == IGNORE, 0))
-    assert metrics.compute()["pixel_accuracy"] == pytest.approx(2 / 3)
+    result = metrics.compute()
+    assert result["pixel_accuracy"] == pytest.approx(2 / 3)
+    # What is predicted as class 0 is wrong; class 0 itself has no score. Class 1: 2 of 4,
+    # class 3: 1 too many.
+    metrics.update(torch.tensor([[[0]]]), torch.tensor([[[1]]]))
+    result = metrics.compute()
+    assert math.isnan(result["iou"][0])
+    assert result["miou"] == pytest.approx((2 / 4 + 0) / 2)
     wrapped = SegmentationMetrics(K, -1)
     wrapped.update(prediction, labels.masked_fill(labels == IGNORE, -1).to(torch.int8))
     assert wrapped.compute()["pixel_accuracy"] == pytest.approx(4 / 6)

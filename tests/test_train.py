@@ -355,6 +355,18 @@ def test_where_it_cannot_or_must_not_write(tmp_path: Path) -> None:
         train(config)
 
 
+def test_fields_can_be_mended_after_a_start_that_failed(tmp_path: Path) -> None:
+    """A run that a missing file stopped before its first line is not held to its fields."""
+    first = {"steps": 1, "validate_on": "none"}
+    with pytest.raises(FileNotFoundError, match=r"mit_b9.pth"):
+        train(configuration(tmp_path / "run", backbone=str(tmp_path / "mit_b9.pth"), **first))
+    mended = configuration(tmp_path / "run", **first)
+    train(mended)
+    assert TrainConfig.load(tmp_path / "run/config.yaml") == mended
+    with pytest.raises(ValueError, match=r"another run.*: lr 0.001 there, 0.5 now"):
+        train(configuration(tmp_path / "run", lr=0.5, **first))
+
+
 def test_a_full_disk_leaves_the_last_checkpoint(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -453,7 +465,7 @@ class TestConfiguration:
             ("out: x", ("--epochs", "0"), "epochs must be at least 1; got 0"),
             ("out: x", ("--sync-bn", "maybe"), "sync_bn must be true or false; got 'maybe'"),
             ("out: x", ("--precision", "int8"), "precision must be one of fp32, bf16, fp16; got"),
-            ("out: x", ("--crop", "32"), "crop must be a list of 2; got ['32']"),
+            ("out: x", ("--crop", "32"), "crop must be a list of 2, with commas on a command"),
             ("out: x", ("--scale", "2,1"), "scale must be lowest and highest; got (2.0, 1.0)"),
             ("out: x", ("--warmup", "1"), "warmup must be in [0, 1)"),
             ("out: x", ("--model", "b0"), "model has fields of its own: write --model.FIELD VALUE"),

@@ -46,6 +46,7 @@ def draw(args: argparse.Namespace) -> None:
     samples = [(look.raw(i), suffix) for i in indices for suffix, look in looks]
     rows = [(sample.name + suffix, panels(dataset, sample)) for sample, suffix in samples]
     sheet(rows, args.out, classes=dataset.classes, palette=dataset.palette)
+    print(f"{args.out}: {count} of {len(dataset)} scenes of split {args.split}")
 
 
 if __name__ == "__main__":

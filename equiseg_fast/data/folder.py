@@ -224,7 +224,7 @@ def join(files: Mapping[str, Files], labels: Files | None, missing: Missing) -> 
     if missing == "error":
         for name, found in files.items():
             lacking = [stem for stem in stems if stem not in found]
-            hint = "; missing='absent' takes scenes without it"
+            hint = "; missing: absent (or missing='absent') takes scenes without it"
             _refuse(lacking, example, f"sensor {name!r} has no", hint)
     if labels is not None:
         _refuse(

@@ -56,7 +56,10 @@ def show_plan(
     console.print(table)
     subsets = [_plus(a) for a in proper_subsets(config.modalities)[1:]]
     if any(c.sensors for c in todo):
-        console.print(f"Sensors that fail, in turn: {', '.join(subsets)}.")
+        said = ", ".join(subsets)
+        if len(subsets) >= MOST_SUBSETS:
+            said = f"all {len(subsets)} sets of 1 to {len(config.modalities) - 1} sensors"
+        console.print(f"Sensors that fail, in turn: {said}.")
     passes = len(left) * len(dataset)
     console.print(
         f"{len(left)} conditions of {len(dataset)} images: {passes} passes. The model takes "
@@ -94,10 +97,10 @@ def _notes(
         found = {
             "clean": averages.get("clean"),
             "EMM_Avg": averages.get("EMM_Avg"),
-            **{f"RMM_Avg {r}": x for r, x in averages.get("RMM_Avg", {}).items()},
+            **{f"RMM_Avg at r = {r}": x for r, x in averages.get("RMM_Avg", {}).items()},
             **{f"NM {level}": x for level, x in averages.get("NM", {}).items()},
         }
-        texts = ", ".join(f"{n} {_percent(x)}" for n, x in found.items() if x is not None)
+        texts = ", ".join(f"{n}: {_percent(x)}" for n, x in found.items() if x is not None)
         console.print(
             "mIoU is over classes that occur. With 0 for those that do not, as DeLiVER's authors "
             f"count: {texts}"

@@ -83,12 +83,14 @@ def _number(name: str, value: Any, kind: type) -> Any:
 
 
 def _tuple(name: str, value: Any, options: tuple[Any, ...]) -> tuple[Any, ...]:
+    given = value
     if isinstance(value, str):
         value = [part.strip() for part in value.strip("[]() ").split(",") if part.strip()]
     many = len(options) == 2 and options[1] is Ellipsis
     if not isinstance(value, list | tuple) or not (many or len(value) == len(options)):
         what = "a list" if many else f"a list of {len(options)}"
-        raise ValueError(f"{name} must be {what}; got {value!r}")
+        how = ", with commas on a command line" if isinstance(given, str) else ""
+        raise ValueError(f"{name} must be {what}{how}; got {given!r}")
     kinds = [options[0]] * len(value) if many else options
     return tuple(
         convert(f"{name}[{i}]", x, k) for i, (x, k) in enumerate(zip(value, kinds, strict=True))

@@ -87,9 +87,12 @@ class _Run:
         self.state = State(model, self.config, here)
         if content is not None:
             self.state.load(content)
+        fresh = content is None
         del content
         show(plan, self.console, self.state.step)
         self.log = Log(self.out, self.state.length, self.state.step) if here.rank == 0 else None
+        if fresh and here.rank == 0:  # only now is it sure that no other process is there
+            self._write_config()
         self.screen = Screen(self.console, plan.steps, self.state.step)
         if report:
             self.screen.say(report)
@@ -117,19 +120,15 @@ class _Run:
         ours = self.config.to_dict()
         checkpoint, config = self.out / files.CHECKPOINT, self.out / files.CONFIG
         content = files.load(checkpoint) if checkpoint.exists() else None
-        if content is None and config.exists():
-            theirs = TrainConfig.load(config).to_dict()
-        elif (
-            content is None
-            and self.out.is_dir()
-            and (
-                # A kill while the first file was written leaves no run, and its beginning.
-                {*self.out.iterdir()} - {beside(config)}
-            )
-        ):
+        theirs = ours
+        if content is not None:
+            theirs = content["config"]
+        elif config.exists():
+            if self._logged():
+                theirs = TrainConfig.load(config).to_dict()
+        # A kill while the first file was written leaves no run, and its beginning.
+        elif self.out.is_dir() and {*self.out.iterdir()} - {beside(config)}:
             raise ValueError(f"out must be a new folder, or that of a run; {self.out} is neither")
-        else:
-            theirs = ours if content is None else content["config"]
         if others := differences(ours, theirs):
             raise ValueError(
                 f"out holds another run, {self.out}; choose a new one, or go on with its fields: "
@@ -143,9 +142,19 @@ class _Run:
             )
         self.here.gathered(None)  # everybody has looked
         if self.here.rank == 0 and not config.exists():
-            self.out.mkdir(parents=True, exist_ok=True)
-            files.replace_file(config, lambda file: file.write(self.config.to_yaml().encode()))
+            self._write_config()
         return content
+
+    def _write_config(self) -> None:
+        self.out.mkdir(parents=True, exist_ok=True)
+        text = self.config.to_yaml().encode()
+        files.replace_file(self.out / files.CONFIG, lambda file: file.write(text))
+
+    def _logged(self) -> bool:
+        """Whether a run has written a line. One that stopped before, at a file that cannot be read
+        for example, has nothing to lose, and its fields may be mended."""
+        log = self.out / files.METRICS
+        return log.exists() and log.stat().st_size > 0
 
     def _train(self) -> None:
         state, plan = self.state, self.plan

@@ -108,13 +108,15 @@ def _summary(plan: Plan, step: int) -> list[str]:
     images = ", ".join(f"{s.name} ({s.channels})" for s in plan.train.sensors)
     val = "no validation, the last weights are kept"
     if plan.val is not None:
-        every = f"every {config.validate_every} epochs" if config.validate_every else "at the end"
+        every = {0: "at the end", 1: "after every epoch"}.get(
+            config.validate_every, f"every {config.validate_every} epochs"
+        )
         val = f"{len(plan.val)} of split {config.validate_on}, {every}"
     return [
         f"EQUISeg {model.variant}: {parameters / 1e6:.2f} million parameters, "
         f"{model.num_classes} classes, {images}",
-        f"images: {len(plan.train)} to train, as {config.batch_size} crops of {height} x {width} "
-        f"a step; {val}",
+        f"images: {len(plan.train)} to train, {config.batch_size} a step as crops of {height} x "
+        f"{width}; {val}",
         f"steps: {plan.steps}, {plan.steps_per_epoch} an epoch"
         + (f"; going on after step {step}" if step else ""),
         f"learning rate: {rise} falling to {last:.2g}",
