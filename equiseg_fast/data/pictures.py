@@ -173,6 +173,7 @@ def sheet(
             axes = figure.add_axes(box)
             axes.set_axis_off()
             if picture is None:
+                axes.set_box_aspect(height / width)  # as `imshow` has it, for titles in one line
                 axes.text(0.5, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
             else:
                 axes.imshow(picture, interpolation="nearest")
