@@ -338,7 +338,9 @@ def _predict(
     if done:
         seconds = time.monotonic() - start
         speed = f"{done / seconds:.1f} images/s"
-        print(f"{done} images in {seconds:.1f} s ({speed}){_missing(lacks, done)}. Of all pixels:")
+        print(
+            f"{done} images in {seconds:.1f} s ({speed}){_missing(lacks, done)}. Of their pixels:"
+        )
         for i in filter(pixels.__getitem__, pixels.argsort()[::-1]):
             print(f"  {pixels[i] / pixels.sum():8.3%}  {dataset.classes[i]}")
         print(f"{outputs.folder}: class numbers in labels/, the same in colours in colour/")

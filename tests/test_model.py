@@ -457,6 +457,21 @@ class TestTraining:
         _, parts = model.loss(x, labels)
         assert parts["seg"].item() == pytest.approx(log(classes), rel=0.05)
 
+    @pytest.mark.parametrize("in_channels", [3, (3, 1)])
+    def test_where_a_sensor_sees_nothing_gradients_stay_small(self, in_channels: Any) -> None:
+        """Tokens of zeros would go through LayerNorm after LayerNorm."""
+        model = EQUISeg.from_name(
+            "nano", modalities=("rgb", "lidar"), in_channels=in_channels, num_classes=5
+        )
+        lidar = torch.randn(2, model.config.in_channels[1], 64, 64)
+        lidar[:, :, :40] = 0
+        total, _ = model.loss(
+            {"rgb": torch.randn(2, 3, 64, 64), "lidar": lidar}, torch.randint(0, 5, (2, 64, 64))
+        )
+        total.backward()
+        gradients = [p.grad for p in model.parameters() if p.grad is not None]
+        assert torch.stack([g.norm() for g in gradients]).norm() < 100
+
     def test_order_of_the_teachers(self) -> None:
         """Given it is used, drawn it comes from the generator, and a wrong one is refused."""
         x, labels = images(height=32, width=32), torch.randint(0, 7, (2, 32, 32))

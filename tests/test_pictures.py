@@ -93,7 +93,7 @@ def test_the_command_writes_sheets_or_nothing(
     assert Image.open(out).size[1] > 1.5 * clean[1]
     written = out.read_bytes()
     for wrong, says in (
-        (["--degradation", "rain"], "name must be one of night"),
+        (["--degradation", "rain"], "degradation must be one of night"),
         (["--count", "0"], "count must be at least 1"),
     ):
         assert main([str(config), str(out), *wrong]) == 2

@@ -5,8 +5,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from equiseg_fast._command import parser_of, run_command
+from equiseg_fast.ops._checks import check_choice
 
 from . import DataConfig, Degraded, SensorDataset
+from .degradations import degradations_for
 from .folder import SPLITS
 from .pictures import panels, sheet
 
@@ -39,6 +41,7 @@ def draw(args: argparse.Namespace) -> None:
     indices = [k * len(dataset) // count for k in range(count)]
     looks: list[tuple[str, SensorDataset]] = [("", dataset)]
     if args.degradation is not None:
+        check_choice("degradation", args.degradation, degradations_for(dataset.sensors))
         looks = [
             (f"\n{args.degradation} {s:g}", Degraded(dataset, args.degradation, s))
             for s in args.severity

@@ -178,7 +178,9 @@ def folder_in(root: str | os.PathLike[str], name: str) -> Path:
         if not Path(root).is_dir():
             raise ValueError(f"{root}: must be a folder of data; there is none")
         there = sorted(x.name for x in Path(root).iterdir() if x.is_dir() and x.name[0] != ".")
-        raise ValueError(f"{folder}: must be a folder; {root} has {', '.join(there) or 'none'}")
+        more = f" and {len(there) - 12} more" if len(there) > 12 else ""
+        names = ", ".join(there[:12]) or "none"
+        raise ValueError(f"{folder}: must be a folder; {root} has {names}{more}")
     return folder
 
 

@@ -177,6 +177,7 @@ def sheet(
             axes = figure.add_axes(box)
             axes.set_axis_off()
             if panel is None:
+                axes.set_box_aspect(height / width)  # as `imshow` has it, for titles in one line
                 axes.text(0.5, 0.5, "none", ha="center", va="center", fontsize=9, color="gray")
             elif isinstance(panel, np.ndarray):
                 axes.imshow(panel, interpolation="nearest")

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from equiseg_fast.nn import DropPath, EfficientSelfAttention, MixFFN, PatchEmbed, init_module
 from equiseg_fast.nn._forms import check_belongs
+from equiseg_fast.nn._init import normal_
 from equiseg_fast.nn._layer import Layer
 from equiseg_fast.nn._plain import plain_parameters
 from equiseg_fast.ops import _checks, add_layer_norm
@@ -152,6 +153,11 @@ class MixTransformer(Layer):
             setattr(self, f"block{s + 1}", blocks)
             setattr(self, f"norm{s + 1}", nn.LayerNorm(dim, eps=ln_eps_block))
         self.apply(init_module)
+        # Where a sensor saw nothing its image is zero, and with a bias of zero so would be the
+        # token: LayerNorm after LayerNorm would multiply its gradient by 1 / sqrt(eps), to 1e7.
+        for name, bias in self.patch_embed1.named_parameters():
+            if name.endswith("bias") and "norm" not in name:
+                normal_(bias, 0.02)
 
     def embed(self, stage: int, x: Tensor) -> tuple[Tensor, int, int]:
         """Stage 0..3: map `[R, C, H, W]` -> tokens `[R, L, dim]` and their (height, width)."""
