@@ -23,17 +23,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _split(arguments: Sequence[str]) -> tuple[list[str], dict[str, str | None]]:
-    """Arguments of the parser, and fields with their values; None where there is none."""
+    """Arguments of the parser, and fields with their values; None where there is none, or the next
+    option stands in its place."""
     plain: list[str] = []
     fields: dict[str, str | None] = {}
-    rest = iter(arguments)
-    for argument in rest:
+    rest = list(reversed(arguments))
+    while rest:
+        argument = rest.pop()
         name, equals, value = argument.partition("=")
         if name in ("--help", "--dry-run") or not name.startswith("--"):
             plain.append(argument)
         else:
             key = name[2:].replace("-", "_")
-            fields[key] = value if equals else next(rest, None)
+            follows = bool(rest) and not rest[-1].startswith("--")
+            fields[key] = value if equals else rest.pop() if follows else None
     return plain, fields
 
 

@@ -53,6 +53,7 @@ def test_config_survives_json_and_yaml(config: DataConfig) -> None:
             ValueError,
             "sensors must be of rgb",
         ),
+        ({"sensors": [["rgb"]]}, ValueError, r"sensors must be of rgb, .*; got \['rgb'\]"),
         ({"kind": "muses", "root": "x", "missing": "no"}, ValueError, "missing must be one of"),
         ({"size": 96}, TypeError, "size must be a sequence of height and width; got 96"),
         ({"size": [96]}, ValueError, "size must be height and width"),

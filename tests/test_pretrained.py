@@ -375,6 +375,7 @@ class TestRefusedFolders:
             (spoil_weights(flip_last_bit), "is damaged: its values are not those that were writ"),
             (without_configuration, "was not written by save_pretrained: it has no configuration"),
             (lambda x: (x / "config.json").write_text("{"), r"config\.json holds no JSON: Expect"),
+            (lambda x: (x / "config.json").write_text("[" * 9999), "holds no JSON: max"),
             (lambda x: (x / "config.json").write_text("[]"), "must be of the architecture EQUISeg"),
             (
                 lambda x: rewrite(x, architectures=["SegformerForSemanticSegmentation"]),
@@ -389,6 +390,8 @@ class TestRefusedFolders:
                 r"config\.json: EQUISegConfig has no field fancy, which version 9\.9 of the",
             ),
             (lambda x: rewrite(x, num_classes=0), r"config\.json: num_classes must be 1 to 256"),
+            (lambda x: rewrite(x, ppx_depth=10**9), r"config\.json: ppx_depth must be that of the"),
+            (lambda x: rewrite(x, decoder_dim=2**31 - 1), r"json: Storage size calcula"),
             (
                 lambda x: rewrite(x, num_classes=5, class_names=None),
                 r"linear_pred\.weight of .*safetensors must have shape \[5, 128, 1, 1\]; got",

@@ -331,7 +331,7 @@ def test_a_gradient_that_is_not_finite(
     assert all(x.isfinite().all() for x in saved["model"].values())
 
 
-def test_where_it_cannot_or_must_not_write(tmp_path: Path) -> None:
+def test_where_it_cannot_or_must_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that says why, and nothing of what is there changes."""
     config = configuration(tmp_path / "run", steps=2, validate_on="none")
     train(config)
@@ -346,6 +346,12 @@ def test_where_it_cannot_or_must_not_write(tmp_path: Path) -> None:
     (tmp_path / "photos/me.png").touch()
     with pytest.raises(ValueError, match=r"must be a new folder, or that of a run; .*photos"):
         train(configuration(tmp_path / "photos"))
+    (tmp_path / "photos/me.png").rename(tmp_path / "photos/.config.yaml.new")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    # A kill while its first file was written is no reason not to go on.
+    train(configuration(Path("~/photos"), steps=1, validate_on="none"))
+    assert (tmp_path / "photos/checkpoint.pt").exists()
+    (tmp_path / "photos/me.png").touch()
     with pytest.raises(NotADirectoryError, match=r"me.png"):
         train(configuration(tmp_path / "photos/me.png/out"))
     for path, content in there.items():
@@ -451,6 +457,8 @@ class TestConfiguration:
         ("text", "options", "message"),
         [
             ("lr: [", (), "config.yaml is no YAML"),
+            ("out: x\nlr: 1\nlr: 2", (), "config.yaml is no YAML: lr is there twice in"),
+            ("[" * 5000, (), "config.yaml is no YAML: maximum recursion depth"),
             ("- 1", (), "config.yaml must hold fields and values; got list"),
             ("epoch: 3\nout: x", (), "epoch is no field; did you mean epochs?"),
             ("model: {varient: b0}\nout: x", (), "model.varient is no field; did you mean model.v"),
@@ -473,6 +481,7 @@ class TestConfiguration:
             ("out: x", ("--model.drop_path", "2"), "model.drop_path must be in [0, 1); got 2.0"),
             ("out: x", ("--data.kind", "web"), "data.kind must be one of folder, deliver, muses"),
             ("out: x", ("--lr",), "--lr needs a value"),
+            ("", ("--out", "--dry-run"), "--out needs a value"),
             ("out: x", ("--batch_size", "5"), "batch_size must be at most the number of training"),
             ("out: x", ("--device", "cuda:77"), "device must be one that PyTorch sees"),
         ],
