@@ -2,6 +2,7 @@
 
 import math
 import os
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -46,6 +47,9 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise yaml.YAMLError(f"{twice[0]} is there twice{node.start_mark}")
             return super().construct_mapping(node, deep)
 
+    # PyYAML takes 1e-3 for a string, because it has no dot.
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:

@@ -2,6 +2,7 @@
 
 import copy
 import json
+from pathlib import Path
 
 import pytest
 
@@ -117,3 +118,13 @@ def test_config_opens_scenes_that_no_split_or_seed_shares() -> None:
     assert chosen.sensors[0].mean == (0, 0)
     assert chosen.sensors[0].scale == synthetic.SENSORS[3].scale
     assert list(chosen[0].images) == ["lidar", "rgb"]
+
+
+def test_numbers_of_a_file_need_no_dot(tmp_path: Path) -> None:
+    path = tmp_path / "data.yaml"
+    sensor = "{name: ir, kind: thermal, scale: 1e-3, mean: [-2E+1], std: [1e0]}"
+    path.write_text(f"kind: folder\nroot: 1e3x\nclasses: [a, b]\nsensors: [{sensor}]\n")
+    config = DataConfig.load(path)
+    assert config.root == "1e3x"
+    (found,) = config.sensors or ()
+    assert (found.scale, found.mean, found.std) == (1e-3, (-20.0,), (1.0,))

@@ -71,7 +71,7 @@ def convert(name: str, value: Any, hint: Any) -> Any:
 def _number(name: str, value: Any, kind: type) -> Any:
     what = "an integer" if kind is int else "a number"
     try:
-        # YAML takes 1e-4 for a string, because it has no dot.
+        # Command lines have strings.
         found = kind(value) if isinstance(value, str) else value
         if kind is float:
             return number(name, found)
