@@ -27,6 +27,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from benchmarks import outputs
 from benchmarks.options import ROOT, to_path
+from equiseg_fast._files import to_yaml
 
 # Ten epochs.
 TRAINING: dict[str, Any] = {
@@ -102,13 +103,11 @@ class Run:
 
     def prepare(self) -> None:
         """Write the configuration of the training, unless it is there."""
-        import yaml
-
         fields = TRAINING["model"] | SETTINGS[self.setting].fields
         content = TRAINING | {"out": str(self.folder / "run"), "seed": self.seed, "model": fields}
         path = self.folder / "train.yaml"
         if not path.exists():
-            outputs.write(path, yaml.safe_dump(content, sort_keys=False))
+            outputs.write(path, to_yaml(content))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

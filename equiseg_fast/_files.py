@@ -47,9 +47,7 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
                 raise yaml.YAMLError(f"{twice[0]} is there twice{node.start_mark}")
             return super().construct_mapping(node, deep)
 
-    # PyYAML takes 1e-3 for a string, because it has no dot.
-    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
-    Loader.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
+    _take_numbers(Loader)
     try:
         content = yaml.load(Path(path).read_text(encoding="utf-8"), Loader)  # a SafeLoader
     except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
@@ -57,6 +55,23 @@ def read_yaml(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, Mapping):
         raise ValueError(f"{path} must hold fields and values; got {type(content).__name__}")
     return dict(content)
+
+
+def to_yaml(content: Mapping[str, Any]) -> str:
+    """Plain values as text that `read_yaml` reads."""
+    import yaml
+
+    class Dumper(yaml.SafeDumper):
+        pass
+
+    _take_numbers(Dumper)
+    return str(yaml.dump(dict(content), Dumper=Dumper, sort_keys=False))
+
+
+def _take_numbers(cls: Any) -> None:
+    """Make numbers of 1e-3, which PyYAML takes for a string, because it has no dot."""
+    number = re.compile(r"[-+]?\d+(\.\d*)?[eE][-+]?\d+$")
+    cls.add_implicit_resolver("tag:yaml.org,2002:float", number, list("-+0123456789"))
 
 
 def as_json(x: Any) -> Any:

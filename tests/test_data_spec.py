@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from equiseg_fast._files import to_yaml
 from equiseg_fast.data import DataConfig, synthetic
 
 yaml = pytest.importorskip("yaml", reason="needs PyYAML (extra train)")
@@ -128,3 +129,11 @@ def test_numbers_of_a_file_need_no_dot(tmp_path: Path) -> None:
     assert config.root == "1e3x"
     (found,) = config.sensors or ()
     assert (found.scale, found.mean, found.std) == (1e-3, (-20.0,), (1.0,))
+
+
+def test_what_is_written_is_read(tmp_path: Path) -> None:
+    """Strings that look like numbers, too."""
+    config = DataConfig(kind="folder", root="1e5", sensors=["rgb"], classes=["1e3", "2", "yes"])
+    path = tmp_path / "data.yaml"
+    path.write_text(to_yaml(config.to_dict()))
+    assert DataConfig.load(path) == config

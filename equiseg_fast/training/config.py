@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal
 
-from equiseg_fast._files import as_json, read_yaml
+from equiseg_fast._files import as_json, read_yaml, to_yaml
 from equiseg_fast.data import Augment, SensorDataset
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISegConfig
@@ -177,9 +177,7 @@ class TrainConfig:
 
     def to_yaml(self) -> str:
         """The file that `load` reads."""
-        import yaml
-
-        return yaml.safe_dump(self.to_dict(), sort_keys=False)
+        return to_yaml(self.to_dict())
 
     def model_for(self, dataset: SensorDataset) -> EQUISegConfig:
         """The configuration of the model for the sensors and classes of a dataset."""
