@@ -17,8 +17,9 @@ from equiseg_fast import use_backend
 
 # Relative RMS error of outputs and of all gradients, against the fp32 reference. The maxima and
 # the selection of hard pixels are not continuous: one pixel that decides otherwise in the last bit
-# sends its whole gradient elsewhere, which costs more than rounding does.
-AGREEMENT = {torch.float32: (1e-4, 3e-3)}
+# sends its whole gradient elsewhere, which costs more than rounding does: up to 4e-3 of images of
+# 64 x 96, and less of larger ones; without such a pixel it is 1e-5.
+AGREEMENT = {torch.float32: (1e-4, 5e-3)}
 HALF_AGREEMENT = (5e-2, 0.3)
 
 Call = Callable[[], Outputs]

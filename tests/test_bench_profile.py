@@ -112,7 +112,7 @@ def test_nothing_wrong_is_profiled(
         (["--op", "atention"], "--op must be among attention"),
         (["--op", "norm", "--calls", "0"], "--calls must be at least 1; got 0"),
         (["--op", "norm", "--only-calls"], "--only-calls is for profilers of a GPU"),
-        (["--op", "norm", "--at", "variant=b9"], "--at variant must be among b0, b1"),
+        (["--op", "norm", "--at", "variant=b9"], "--at variant must be among nano, b0"),
     ],
 )
 def test_usage_errors(

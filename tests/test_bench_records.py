@@ -112,7 +112,7 @@ def test_three_kinds_of_results_are_read(tmp_path: Path) -> None:
         ({"status": "fine"}, "status must be one of ok, unsupported"),
         ({"case": {"variant": "b0"}}, "case must have variant, stage, height"),
         ({"case": 7}, "case must be an object; got 7"),
-        ({"case": asdict(SHAPE) | {"variant": "b9"}}, "variant must be one of b0, b1"),
+        ({"case": asdict(SHAPE) | {"variant": "b9"}}, "variant must be one of nano, b0"),
         ({"case": asdict(SHAPE) | {"height": "64"}}, "height must be a positive integer; got '64'"),
         ({"p50_us": "fast"}, "p50_us must be a number or null; got 'fast'"),
         ({"p50_us": True}, "p50_us must be a number or null; got True"),

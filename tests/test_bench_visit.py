@@ -561,6 +561,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert not out.exists()
 
 
+@pytest.mark.long
 def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     folder, archive = tmp_path / "visit", tmp_path / "home.tar.gz"
 

@@ -141,6 +141,7 @@ class TestCompiled:
     def test_table_is_complete_and_up_to_date(self, installed: Path) -> None:
         assert resources.not_in_table(installed) == []
 
+    @pytest.mark.long
     @needs_triton
     def test_table_is_true(self, installed: Path) -> None:
         compiled = resources.run(HOT_ARCHS, HOT, stems=["attention"], progress=False)

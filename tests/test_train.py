@@ -234,6 +234,7 @@ def test_killed_at_random_moments(tmp_path: Path, children: Children) -> None:
     assert_same_run(tmp_path / "pieces", tmp_path / "whole")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("distributed", ["ddp", "fsdp2"])
 def test_two_processes_equal_one(distributed: str, tmp_path: Path, children: Children) -> None:
     """Loss and gradients of the same global batch, with batch norms, hard pixels, dropped

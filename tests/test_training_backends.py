@@ -106,6 +106,7 @@ def large_tiles() -> Iterator[None]:
 needs_triton = pytest.mark.skipif(not CAN_LAUNCH, reason="Triton has nothing to run on")
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("backend", ["torch", pytest.param("triton", marks=needs_triton)])
 def test_a_few_steps_agree(backend: str) -> None:
     """Losses to 1e-4, and every parameter within twice what another order of sums changes, or a

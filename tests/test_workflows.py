@@ -90,6 +90,7 @@ class TestCompile:
         expected = gradients(model, loss(images, labels))
         assert_same(gradients(model, compiled(images, labels)), expected, 1e-9)
 
+    @pytest.mark.long
     @pytest.mark.parametrize("part", ["transformer block", "cross-modal block"])
     def test_sizes_may_change(self, part: str) -> None:
         """One graph for all sizes, forward and backward; the whole model compiles for minutes."""
@@ -300,6 +301,7 @@ class TestDistributed:
         actual.square().mean().backward()
         assert layer.fc1.weight.grad.full_tensor().abs().sum() > 0
 
+    @pytest.mark.long
     def test_training_equals_a_single_process(self) -> None:
         """DDP, FSDP2, FSDP2 in bf16 and compiled."""
         printed = distributed()
