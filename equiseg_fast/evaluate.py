@@ -170,7 +170,8 @@ def read_data(data: str, config: EQUISegConfig) -> DataConfig:
             f'data must be a folder, a YAML file (.yaml, .yml) or "synthetic"; got {data}, which '
             f"{'is a file' if path.exists() else 'is not there'}"
         )
-    given = {sensor.name: sensor for sensor in found.sensors or _synthetic_sensors()}
+    assert found.sensors is not None  # every kind of data has some
+    given = {sensor.name: sensor for sensor in found.sensors}
     if lacking := [name for name in config.modalities if name not in given]:
         raise ValueError(
             f"modalities of the model are {', '.join(config.modalities)}; the data has "
@@ -200,12 +201,6 @@ def agree(dataset: SensorDataset, config: EQUISegConfig) -> None:
         )
     if not len(dataset):
         raise ValueError("data must have at least one sample; it has none")
-
-
-def _synthetic_sensors() -> Any:
-    from .data.synthetic import SENSORS
-
-    return SENSORS
 
 
 def _run(
