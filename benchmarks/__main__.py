@@ -48,7 +48,7 @@ from benchmarks import (  # noqa: E402
 )
 from benchmarks import record as records_of  # noqa: E402
 from benchmarks.options import choose_device, selection_arguments, to_path, to_threads  # noqa: E402
-from benchmarks.plan import EXTRAS, Case, Options, dry_run, extras, plan, remaining  # noqa: E402
+from benchmarks.plan import Case, Options, dry_run, has_breakdown, plan, remaining  # noqa: E402
 from benchmarks.providers import TUNED  # noqa: E402
 from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
 from benchmarks.reporting import readme, report, terminal  # noqa: E402
@@ -119,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         help="end the process, to be resumed, if one step of one case takes longer",
     )  # fmt: skip
     run.add_argument(
-        "--no-report", action="store_true", help="records only: no report, plots, sensors"
+        "--no-report", action="store_true", help="records only: no breakdown, report, plots"
     )
     run.add_argument(
         "--dry-run",
@@ -199,11 +199,9 @@ def _run(args: argparse.Namespace, console: Console) -> int:
     cases = plan(options)
     if args.largest_first:
         cases.sort(key=_bytes, reverse=True)
-    wanted = {} if args.no_report else extras(options, cases)
-    chosen = [name for name, reason in wanted.items() if not reason]
-    skipped = [f"skipped: {name}: {reason}" for name, reason in wanted.items() if reason]
+    breakdown = not args.no_report and has_breakdown(options, cases)
     if args.dry_run:
-        further = skipped + [f"then: {name}: {EXTRAS[name]}" for name in chosen]
+        further = ["then: breakdown: times of the parts of the model"] if breakdown else []
         further += [] if args.no_report else ["then: report and plots"]
         console.print("\n".join(dry_run(cases, device, further)), markup=False, soft_wrap=True)
         return 0
@@ -249,7 +247,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        task = progress.add_task("", total=len(waiting) + len(chosen))
+        task = progress.add_task("", total=len(waiting) + breakdown)
         for case in waiting:
             try:
                 runner.run(case, lambda text: progress.update(task, description=text), keep)
@@ -270,21 +268,16 @@ def _run(args: argparse.Namespace, console: Console) -> int:
         if args.no_report:
             console.print(_closing(phases, out), markup=False, soft_wrap=True)
             return 1 if broken else 0
-        for name in chosen:
-            progress.update(task, description=EXTRAS[name])
+        if breakdown:
+            progress.update(task, description="times of the parts of the model")
             try:
-                if name == "breakdown":
-                    _breakdown(rows, device, out, args.seed, phases)
-                else:
-                    _sensors(out, args.seed, phases)
+                _breakdown(rows, device, out, args.seed, phases)
             except RuntimeError as error:  # out of memory, for one; the rows are worth their report
-                console.print(f"no {name}: {error}", markup=False)
+                console.print(f"no breakdown: {error}", markup=False)
             progress.advance(task)
     with phases.phase("report and plots"):
         report.write(rows, env, out)
     terminal.show(rows, console)
-    for line in skipped:
-        console.print(line)
     console.print(_closing(phases, out), markup=False, soft_wrap=True)
     return 1 if broken else 0
 
@@ -316,21 +309,6 @@ def _breakdown(
         providers = [r.provider for r in measured if r.group == first.group]
         found = breakdown.measure(first.shape, first.dtype, device, providers, seed)
     outputs.write(out / "breakdown.json", json.dumps(found, indent=1) + "\n")
-
-
-def _sensors(out: Path, seed: int, phases: Phases) -> None:
-    from benchmarks import sensors
-    from benchmarks.reporting.plots import sensors as plot
-
-    with phases.phase("sensors"):
-        found = sensors.contributions(seed)
-    tables = {
-        k: [[None if x != x else x for x in row] for row in v.tolist()]
-        for k, v in found.weights.items()
-    }
-    outputs.write(out / "sensors.json", json.dumps(tables, indent=1) + "\n")
-    with phases.phase("report and plots"):
-        plot.draw(found, out / "plots")
 
 
 def _report(args: argparse.Namespace, console: Console) -> int:

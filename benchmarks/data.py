@@ -25,25 +25,21 @@ IGNORE = 255
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 WHAT = (
-    "Sensors: skimage.data.stereo_motorcycle (500 x 741 pixels), centre crop of "
-    f"{SIZE[0]} x {SIZE[1]}. Left and right camera: RGB normalised with the ImageNet mean and "
-    "deviation. Disparity of the left camera: divided by its largest finite value, 0 where it was "
-    "not measured, repeated to three channels. Pseudo-labels, not annotations: "
-    f"{BANDS} bands of equally many pixels by disparity, ignored where it was not measured."
+    f"Three sensors of {SIZE[0]} x {SIZE[1]} are the centre of skimage.data.stereo_motorcycle (500 "
+    "x 741 pixels). Left and right camera: RGB normalised with the ImageNet mean and deviation. "
+    "Disparity of the left camera: divided by its largest finite value, 0 where it was not "
+    "measured, repeated to three channels. Pseudo-labels, not annotations: "
+    f"{BANDS} bands of equally many pixels by disparity, ignored where it was not measured. Images "
+    "of other numbers and sizes are normal noise, their labels patches of random classes."
 )
 
 
 @dataclass(frozen=True)
 class Sensors:
-    """images `[3, 1, 3, H, W]` fp32 ready for a model; labels `[1, H, W]` int64, the pseudo-labels;
-    left, right `[H, W, 3]` uint8 and disparity `[H, W]` in pixels, NaN where unknown, as they were.
-    """
+    """images `[3, 1, 3, H, W]` fp32 ready for a model; labels `[1, H, W]` int64, pseudo-labels."""
 
     images: Tensor
     labels: Tensor
-    left: np.ndarray
-    right: np.ndarray
-    disparity: np.ndarray
 
 
 @cache
@@ -65,7 +61,7 @@ def motorcycle() -> Sensors:
     known = torch.from_numpy(disparity.copy()).float()
     depth = (known / known.nan_to_num(0.0).max()).nan_to_num(0.0)
     maps = [*(_normalised(x) for x in (left, right)), depth.expand(3, -1, -1)]
-    return Sensors(torch.stack(maps)[:, None], _bands(known)[None], left, right, disparity)
+    return Sensors(torch.stack(maps)[:, None], _bands(known)[None])
 
 
 def _normalised(image: np.ndarray) -> Tensor:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -186,24 +185,10 @@ def remaining(cases: Sequence[Case], records: Iterable[Record]) -> list[Case]:
     return left
 
 
-EXTRAS = {
-    "breakdown": "times of the parts of the model",
-    "sensors": "a short training, then the picture of what the gate makes of blank sensors",
-}
-"""What a run does beside its cases."""
-
-
-def extras(options: Options, cases: Sequence[Case]) -> dict[str, str]:
-    """Which of `EXTRAS` belong to a run, with the reason against those that cannot be done here.
-
-    They belong to whole suites, not to what was picked from one.
-    """
-    found = {}
-    if not options.narrowed and any(case.op.name == "model" for case in cases):
-        found["breakdown"] = ""
-    if not options.narrowed and options.suite == "quick":
-        found["sensors"] = "" if find_spec("skimage") else "scikit-image is not installed"
-    return found
+def has_breakdown(options: Options, cases: Sequence[Case]) -> bool:
+    """Whether a run measures the parts of the model, too: in whole suites that have the model, not
+    in what was picked from one."""
+    return not options.narrowed and any(case.op.name == "model" for case in cases)
 
 
 def dry_run(cases: Sequence[Case], device: torch.device, further: Sequence[str] = ()) -> list[str]:

@@ -87,16 +87,16 @@ def test_overlapping_bands_are_no_clear_win() -> None:
 
 
 def test_the_headline_shows_the_best_and_the_worst() -> None:
-    text = document.markdown(report.build(some_records(), {}, [], []))
+    text = document.markdown(report.build(some_records(), {}, []))
     headline = text.split("## Headline")[1].split("## ")[0]
     assert "**4.00x** best against the strongest other: attention fwd" in headline
     assert "**8.00x** best against eager: attention fwd" in headline
     assert "**0.333x** worst against the same: losses fwd b0 s1 64x96" in headline
     assert "**2 of 3** cases that ours wins" in headline
     assert "| losses | fwd | fp32 | baseline | 2 | 1 | 0.333x | 1.67x | 3.00x | 1.67x |" in headline
-    summary = report.build(some_records(), {}, [], []).sections[0].blocks[1]
+    summary = report.build(some_records(), {}, []).sections[0].blocks[1]
     assert [[cell.text for cell in row if cell.warn] for row in summary.rows] == [[], ["0.333x"]]
-    alone = document.markdown(report.build([record(1.0)], {}, [], []))
+    alone = document.markdown(report.build([record(1.0)], {}, []))
     assert "No case was measured both with ours and with somebody else's." in alone
 
 
@@ -112,13 +112,13 @@ def test_what_is_not_settled_is_no_headline(flaw: dict[str, float], whose: int) 
         record(3, "torch", "norm"),
     ]
     rows[whose] = replace(rows[whose], **flaw)
-    headline = document.markdown(report.build(rows, {}, [], [])).split("## Where")[0]
+    headline = document.markdown(report.build(rows, {}, [])).split("## Where")[0]
     assert "**3.00x** best against the strongest other: norm fwd" in headline
     assert "**1 of 2** cases that ours wins" in headline
     assert "1 of 3 comparisons are left out here: fewer than 3 samples" in headline
     assert "losses" not in headline
     alone = [rows[3], rows[4]]
-    headline = document.markdown(report.build(alone, {}, [], [])).split("## Where")[0]
+    headline = document.markdown(report.build(alone, {}, [])).split("## Where")[0]
     assert "1 of 1 comparisons are left out" in headline
     assert "best against" not in headline
 
@@ -149,7 +149,7 @@ def test_narrow_terminals_get_fewer_columns_and_whole_numbers(width: int) -> Non
 def test_every_row_shows_its_distance_to_the_floor() -> None:
     table = next(
         block
-        for section in report.build(some_records(), {}, [], []).sections
+        for section in report.build(some_records(), {}, []).sections
         if section.title == "attention"
         for block in section.blocks
         if isinstance(block, Table)
@@ -161,7 +161,7 @@ def test_every_row_shows_its_distance_to_the_floor() -> None:
 
 def test_columns_without_numbers_are_left_out() -> None:
     rows = [replace(record(1), saved_mib=None, cpu_us=None), record(2, "baseline")]
-    columns = document.markdown(report.build(rows, {}, [], [])).split("## attention")[1]
+    columns = document.markdown(report.build(rows, {}, [])).split("## attention")[1]
     assert "| n | vs eager |" in columns
     assert "saved MiB" not in columns
     assert "CPU ms" not in columns
@@ -443,7 +443,7 @@ def test_breakdown_is_part_of_the_report(tmp_path: Path) -> None:
 
 def test_launches_are_a_section_of_their_own() -> None:
     rows = [Row(1, "block", "ours", 5, 26)]
-    built = report.build([record(1.0)], {}, [], [], rows)
+    built = report.build([record(1.0)], {}, [], rows)
     assert "Kernels per cross-modal block" in [section.title for section in built.sections]
     assert "| 1 | block | ours | 5 | 26 | 31 |" in document.markdown(built)
 

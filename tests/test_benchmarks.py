@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data, memory, sensors, timing
+from benchmarks import data, memory, timing
 from benchmarks.__main__ import main
 from benchmarks.baseline_model import EagerBaseline
 from benchmarks.cost import Limits
@@ -30,7 +30,6 @@ from benchmarks.registry import (
     unavailable,
 )
 from benchmarks.reporting import analysis, report
-from benchmarks.reporting.plots import sensors as sensor_plot
 from benchmarks.runner import Runner
 from equiseg_fast import add_layer_norm, attention
 from equiseg_fast.models import EQUISeg
@@ -427,9 +426,9 @@ def test_sensors_are_real_and_labels_are_bands() -> None:
     shares = labelled.bincount().double() / len(labelled)
     assert len(shares) == data.BANDS
     assert shares.min() > 0.08
-    unknown = torch.from_numpy(found.disparity).isnan()[None]
-    assert torch.equal(found.labels == data.IGNORE, unknown)
-    assert (found.images[2][:, 0][unknown] == 0).all()
+    measured = found.images[2][:, 0] > 0
+    assert 0.8 < measured.double().mean() < 1
+    assert torch.equal(found.labels != data.IGNORE, measured)
     assert found.images[2].max() == 1
 
 
@@ -518,7 +517,7 @@ def test_report_marks_winners_and_hides_no_loss() -> None:
             record(1.0, provider="reference", status="oom", reason="out of memory"), p50_us=None
         ),
     ]
-    text = report.markdown(rows, {"device": "a chip"}, ["plots/latency.png"], [])
+    text = report.markdown(rows, {"device": "a chip"}, ["plots/latency.png"])
     assert "**2.00**" in text
     assert "**8.00**" not in text
     assert "- losses fwd b0 s1 64x96 B1 M3 fp32: torch takes 3.00x the time of baseline" in text
@@ -529,7 +528,7 @@ def test_report_marks_winners_and_hides_no_loss() -> None:
 
 def test_report_puts_the_kernels_of_a_block_beside_the_baseline() -> None:
     launches = [Row(1, "block", "baseline", 0, 145), Row(1, "block", "ours", 5, 26)]
-    text = report.markdown([record(1.0)], {"device": "a chip"}, [], [], launches)
+    text = report.markdown([record(1.0)], {"device": "a chip"}, [], launches)
     assert "| 1 | block | baseline | 0 | 145 | 145 |" in text
     assert "| 1 | block | ours | 5 | 26 | 31 |" in text
 
@@ -621,22 +620,6 @@ def test_run_and_report(
     (out / "report.md").unlink()
     assert main(["report", str(out)]) == 0
     assert (out / "report.md").is_file()
-
-
-def test_the_picture_of_the_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sensors, "STEPS", 2)
-    monkeypatch.setattr(sensors, "CROP", (32, 64))
-    monkeypatch.setattr(sensors, "VIEW", (64, 64))
-    found = sensors.contributions()
-    assert len(found.losses) == 2
-    assert set(found.weights) == {
-        "all present", *(f"{n} {how}" for n in data.NAMES for how in ("blanked", "absent"))
-    }  # fmt: skip
-    for title, table in found.weights.items():
-        torch.testing.assert_close(table.nansum(dim=1), torch.ones(4))
-        assert table.isnan().any() == title.endswith("absent")
-    assert sensor_plot.draw(found, tmp_path) == "sensors.png"
-    assert (tmp_path / "sensors.png").stat().st_size > 50_000
 
 
 def test_listing_and_environment(capsys: pytest.CaptureFixture[str]) -> None:

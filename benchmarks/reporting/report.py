@@ -60,18 +60,19 @@ over the median; above 100 the peaks, which are those of one size, were seen too
 
 *peak* is what a call allocates above the state before it, *saved* what its forward keeps for the \
 backward, parameters and inputs not counted. Times by {method}. TF32 is off for all. A training \
-step is loss and gradients of all parameters, without an optimiser."""
+step is loss and gradients of all parameters, without an optimiser.
+
+{images}"""
 METHODS = {
     "wall": "wall clock",
     "events": "CUDA events around single calls, L2 flushed",
     "graph": "CUDA events around replays of a CUDA graph over rotating inputs",
 }
-SENSORS = "plots/sensors.png"
 
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
     """`report.md`, `report.html`, `results.csv` and the plots of the results in a folder, which may
-    also hold `breakdown.json`, `host.json` and the picture of the sensors."""
+    also hold `breakdown.json` and `host.json`."""
     from benchmarks.reporting import html, plots
 
     launches = []
@@ -83,15 +84,10 @@ def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> No
     breakdown = json.loads(path.read_text()) if path.is_file() else None
     write_table(records, folder / "results.csv")
     drawn = plots.draw(records, folder / "plots", env.get("limits"), breakdown)
-    images, notes = [f"plots/{name}" for name in drawn], []
-    if (folder / SENSORS).is_file():
-        from benchmarks.sensors import STEPS
-
-        images.append(SENSORS)
-        notes.append(sensor_note(STEPS))
+    images = [f"plots/{name}" for name in drawn]
     path = folder / host.FILE
     host_times = host.read(path) if path.is_file() else []
-    report = build(records, env, images, notes, launches, host_times)
+    report = build(records, env, images, launches, host_times)
     (folder / "report.md").write_text(document.markdown(report))
     (folder / "report.html").write_text(html.page(report, folder))
 
@@ -100,23 +96,21 @@ def markdown(
     records: Sequence[Record],
     env: Mapping[str, Any],
     images: Sequence[str],
-    notes: Sequence[str],
     launches: Sequence[Row] = (),
 ) -> str:
     """The whole report; arguments as for `build`."""
-    return document.markdown(build(records, env, images, notes, launches))
+    return document.markdown(build(records, env, images, launches))
 
 
 def build(
     records: Sequence[Record],
     env: Mapping[str, Any],
     images: Sequence[str],
-    notes: Sequence[str],
     launches: Sequence[Row] = (),
     host_times: Sequence[host.HostTime] = (),
 ) -> Document:
-    """images: file names next to the report; notes: further paragraphs, behind the pictures;
-    launches: rows of `launches.cross_modal_blocks`; host_times: of `host`."""
+    """images: file names next to the report; launches: rows of `launches.cross_modal_blocks`;
+    host_times: of `host`."""
     suites = ", ".join(dict.fromkeys(r.suite for r in records))
     found = contests(records)
     sections = [
@@ -128,16 +122,15 @@ def build(
     for record in records:
         ops.setdefault(record.op, []).append(record)
     sections += [Section(op, _operation(op, rows)) for op, rows in ops.items()]
-    if images or notes:
-        pictures = [Picture(name) for name in images]
-        sections.append(Section("Pictures", [*pictures, *(Text(note) for note in notes)]))
+    if images:
+        sections.append(Section("Pictures", [Picture(name) for name in images]))
     if launches:
         sections.append(_launches(launches))
     if host_times:
         rows = [[Cell(text) for text in host.cells(time)] for time in host_times]
         sections.append(Section(host.title(host_times), [Table(host.COLUMNS, rows, names=2)]))
     methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
-    how = HOW.format(method="; ".join(methods) or "nothing", ours=", ".join(OURS))
+    how = HOW.format(method="; ".join(methods) or "nothing", ours=", ".join(OURS), images=data.WHAT)
     sections.append(Section("How to read this", [Text(part) for part in how.split("\n\n")]))
     title = (
         f"Benchmarks of equiseg_fast: suite {suites} on {env.get('device', 'an unknown device')}"
@@ -339,12 +332,3 @@ def _launches(rows: Sequence[Row]) -> Section:
     ]
     table = Table(columns, cells, names=3)
     return Section("Kernels per cross-modal block", [Text(text), table])
-
-
-def sensor_note(steps: int) -> str:
-    """What the picture of the sensors is made of."""
-    return (
-        f"{data.WHAT} The gate's last layer starts at zero, so the contributions in `sensors.png` "
-        f"are those of a B0 trained for {steps} steps on crops of this one image with "
-        "modality dropout: they show how the gate reacts, not how well the model segments."
-    )

@@ -1,4 +1,4 @@
-"""All pictures of a run but that of the sensors."""
+"""All pictures of a run."""
 
 from __future__ import annotations
 
