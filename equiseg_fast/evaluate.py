@@ -15,6 +15,7 @@ from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import PRECISIONS, Failed, choose_device, parser_of, progress_bar, run_command
 from .data import DataConfig, SensorDataset, collate
+from .data.samples import Cached
 from .env import package_versions
 from .evaluation.record import Record, digest_of_file, digest_of_samples
 from .models import EQUISeg, EQUISegConfig
@@ -28,6 +29,8 @@ from .robustness import (
 )
 
 RECORD, SHEET = "evaluation.json", "sheet.png"
+CACHE = 2**30
+"""Bytes of images that are kept from one condition to the next."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -216,6 +219,9 @@ def _run(
 
     # Where batches go to a GPU, reading them would be what it waits for.
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type != "cpu" else 0
+    images: SensorDataset = dataset
+    if not workers:  # worker processes end with their condition
+        images = Cached(dataset, CACHE)
     with progress_bar(Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("all", total=len(left) * len(dataset))
         for i, condition in enumerate(left):
@@ -229,7 +235,7 @@ def _run(
             start = time.perf_counter()
             result = evaluate_dataset(
                 model,
-                dataset,
+                images,
                 condition=condition,
                 seed=args.seed,
                 batch_size=args.batch_size,

@@ -17,6 +17,7 @@ from equiseg_fast.data import (
     degrade,
     normalise,
 )
+from equiseg_fast.data.samples import Cached
 from equiseg_fast.robustness import (
     CLEAN,
     FAILURES,
@@ -262,6 +263,30 @@ def test_absent_sensors_stay_absent() -> None:
         result = changed(condition, sample)
         assert not result.present[2]
         assert not result.images["lidar"].any()
+
+
+def test_cached_samples_stay_as_they_are_whatever_happens_to_them() -> None:
+    reads: list[int] = []
+
+    class Counted(Noise):
+        def raw(self, index: int) -> Sample:
+            reads.append(index)
+            return super().raw(index)
+
+    whole = sum(x.nbytes for x in Noise().raw(0).images.values()) + 6 * 8 * 8
+    cached = Cached(Counted(), 3 * whole)  # three of the five fit
+    found = conditions(SENSORS)
+    for condition in found:
+        ours, theirs = (
+            Conditioned(cached, condition, seed=5),
+            Conditioned(Noise(), condition, seed=5),
+        )
+        for i in range(5):
+            assert torch.equal(ours[i].present, theirs[i].present)
+            for name, x in ours[i].images.items():
+                assert torch.equal(x, theirs[i].images[name]), (str(condition), name)
+    assert [reads.count(i) for i in range(3)] == [1, 1, 1]
+    assert reads.count(3) > len(found)
 
 
 def test_degradations_happen_to_raw_values() -> None:

@@ -55,6 +55,31 @@ class SensorDataset(Dataset[Sample]):
         return normalise(self.raw(index), self.sensors)
 
 
+class Cached(SensorDataset):
+    """A dataset whose raw samples stay in memory for whoever reads them again in this process, as
+    many as fit into a number of bytes."""
+
+    def __init__(self, dataset: SensorDataset, size: int) -> None:
+        self.dataset, self.left = dataset, size
+        self.sensors, self.classes = dataset.sensors, dataset.classes
+        self.ignore_index, self.palette = dataset.ignore_index, dataset.palette
+        self.cache: dict[int, Sample] = {}
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def raw(self, index: int) -> Sample:
+        if index in self.cache:
+            return self.cache[index]
+        sample = self.dataset.raw(index)
+        tensors = (*sample.images.values(), sample.labels, sample.distance)
+        size = sum(x.nbytes for x in tensors if x is not None)
+        if size <= self.left:
+            self.left -= size
+            self.cache[index] = sample
+        return sample
+
+
 def normalise(sample: Sample, sensors: Sequence[Sensor]) -> Sample:
     """A raw sample as the model sees it. Absent sensors stay zero."""
     images = {
