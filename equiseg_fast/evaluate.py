@@ -29,8 +29,6 @@ from .robustness import (
 )
 
 RECORD, SHEET = "evaluation.json", "sheet.png"
-CACHE = 2**30
-"""Bytes of images that are kept from one condition to the next."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -221,7 +219,7 @@ def _run(
     workers = min(8, (os.cpu_count() or 1) - 1) if device.type != "cpu" else 0
     images: SensorDataset = dataset
     if not workers:  # worker processes end with their condition
-        images = Cached(dataset, CACHE)
+        images = Cached(dataset)
     with progress_bar(Console(stderr=True), transient=True) as bar:
         whole = bar.add_task("all", total=len(left) * len(dataset))
         for i, condition in enumerate(left):

@@ -57,9 +57,9 @@ class SensorDataset(Dataset[Sample]):
 
 class Cached(SensorDataset):
     """A dataset whose raw samples stay in memory for whoever reads them again in this process, as
-    many as fit into a number of bytes."""
+    many as fit into `size` bytes."""
 
-    def __init__(self, dataset: SensorDataset, size: int) -> None:
+    def __init__(self, dataset: SensorDataset, size: int = 2**30) -> None:
         self.dataset, self.left = dataset, size
         self.sensors, self.classes = dataset.sensors, dataset.classes
         self.ignore_index, self.palette = dataset.ignore_index, dataset.palette

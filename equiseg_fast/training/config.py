@@ -48,7 +48,8 @@ class TrainConfig:
         keeps those of the last step.
     validate_every: epochs between validations, 0 for a single one at the end.
     log_every, save_every: steps between lines of the log, and between checkpoints.
-    workers: processes that read images; None is 4, or one for each core where those are fewer.
+    workers: processes that read images; None is 4, or one for each core where those are fewer. With
+        0 the training reads them itself, and keeps up to 1 GiB of each split in memory.
     device: None is the GPU if there is one.
     deterministic: whether to use deterministic algorithms only; CPUs are deterministic anyway.
     """

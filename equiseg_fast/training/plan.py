@@ -11,6 +11,7 @@ from rich.text import Text
 from torch.utils.data import DataLoader
 
 from equiseg_fast.data import Augment, SensorDataset, batches
+from equiseg_fast.data.samples import Cached
 from equiseg_fast.models import EQUISeg, EQUISegConfig
 
 from .config import TrainConfig, flat
@@ -52,6 +53,8 @@ def make_plan(config: TrainConfig, here: Place) -> Plan:
         )
     train = config.data.open("train")
     val = None if config.validate_on == "none" else config.data.open(config.validate_on)
+    if not config.loaders:  # worker processes end with their epoch
+        train, val = Cached(train), None if val is None else Cached(val)
     if len(train) < config.batch_size:
         raise ValueError(
             f"batch_size must be at most the number of training images, {len(train)}; "
