@@ -2,7 +2,7 @@
 
 Exit status: 0; 1 for what was found wrong (failures, regressions under --fail, what is stale under
 --check); 2 for what cannot be done as asked, read or written; 75 if the same command with --resume
-goes on in a new process; 130 if interrupted.
+goes on in a new process; 130 if interrupted by Ctrl-C or SIGTERM.
 """
 
 from __future__ import annotations
@@ -13,12 +13,13 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from time import perf_counter, process_time
+from typing import Any
 
 STARTED = perf_counter()
 
@@ -67,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # A pipe has no width; the table needs this much.
     console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
     try:
-        return args.run(args, console)
+        with _terminable():
+            return args.run(args, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; {args.kept}", markup=False, soft_wrap=True)
         return INTERRUPTED
@@ -79,6 +81,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except RuntimeError as error:  # of PyTorch or Triton, perhaps: where it came from matters
         traceback.print_exc()
         parser.error(str(error))
+
+
+@contextmanager
+def _terminable() -> Iterator[None]:
+    """Being terminated ends the block as Ctrl-C does, so that nothing is left, nor goes on."""
+
+    def terminated(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, terminated)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -10,9 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import signal
 import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
@@ -151,19 +149,11 @@ def _git(*arguments: str) -> str:
 
 @contextmanager
 def _worktree(sha: str) -> Iterator[Path]:
-    """A checkout of this commit, removed however the block ends, also when terminated."""
-
-    def terminated(*_: Any) -> None:
-        sys.exit(128 + signal.SIGTERM)
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        with TemporaryDirectory(prefix="equiseg-base-") as folder:
-            path = Path(folder) / "base"
-            try:
-                _git("worktree", "add", "--quiet", "--detach", str(path), sha)
-                yield path
-            finally:
-                _git("worktree", "remove", "--force", str(path))
-    finally:
-        signal.signal(signal.SIGTERM, before)
+    """A checkout of this commit, removed however the block ends."""
+    with TemporaryDirectory(prefix="equiseg-base-") as folder:
+        path = Path(folder) / "base"
+        try:
+            _git("worktree", "add", "--quiet", "--detach", str(path), sha)
+            yield path
+        finally:
+            _git("worktree", "remove", "--force", str(path))

@@ -59,14 +59,19 @@ class Setting:
 
 WITHOUT = {"gate": False, "sgm_weight": 0.0}
 DROPOUT = {"modality_dropout": 0.5}
+BLANKS = DROPOUT | {"missing": "zero"}
 SETTINGS = {
     "mean": Setting("the mean of the encoded sensors", WITHOUT | {"cross_modal": False}),
     "no SGM": Setting("cross-modal block, then the mean", WITHOUT),
     "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
     "loss": Setting("of the SGM the loss alone", {"gate": False}),
     "SGM": Setting("gate and loss: EQUISeg as it is", {}),
-    "no SGM, dropout": Setting("half of the steps lack sensors", WITHOUT | DROPOUT),
+    "no SGM, dropout": Setting(
+        "half of the steps lack sensors, which are masked", WITHOUT | DROPOUT
+    ),
     "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
+    "no SGM, blanks": Setting("half of the steps have blank sensors: zeros", WITHOUT | BLANKS),
+    "SGM, blanks": Setting("the same with gate and loss", BLANKS),
 }
 
 

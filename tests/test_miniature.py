@@ -1,8 +1,12 @@
 """The runs in miniature: commands that go on, and what is made of their evaluations."""
 
 import json
+import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
+from threading import Thread
+from time import sleep
 from typing import Any
 
 import pytest
@@ -57,6 +61,27 @@ def test_a_run_that_fails_is_named(
     assert "trained.log" in said
 
 
+def test_terminated_it_takes_its_commands_along(
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pid = tmp_path / "pid"
+    command = [("trained", ["/bin/bash", "-c", f"echo $$ > {pid}; exec sleep 300"])]
+    monkeypatch.setattr(miniature.Run, "commands", lambda self, device: command)
+
+    def terminate() -> None:
+        while not (pid.exists() and pid.read_text().endswith("\n")):
+            sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    killer = Thread(target=terminate)
+    killer.start()
+    assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
+    killer.join()
+    assert "interrupted; what is finished is in" in capsys.readouterr().out
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(pid.read_text()), 0)
+
+
 def test_tables_have_mean_and_spread() -> None:
     def row(setting: str, seed: int, miou: float) -> dict[str, Any]:
         summary = {
@@ -81,8 +106,8 @@ def test_tables_have_mean_and_spread() -> None:
 
 def test_settings_differ_in_what_they_say() -> None:
     fields = [setting.fields for setting in miniature.SETTINGS.values()]
-    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 7
+    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 9
     assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
-    assert len(miniature.runs(Path())) == 7 * len(miniature.SEEDS)
+    assert len(miniature.runs(Path())) == 9 * len(miniature.SEEDS)
     folders = [run.folder for run in miniature.runs(Path())]
     assert len(set(folders)) == len(folders)

@@ -9,14 +9,11 @@ command goes on with what is not done. Needs no network and installs nothing.
 from __future__ import annotations
 
 import argparse
-import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
@@ -115,7 +112,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         planned, state, folder, ROOT, started + 60 * minutes, progress=said, tick=keep,
         environment={"TRITON_CACHE_DIR": str(cache), "PYTHONFAULTHANDLER": "1"},
     )  # fmt: skip
-    with _terminable(), orphans.ended_with_this_process(str(folder)):
+    with orphans.ended_with_this_process(str(folder)):
         visit.run()
     keep()
     console.print(table(planned, state, folder))
@@ -128,20 +125,6 @@ def main(args: argparse.Namespace, console: Console) -> int:
     if rehearsal and empty:
         console.print(f"brought nothing: {', '.join(empty)}")
     return 1 if wrong or (rehearsal and empty) else 0
-
-
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Being terminated leaves the block as Ctrl-C does, so that nothing goes on running."""
-
-    def terminated(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, terminated)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def _simulated(planned: Sequence[Step], minutes: float, cut: float) -> FittedTable:
