@@ -6,6 +6,11 @@ import sys
 from collections.abc import Iterator
 
 import pytest
+
+# Tensors here are tiny: on a busy machine threads that wait for one another cost up to 100 times
+# what they save. Read when torch is imported, here and by the processes that tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
+
 import torch
 
 HAS_CUDA = torch.cuda.is_available()
@@ -31,10 +36,6 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     from equiseg_fast import _interpreter
 
     _interpreter.install()
-
-# Tensors here are tiny: on a busy machine threads that wait for one another cost up to 100 times
-# what they save.
-torch.set_num_threads(1)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

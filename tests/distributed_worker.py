@@ -35,7 +35,9 @@ def build() -> EQUISeg:
     return model.double().eval()
 
 
-def gradients(model: nn.Module, images: Tensor, wrapped: nn.Module | None = None) -> Gradients:
+def gradients(
+    model: nn.Module, images: Tensor, wrapped: Callable[[Tensor], Tensor] | None = None
+) -> Gradients:
     logits = (model if wrapped is None else wrapped)(images)
     logits.double().square().mean().backward()
     found = {}
@@ -113,10 +115,19 @@ def compare_wrappers(rank: int, ranks: int) -> None:
     ours = sharded(copy.deepcopy(model).float(), mp_policy=half)
     compare("FSDP2 in bf16", gradients(ours, share.float()), expected, 0.1)
 
-    # Every part that is sharded alone is a graph of its own, and minutes more.
-    ours = fully_shard(copy.deepcopy(model))
+    compare_compiled(rank, ranks)
+
+
+def compare_compiled(rank: int, ranks: int) -> None:
+    """A cross-modal block, sharded and compiled: of the whole model this takes a minute."""
+    block = CrossModalBlock(16, 3, 2, 2, ppx_ratio=2).double().eval()
+    maps = torch.randn(2, 3, 2 * ranks, 16, 4, 6, dtype=torch.float64)
+    share = maps[:, :, 2 * rank : 2 * rank + 2]
+    ours = fully_shard(copy.deepcopy(block))
     compiled: Callable[..., Tensor] = torch.compile(ours, backend="aot_eager")
-    compare("FSDP2 compiled", gradients(ours, share, compiled), expected, 1e-12)
+    expected = gradients(block, maps, lambda x: block(*x))
+    actual = gradients(ours, share, lambda x: compiled(*x))
+    compare("FSDP2 compiled", actual, expected, 1e-12)
 
 
 if __name__ == "__main__":
