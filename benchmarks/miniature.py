@@ -66,6 +66,9 @@ SETTINGS = {
     "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
     "loss": Setting("of the SGM the loss alone", {"gate": False}),
     "SGM": Setting("gate and loss: EQUISeg as it is", {}),
+    "SGM, encoded": Setting(
+        "its loss on what is encoded, before the cross-modal block", {"sgm_source": "encoded"}
+    ),
     "no SGM, dropout": Setting(
         "half of the steps lack sensors, which are masked", WITHOUT | DROPOUT
     ),

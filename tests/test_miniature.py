@@ -106,8 +106,8 @@ def test_tables_have_mean_and_spread() -> None:
 
 def test_settings_differ_in_what_they_say() -> None:
     fields = [setting.fields for setting in miniature.SETTINGS.values()]
-    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 9
+    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 10
     assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
-    assert len(miniature.runs(Path())) == 9 * len(miniature.SEEDS)
+    assert len(miniature.runs(Path())) == 10 * len(miniature.SEEDS)
     folders = [run.folder for run in miniature.runs(Path())]
     assert len(set(folders)) == len(folders)

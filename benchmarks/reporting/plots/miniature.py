@@ -10,7 +10,10 @@ from typing import Any
 from benchmarks import miniature
 from benchmarks.reporting.plots.style import panels, pyplot, save
 
-LINES = ("#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#55a868", "#c44e52")
+LINES = (
+    "#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#937860", "#55a868", "#c44e52",
+    "#da8bc3", "#000000",
+)  # fmt: skip
 """Colours of the settings, in their order."""
 SENSORS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3")
 
