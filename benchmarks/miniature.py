@@ -55,6 +55,7 @@ class Setting:
 
     what: str
     fields: dict[str, Any]
+    seeds: tuple[int, ...] = SEEDS
 
 
 WITHOUT = {"gate": False, "sgm_weight": 0.0}
@@ -66,15 +67,21 @@ SETTINGS = {
     "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
     "loss": Setting("of the SGM the loss alone", {"gate": False}),
     "SGM": Setting("gate and loss: EQUISeg as it is", {}),
-    "SGM, encoded": Setting(
-        "its loss on what is encoded, before the cross-modal block", {"sgm_source": "encoded"}
-    ),
     "no SGM, dropout": Setting(
         "half of the steps lack sensors, which are masked", WITHOUT | DROPOUT
     ),
     "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
     "no SGM, blanks": Setting("half of the steps have blank sensors: zeros", WITHOUT | BLANKS),
     "SGM, blanks": Setting("the same with gate and loss", BLANKS),
+    "SGM, encoded": Setting(
+        "prototypes before the cross-modal block", {"sgm_source": "encoded"}, SEEDS[:1]
+    ),
+    "SGM, gated": Setting("prototypes behind the gate", {"sgm_source": "gated"}, SEEDS[:1]),
+    "SGM, weight 0.1": Setting("a tenth of its loss", {"sgm_weight": 0.1}, SEEDS[:1]),
+    "SGM, weight 10": Setting("ten times its loss", {"sgm_weight": 10.0}, SEEDS[:1]),
+    "SGM, sharp loss": Setting("its loss at temperature 0.1", {"sgm_tau": 0.1}, SEEDS[:1]),
+    "SGM, sharp gate": Setting("its gate at temperature 0.1", {"gate_tau": 0.1}, SEEDS[:1]),
+    "SGM, late gate": Setting("gates in stages 3 and 4", {"gate_stages": [3, 4]}, SEEDS[:1]),
 }
 
 
@@ -130,12 +137,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def runs(out: Path, settings: Sequence[str] = tuple(SETTINGS)) -> list[Run]:
-    """All runs of these settings, seed by seed: what is there first is a whole comparison."""
-    return [
+    """All runs of these settings, seed by seed, so that what is there first is a comparison, and
+    last those of one seed."""
+    found = [
         Run(name, seed, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
         for seed in SEEDS
         for name in settings
+        if seed in SETTINGS[name].seeds
     ]
+    return sorted(found, key=lambda run: len(SETTINGS[run.setting].seeds) < len(SEEDS))
 
 
 def main(args: argparse.Namespace, console: Console) -> int:

@@ -103,7 +103,7 @@ def test_without_a_gpu_there_are_predictions_called_that() -> None:
     ],
 )
 def test_regions_must_be_there(change) -> None:
-    with pytest.raises(ValueError, match="must have the regions cpu, gpu, headline"):
+    with pytest.raises(ValueError, match="must have the regions cpu, gpu, headline, miniature"):
         rewritten(change(README.read_text()), folders(ROOT))
 
 

@@ -99,15 +99,17 @@ def test_tables_have_mean_and_spread() -> None:
     text = report.report(content, ["severity.png"])
     lines = [line for line in text.splitlines() if line.startswith("| ")]
     assert lines[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
-    assert lines[2].startswith("| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 0.0 | 50.0 | 25.0 |")
+    assert lines[2].startswith("| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0 |")
     assert lines[-1] == "| SGM | 50.0 | 0.0 |"
+    assert "ended below 20.0 % clean" in text
+    assert report.overview(content) in text
     assert "![severity.png](severity.png)" in text
 
 
 def test_settings_differ_in_what_they_say() -> None:
     fields = [setting.fields for setting in miniature.SETTINGS.values()]
-    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 10
+    assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 16
     assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
-    assert len(miniature.runs(Path())) == 10 * len(miniature.SEEDS)
+    assert len(miniature.runs(Path())) == 9 * 3 + 7
     folders = [run.folder for run in miniature.runs(Path())]
     assert len(set(folders)) == len(folders)

@@ -1,8 +1,9 @@
 """The numbers of README.md, written from the results in `benchmarks/results` and from nothing else.
 
 What stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` is replaced: `headline`, a
-sentence about the whole model on a CPU; `cpu` and `gpu`, one table per folder of results. Until a
-folder of a GPU is there, `gpu` says that none was measured, and gives predictions called that.
+sentence about the whole model on a CPU; `miniature`, the table of `benchmarks.miniature`; `cpu` and
+`gpu`, one table per folder of results. Until a folder of a GPU is there, `gpu` says that none was
+measured, and gives predictions called that.
 """
 
 from __future__ import annotations
@@ -108,6 +109,15 @@ def _word(number: int) -> str:
     return NUMBER_WORDS[number] if number < len(NUMBER_WORDS) else str(number)
 
 
+def failures(found: Sequence[Folder]) -> str:
+    """What parts of EQUISeg are worth when sensors fail."""
+    from benchmarks.reporting import miniature  # the data and their libraries, for this alone
+
+    return miniature.overview(
+        json.loads((ROOT / RESULTS / "miniature" / "results.json").read_text())
+    )
+
+
 def cpu(found: Sequence[Folder]) -> str:
     return "\n\n".join(_section(folder) for folder in found if not folder.gpu)
 
@@ -188,6 +198,7 @@ def _floor(variant: str, mode: str, name: str) -> float:
 
 REGIONS: dict[str, Callable[[Sequence[Folder]], str]] = {
     "headline": headline,
+    "miniature": failures,
     "cpu": cpu,
     "gpu": gpu,
 }

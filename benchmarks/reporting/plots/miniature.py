@@ -11,8 +11,8 @@ from benchmarks import miniature
 from benchmarks.reporting.plots.style import panels, pyplot, save
 
 LINES = (
-    "#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#937860", "#55a868", "#c44e52",
-    "#da8bc3", "#000000",
+    "#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#55a868", "#c44e52", "#937860",
+    "#000000",
 )  # fmt: skip
 """Colours of the settings, in their order."""
 SENSORS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3")
@@ -23,7 +23,8 @@ def draw_severity(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
     degraded = [s["name"] for s in rows[0]["scores"] if s["protocol"] == "degradations"]
     names = list(dict.fromkeys(degraded))
     figure, axes = panels(len(names), 3.6, 2.9, columns=4)
-    used = [name for name in miniature.SETTINGS if any(row["setting"] == name for row in rows)]
+    names_of_rows = {row["setting"] for row in rows}
+    used = [name for name in list(miniature.SETTINGS)[: len(LINES)] if name in names_of_rows]
     highest = 100 * max(s["miou"] for row in rows for s in row["scores"])
     for axis, degradation in zip(axes, names, strict=True):
         for name in used:
