@@ -136,20 +136,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only list the runs")
 
 
-def runs(out: Path, settings: Sequence[str] = tuple(SETTINGS)) -> list[Run]:
-    """All runs of these settings, seed by seed, so that what is there first is a comparison, and
-    last those of one seed."""
+def runs(out: Path, settings: Sequence[str] = ()) -> list[Run]:
+    """All runs of these settings, or of all, seed by seed, so that what is there first is a
+    comparison, and last those of one seed."""
     found = [
         Run(name, seed, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
         for seed in SEEDS
-        for name in settings
+        for name in settings or SETTINGS
         if seed in SETTINGS[name].seeds
     ]
     return sorted(found, key=lambda run: len(SETTINGS[run.setting].seeds) < len(SEEDS))
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    wanted = runs(args.out, args.setting or tuple(SETTINGS))
+    wanted = runs(args.out, args.setting or ())
     if args.dry_run:
         for run in wanted:
             state = "done" if run.done else "to do"

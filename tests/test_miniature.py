@@ -23,7 +23,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     data = {"kind": "synthetic", "size": [32, 64], "length": 2, "held_out": 1}
     monkeypatch.setattr(miniature, "TRAINING", miniature.TRAINING | training | {"data": data})
     monkeypatch.setattr(miniature, "SEEDS", (0,))
-    monkeypatch.setattr(miniature, "SETTINGS", {report.GATE: miniature.SETTINGS[report.GATE]})
+    monkeypatch.setattr(miniature, "SETTINGS", {"SGM": miniature.SETTINGS["SGM"]})
     monkeypatch.setattr(miniature, "SCENES", 1)
     return
 
@@ -37,13 +37,13 @@ def test_it_is_stopped_and_goes_on(
     assert main(["miniature", "--out", str(out), "--device", "cpu"]) == 0
     content = json.loads((out / "results.json").read_text())
     (row,) = content["runs"]
-    assert row["setting"] == report.GATE
+    assert row["setting"] == "SGM"
     assert len(row["scores"]) > 100
-    shares = content["gate"]["shares"]
-    assert shares["rgb absent"][0][0] is None
-    for table in shares.values():
+    (gate,) = content["gates"]
+    assert list(gate["shares"]) == ["all well", *(f"{name} blank" for name in gate["sensors"])]
+    for table in gate["shares"].values():
         for stage in table:
-            assert sum(x or 0.0 for x in stage) == pytest.approx(1.0, abs=1e-5)
+            assert sum(stage) == pytest.approx(1.0, abs=1e-5)
     for name in ("report.md", "gate.png", "severity.png"):
         assert (out / name).stat().st_size > 500
     assert main(["miniature", "--out", str(out), "--dry-run"]) == 0
@@ -57,7 +57,7 @@ def test_a_run_that_fails_is_named(
     monkeypatch.setattr(miniature.Run, "commands", lambda self, device: command)
     assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 1
     said = capsys.readouterr().out.replace("\n", "")
-    assert f"failed: {report.GATE}, seed 0" in said
+    assert "failed: SGM, seed 0" in said
     assert "trained.log" in said
 
 
@@ -94,13 +94,16 @@ def test_tables_have_mean_and_spread() -> None:
         }
         return {"setting": setting, "seed": seed, "summary": summary}
 
-    rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5)]
+    rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("SGM, gated", 0, 0.1)]
     content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}
     text = report.report(content, ["severity.png"])
-    lines = [line for line in text.splitlines() if line.startswith("| ")]
-    assert lines[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
-    assert lines[2].startswith("| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0 |")
-    assert lines[-1] == "| SGM | 50.0 | 0.0 |"
+    cells = [line.rpartition(" |")[0].rpartition(" | ")[0] for line in text.splitlines()]
+    cells = [line for line in cells if line.startswith("| ")]
+    sgm = "| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0"
+    assert cells[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
+    assert cells[2] == cells[4] == sgm
+    assert cells[5] == "| SGM, gated | 10.0 | 5.0 | 10.0 | 10.0 | 10.0 | 0.0 | 5.0"
+    assert cells[-1] == "| SGM | 50.0 | 0.0"
     assert "ended below 20.0 % clean" in text
     assert report.overview(content) in text
     assert "![severity.png](severity.png)" in text

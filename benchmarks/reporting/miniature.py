@@ -11,17 +11,18 @@ from typing import Any
 import torch
 
 from benchmarks import miniature, outputs
-from benchmarks.miniature import Run
+from benchmarks.miniature import SEEDS, SETTINGS, Run
 from benchmarks.reporting.plots import miniature as plots
 from equiseg_fast.data import collate
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.robustness import CLEAN, Condition, Conditioned
 
-GATE = "SGM, dropout"
-"""The setting whose gate is looked at, first seed."""
+GATES = ("SGM", "SGM, blanks")
+"""The settings whose gates are looked at, first seed."""
 
-COLUMNS: dict[str, Callable[[Mapping[str, Any]], float]] = {
+Column = Callable[[Mapping[str, Any]], float]
+COLUMNS: dict[str, Column] = {
     "clean": lambda s: s["clean"],
     "EMM": lambda s: s["EMM_Avg"],
     "masked": lambda s: s["masked_Avg"],
@@ -35,61 +36,63 @@ COLUMNS: dict[str, Callable[[Mapping[str, Any]], float]] = {
 def write(done: Sequence[Run], out: Path) -> None:
     """Everything, from the evaluations of the runs that are done."""
     rows = [_row(run) for run in done]
-    content: dict[str, Any] = {
+    gates = [contributions(run) for run in done if run.setting in GATES and run.seed == SEEDS[0]]
+    sensors = [sensor.name for sensor in _data().sensors or ()]
+    content = {
         "training": miniature.TRAINING,
         "scenes": miniature.SCENES,
+        "gates": gates,
         "runs": rows,
     }
-    looked_at = [run for run in done if run.setting == GATE]
-    names = []
-    if looked_at:
-        content["gate"] = contributions(looked_at[0])
-        names.append(plots.draw_gate(content["gate"], out / "gate.png"))
-    names.append(plots.draw_severity(rows, out / "severity.png"))
-    outputs.write(out / "results.json", json.dumps(content, indent=1) + "\n")
+    names = [plots.draw_gates(gates, out / "gate.png")] if gates else []
+    names.append(plots.draw_severity(rows, sensors, out / "severity.png"))
+    # A line for each run, and for all else.
+    lines = [f'"{key}": {json.dumps(value)}' for key, value in content.items() if key != "runs"]
+    lines.append('"runs": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
+    outputs.write(out / "results.json", "{\n" + ",\n".join(lines) + "\n}\n")
     outputs.write(out / "report.md", report(content, names))
 
 
 def _row(run: Run) -> dict[str, Any]:
     """One run: its averages, and the mIoU under every condition."""
     content = json.loads(run.evaluation.read_text())
-    scores = [{**x["condition"], "miou": x["miou"]} for x in content["results"]]
-    return {
-        "setting": run.setting,
-        "seed": run.seed,
-        "summary": content["summary"]["miou"],
-        "scores": scores,
-    }
+    scores = {str(Condition(**x["condition"])): x["miou"] for x in content["results"]}
+    summary = content["summary"]["miou"]
+    return {"setting": run.setting, "seed": run.seed, "summary": summary, "scores": scores}
+
+
+def _data() -> DataConfig:
+    return DataConfig.from_dict(miniature.TRAINING["data"])
 
 
 def contributions(run: Run, scenes: int = 50) -> dict[str, Any]:
     """What each sensor contributes to the fused map of every stage, the mean over channels and
-    scenes, under some conditions: name -> `[4][M]`, None where a sensor is absent."""
+    scenes, under some conditions: name -> `[4][M]`."""
     model = EQUISeg.from_pretrained(run.folder / "run" / "model")
     sensors = model.config.modalities
-    dataset = DataConfig.from_dict(miniature.TRAINING["data"]).open("val")
-    looks = {"all well": CLEAN, "night": Condition("degradations", amount=1.0, name="night")}
+    dataset = _data().open("val")
+    looks = {"all well": CLEAN}
     for name in sensors:
         looks[f"{name} blank"] = Condition("emm", (name,))
-    looks[f"{sensors[0]} absent"] = Condition("masked", (sensors[0],))
     found = {}
     for title, condition in looks.items():
         seen = Conditioned(dataset, condition, limit=scenes)
         batch = collate([seen[i] for i in range(len(seen))])
         with torch.no_grad():
-            stages = model.stages(batch.images, present=batch.mask)
-        table = [stage.contributions.mean(dim=(1, 2)).tolist() for stage in stages]
-        there = batch.present[:, 0].tolist()
-        found[title] = [
-            [x if is_there else None for x, is_there in zip(row, there, strict=True)]
-            for row in table
-        ]
+            stages = model.stages(batch.images)
+        found[title] = [stage.contributions.mean(dim=(1, 2)).tolist() for stage in stages]
     return {"setting": run.setting, "seed": run.seed, "sensors": list(sensors), "shares": found}
 
 
 def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The tables and what they mean, as Markdown."""
-    degradations = list(content["runs"][0]["summary"]["degradations"])
+    rows = content["runs"]
+    first = [row for row in rows if row["seed"] == SEEDS[0]]
+    fields = [row for row in first if row["setting"] == "SGM" or not _whole(row)]
+    degradations: dict[str, Column] = {
+        name.replace("_", " "): lambda s, name=name: s["degradations"][name]  # type: ignore[misc]
+        for name in rows[0]["summary"]["degradations"]
+    }
     lines = [
         "# EQUISeg in miniature: what its parts are worth when sensors fail",
         "",
@@ -97,23 +100,25 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         overview(content),
         "",
+        f"Fields of the SGM, seed {SEEDS[0]} alone:",
+        "",
+        *_table(fields, COLUMNS),
+        "",
         "Every degradation, the mean over its severities 0.25, 0.5, 0.75 and 1:",
         "",
-        "| | " + " | ".join(d.replace("_", " ") for d in degradations) + " |",
-        "|---|" + "--:|" * len(degradations),
+        *_table([row for row in rows if _whole(row)], degradations),
+        "",
+        *(f"![{name}]({name})" for name in pictures),
     ]
-    for name, own in _by_setting(content).items():
-        cells = [_cell([row["summary"]["degradations"][d] for row in own]) for d in degradations]
-        lines.append(f"| {name} | " + " | ".join(cells) + " |")
-    lines += ["", *(f"![{name}]({name})" for name in pictures)]
     return "\n".join(lines) + "\n"
 
 
 def overview(content: Mapping[str, Any]) -> str:
     """What was trained, and the table of averages, as Markdown."""
     training = content["training"]
-    seeds = sorted({row["seed"] for row in content["runs"]})
-    least = min(row["summary"]["clean"] for row in content["runs"])
+    rows = [row for row in content["runs"] if _whole(row)]
+    seeds = sorted({row["seed"] for row in rows})
+    least = min(row["summary"]["clean"] for row in rows)
     lines = [
         f"EQUISeg-{training['model']['variant']}, {training['steps']} steps of "
         f"{training['batch_size']} of {training['data']['length']} scenes of "
@@ -124,24 +129,26 @@ def overview(content: Mapping[str, Any]) -> str:
         "the mean over all subsets of them;",
         "masked: the model is told (`present`); RMM: half of the elements are zeros; NM: noise on "
         "all sensors;",
-        "degradations: the mean of 11, at severities 0.25 to 1.",
+        "degradations: the mean of all, at severities 0.25 to 1.",
         "",
-        "| | " + " | ".join(COLUMNS) + " | what |",
-        "|---|" + "--:|" * len(COLUMNS) + "---|",
+        *_table(rows, COLUMNS),
     ]
-    for name, own in _by_setting(content).items():
-        cells = [_cell([f(row["summary"]) for row in own]) for f in COLUMNS.values()]
-        lines.append(f"| {name} | " + " | ".join(cells) + f" | {miniature.SETTINGS[name].what} |")
     return "\n".join(lines)
 
 
-def _by_setting(content: Mapping[str, Any]) -> dict[str, list[Any]]:
-    """Runs of every setting that has some, in the order of the settings."""
-    found = {
-        name: [row for row in content["runs"] if row["setting"] == name]
-        for name in miniature.SETTINGS
-    }
-    return {name: rows for name, rows in found.items() if rows}
+def _whole(row: Mapping[str, Any]) -> bool:
+    """Whether the setting of a run has all seeds."""
+    return SETTINGS[row["setting"]].seeds == SEEDS
+
+
+def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> list[str]:
+    """Lines of a table with a row for every setting that has some."""
+    lines = ["| | " + " | ".join(columns) + " | what |", "|---|" + "--:|" * len(columns) + "---|"]
+    for name, setting in SETTINGS.items():
+        if own := [row["summary"] for row in rows if row["setting"] == name]:
+            cells = [_cell([value(summary) for summary in own]) for value in columns.values()]
+            lines.append(f"| {name} | {' | '.join(cells)} | {setting.what} |")
+    return lines
 
 
 def _cell(values: Sequence[float]) -> str:

@@ -1,4 +1,4 @@
-"""Pictures of the runs in miniature: mIoU over severity, and what sensors contribute."""
+"""Pictures of the runs in miniature: mIoU over what fails, and what sensors contribute."""
 
 from __future__ import annotations
 
@@ -7,62 +7,83 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks import miniature
 from benchmarks.reporting.plots.style import panels, pyplot, save
+from equiseg_fast.robustness import SEVERITIES, Condition, proper_subsets
 
-LINES = (
-    "#8c8c8c", "#4c72b0", "#64b5cd", "#8172b3", "#dd8452", "#55a868", "#c44e52", "#937860",
-    "#000000",
-)  # fmt: skip
-"""Colours of the settings, in their order."""
+LINES = {
+    "mean": "#8c8c8c",
+    "no SGM": "#4c72b0",
+    "SGM": "#dd8452",
+    "SGM, dropout": "#55a868",
+    "SGM, blanks": "#c44e52",
+}
+"""Settings that have a line, with its colour: more would hide one another."""
 SENSORS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3")
 
+Row = Mapping[str, Any]
+Curve = dict[float, float]
 
-def draw_severity(rows: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """One panel per degradation: mIoU over severity, a line per setting, its seeds as a band."""
-    degraded = [s["name"] for s in rows[0]["scores"] if s["protocol"] == "degradations"]
-    names = list(dict.fromkeys(degraded))
-    figure, axes = panels(len(names), 3.6, 2.9, columns=4)
-    names_of_rows = {row["setting"] for row in rows}
-    used = [name for name in list(miniature.SETTINGS)[: len(LINES)] if name in names_of_rows]
-    highest = 100 * max(s["miou"] for row in rows for s in row["scores"])
-    for axis, degradation in zip(axes, names, strict=True):
-        for name in used:
-            colour = LINES[list(miniature.SETTINGS).index(name)]
-            curves = [_curve(row, degradation) for row in rows if row["setting"] == name]
-            severities = sorted(curves[0])
-            columns = [[100 * curve[s] for curve in curves] for s in severities]
-            axis.plot(severities, [fmean(c) for c in columns], color=colour, marker=".", label=name)
-            axis.fill_between(
-                severities, [min(c) for c in columns], [max(c) for c in columns], color=colour,
-                alpha=0.15, lw=0,
-            )  # fmt: skip
-        axis.set_title(degradation.replace("_", " "))
+
+def draw_severity(rows: Sequence[Row], sensors: Sequence[str], path: Path) -> str:
+    """One panel for sensors that are blank, one for masked ones, and one per degradation: mIoU over
+    how many or how severe, a line per setting, its seeds as a band."""
+    names = list(rows[0]["summary"]["degradations"])
+    figure, axes = panels(len(names) + 2, 3.1, 2.7, columns=5)
+    used = [name for name in LINES if any(row["setting"] == name for row in rows)]
+    highest = 100 * max(s for row in rows for s in row["scores"].values())
+    protocols = {"emm": "blank sensors", "masked": "masked sensors"}
+    for axis, name in zip(axes, [*protocols, *names], strict=True):
+        for setting in used:
+            own = [row for row in rows if row["setting"] == setting]
+            if name in protocols:
+                curves = [_failures(row, name, sensors) for row in own]
+            else:
+                curves = [_degradation(row, name) for row in own]
+            at = list(curves[0])
+            columns = [[100 * curve[x] for curve in curves] for x in at]
+            low, high = [min(c) for c in columns], [max(c) for c in columns]
+            colour = LINES[setting]
+            axis.plot(at, [fmean(c) for c in columns], color=colour, marker=".", label=setting)
+            axis.fill_between(at, low, high, color=colour, alpha=0.15, lw=0)
+        axis.set_title(protocols.get(name, name.replace("_", " ")))
         axis.set_ylim(0, 1.05 * highest)
-        axis.set_xlabel("severity")
-    for axis in axes[::4]:
+        axis.set_xlabel(f"how many of {len(sensors)}" if name in protocols else "severity")
+    for axis in axes[::5]:
         axis.set_ylabel("mIoU, %")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=len(used), frameon=False)
     return save(figure, path)
 
 
-def _curve(row: Mapping[str, Any], degradation: str) -> dict[float, float]:
+def _failures(row: Row, protocol: str, sensors: Sequence[str]) -> Curve:
+    """How many sensors fail -> mIoU, the mean over which do."""
+    found: dict[float, list[float]] = {0: [row["scores"]["clean"]]}
+    for subset in proper_subsets(sensors):
+        if subset:
+            score = row["scores"][str(Condition(protocol, subset))]
+            found.setdefault(len(subset), []).append(score)
+    return {count: fmean(scores) for count, scores in found.items()}
+
+
+def _degradation(row: Row, name: str) -> Curve:
     """Severity -> mIoU, from 0, where nothing happens."""
-    clean = next(s["miou"] for s in row["scores"] if s["protocol"] == "clean")
-    return {0.0: clean} | {
-        s["amount"]: s["miou"] for s in row["scores"] if s["name"] == degradation
-    }
+    found = {0.0: row["scores"]["clean"]}
+    for severity in SEVERITIES:
+        condition = Condition("degradations", amount=severity, name=name)
+        found[severity] = row["scores"][str(condition)]
+    return found
 
 
-def draw_gate(found: Mapping[str, Any], path: Path) -> str:
-    """One panel per condition, one stacked bar per stage: who contributes to the fused map."""
-    sensors, shares = found["sensors"], found["shares"]
-    figure, axes = panels(len(shares), 3.4, 2.9, columns=4)
-    for axis, (title, table) in zip(axes, shares.items(), strict=True):
+def draw_gates(found: Sequence[Mapping[str, Any]], path: Path) -> str:
+    """A row per setting, a panel per condition, one stacked bar per stage: who contributes to the
+    fused map."""
+    sensors, titles = found[0]["sensors"], list(found[0]["shares"])
+    figure, axes = panels(len(found) * len(titles), 2.7, 2.7, columns=len(titles))
+    looks = [(x["setting"], title, x["shares"][title]) for x in found for title in titles]
+    for axis, (setting, title, table) in zip(axes, looks, strict=True):
         bottom = [0.0] * len(table)
         for m, colour in enumerate(SENSORS[: len(sensors)]):
-            part = [row[m] or 0.0 for row in table]
+            part = [row[m] for row in table]
             axis.bar(range(1, 5), part, bottom=bottom, color=colour, width=0.8)
             for stage, (value, start) in enumerate(zip(part, bottom, strict=True), start=1):
                 if value > 0.04:
@@ -71,11 +92,12 @@ def draw_gate(found: Mapping[str, Any], path: Path) -> str:
                         color="white", fontsize=9,
                     )  # fmt: skip
             bottom = [a + b for a, b in zip(bottom, part, strict=True)]
-        axis.set_title(title)
+        axis.set_title(f"{setting}: {title}")
         axis.set_ylim(0, 1)
         axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
-        axis.set_xticks(range(1, 5), [f"stage {s}" for s in range(1, 5)])
-    for axis in axes[::4]:
+        axis.set_xticks(range(1, 5))
+        axis.set_xlabel("stage")
+    for axis in axes[:: len(titles)]:
         axis.set_ylabel("share of the fused map, %")
     handles = [pyplot().Rectangle((0, 0), 1, 1, color=c) for c in SENSORS[: len(sensors)]]
     figure.legend(handles, sensors, loc="outside lower center", ncols=len(sensors), frameon=False)
