@@ -68,10 +68,10 @@ SETTINGS = {
     "loss": Setting("of the SGM the loss alone", {"gate": False}),
     "SGM": Setting("gate and loss: EQUISeg as it is", {}),
     "no SGM, dropout": Setting(
-        "half of the steps lack sensors, which are masked", WITHOUT | DROPOUT
+        "half of the images lack sensors, which are masked", WITHOUT | DROPOUT
     ),
     "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
-    "no SGM, blanks": Setting("half of the steps have blank sensors: zeros", WITHOUT | BLANKS),
+    "no SGM, blanks": Setting("half of the images have blank sensors: zeros", WITHOUT | BLANKS),
     "SGM, blanks": Setting("the same with gate and loss", BLANKS),
     "SGM, encoded": Setting(
         "prototypes before the cross-modal block", {"sgm_source": "encoded"}, SEEDS[:1]
@@ -117,12 +117,10 @@ class Run:
         ]
 
     def prepare(self) -> None:
-        """Write the configuration of the training, unless it is there."""
+        """Write the configuration of the training, which refuses to go on with another one."""
         fields = TRAINING["model"] | SETTINGS[self.setting].fields
         content = TRAINING | {"out": str(self.folder / "run"), "seed": self.seed, "model": fields}
-        path = self.folder / "train.yaml"
-        if not path.exists():
-            outputs.write(path, to_yaml(content))
+        outputs.write(self.folder / "train.yaml", to_yaml(content))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -185,6 +183,8 @@ def _work(wanted: Sequence[Run], args: argparse.Namespace, console: Console) -> 
         whole = progress.add_task("runs", total=len(wanted))
 
         def one(run: Run) -> None:
+            if stop.is_set():
+                return
             run.prepare()
             task = progress.add_task(f"{run.setting}, seed {run.seed}", total=TRAINING["steps"])
             for mark, command in run.commands(args.device):

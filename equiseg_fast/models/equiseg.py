@@ -226,9 +226,9 @@ class EQUISeg(Pretrained):
 
         labels: `[B, H, W]` integer, 0..num_classes - 1 or `config.ignore_index`. generator: draws
         the teachers of the self-guided loss (and in training the modalities that
-        `config.modality_dropout` leaves, one set for the whole batch, which never takes the last
-        sensor of an image); None is PyTorch's own of the model's device, which waits for nothing;
-        what a generator of another device draws is copied.
+        `config.modality_dropout` leaves, for every image on its own and never none); None is
+        PyTorch's own of the model's device, which waits for nothing; what a generator of another
+        device draws is copied.
         order: int64 `[M]`, a permutation of the modalities, of those present if `present` names
         them: which are taken as teachers first; None draws one.
 

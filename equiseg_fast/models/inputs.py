@@ -160,21 +160,28 @@ def teacher_order(order: Tensor | None, x: Tensor, generator: torch.Generator | 
     return order
 
 
+def dropout_draws(
+    batch: int, generator: torch.Generator | None, device: torch.device | str = "cpu"
+) -> Tensor:
+    """The two numbers `[B, 2]` that every image takes, image after image."""
+    return torch.rand(batch, 2, generator=generator, device=device, dtype=torch.float32)
+
+
 def left_modalities(
     rate: float, x: Tensor, present: Tensor | None, generator: torch.Generator | None
 ) -> Tensor:
     """What modality dropout leaves of images x `[M, B, ...]`: bool `[M, B]`, some of present.
 
-    With probability `rate` a random non-empty subset of the modalities, the same for all images
-    but those that have nothing of it, which keep all that they have. Waits for nothing.
+    With probability `rate` an image keeps a random non-empty subset of the modalities, or all that
+    it has if it has nothing of that. Images draw on their own: batch norms would otherwise end with
+    the statistics of the last few subsets. Waits for nothing.
     """
     modalities, batch = x.shape[:2]
-    device = x.device if generator is None else generator.device
-    draw = torch.randint(1, 2**modalities, (), generator=generator, device=device)
-    chance = torch.rand((), generator=generator, device=device, dtype=torch.float32)
-    bits = draw >> torch.arange(modalities, device=device) & 1
-    keep = ((bits == 1) | (chance >= rate)).to(x.device, non_blocking=True)[:, None]
-    keep = keep.repeat(1, batch)
+    draws = dropout_draws(batch, generator, x.device if generator is None else generator.device)
+    chance, which = draws.to(x.device, non_blocking=True).unbind(dim=1)
+    subset = (which * (2**modalities - 1)).long() + 1
+    bits = subset >> torch.arange(modalities, device=x.device)[:, None] & 1
+    keep = (bits == 1) | (chance >= rate)
     if present is None:
         return keep
     keep = keep & present

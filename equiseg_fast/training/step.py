@@ -11,6 +11,7 @@ from equiseg_fast._command import PRECISIONS
 from equiseg_fast._seeds import seed_of
 from equiseg_fast.data import Batch, SensorDataset
 from equiseg_fast.models import EQUISeg
+from equiseg_fast.models.inputs import dropout_draws
 from equiseg_fast.robustness import evaluate_dataset
 
 from .config import TrainConfig
@@ -20,17 +21,22 @@ from .distributed import Place
 def loss_of(
     model: nn.Module, batch: Batch, step: int, config: TrainConfig, here: Place
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss and its parts. What is drawn follows from seed and step: which modalities are dropped
-    and which teach is common to all processes; dropout and stochastic depth are not."""
+    """Loss and its parts. What is drawn follows from seed and step: which modalities of an image
+    are dropped, and which teach, is the same for any number of processes; dropout and stochastic
+    depth are not."""
     torch.manual_seed(seed_of((config.seed, step, here.rank)))
-    common = seed_of((config.seed, step, "common"))
-    generator = torch.Generator(here.device).manual_seed(common)
+    teachers = torch.Generator(here.device).manual_seed(seed_of((config.seed, step, "common")))
+    order = torch.randperm(len(batch.present), generator=teachers, device=here.device)
+    dropped = torch.Generator().manual_seed(seed_of((config.seed, step, "dropped")))
+    dropout_draws(config.batch_size * here.rank // here.world, dropped)  # of other processes
     batch = batch.to(here.device)
     if batch.labels is None:
         raise ValueError(f"training images must have labels; {', '.join(batch.names)} have none")
     dtype = PRECISIONS[config.precision]
     with torch.autocast(here.device.type, dtype, enabled=dtype is not None):
-        return model(batch.images, labels=batch.labels, present=batch.mask, generator=generator)
+        return model(
+            batch.images, labels=batch.labels, present=batch.mask, generator=dropped, order=order
+        )
 
 
 def validate(
