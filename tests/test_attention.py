@@ -393,7 +393,7 @@ class TestRegistration:
         return q, k, v, out, lse
 
     @pytest.mark.parametrize("interpret", [True, False])
-    @pytest.mark.parametrize("dtype", DTYPES)
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_opcheck(
         self, dtype: torch.dtype, interpret: bool, monkeypatch: pytest.MonkeyPatch
     ) -> None:
