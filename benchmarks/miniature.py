@@ -73,16 +73,20 @@ SETTINGS = {
     "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
     "no SGM, blanks": Setting("half of the images have blank sensors: zeros", WITHOUT | BLANKS),
     "SGM, blanks": Setting("the same with gate and loss", BLANKS),
-    "SGM, encoded": Setting(
-        "prototypes before the cross-modal block", {"sgm_source": "encoded"}, SEEDS[:1]
-    ),
-    "SGM, gated": Setting("prototypes behind the gate", {"sgm_source": "gated"}, SEEDS[:1]),
-    "SGM, weight 0.1": Setting("a tenth of its loss", {"sgm_weight": 0.1}, SEEDS[:1]),
-    "SGM, weight 10": Setting("ten times its loss", {"sgm_weight": 10.0}, SEEDS[:1]),
-    "SGM, sharp loss": Setting("its loss at temperature 0.1", {"sgm_tau": 0.1}, SEEDS[:1]),
-    "SGM, sharp gate": Setting("its gate at temperature 0.1", {"gate_tau": 0.1}, SEEDS[:1]),
-    "SGM, late gate": Setting("gates in stages 3 and 4", {"gate_stages": [3, 4]}, SEEDS[:1]),
 }
+FIELDS = {
+    "gate, blanks": Setting("the gate alone", BLANKS | {"sgm_weight": 0.0}, SEEDS[:1]),
+    "sharp gate": Setting("temperature of the gate 0.1", BLANKS | {"gate_tau": 0.1}, SEEDS[:1]),
+    "late gate": Setting("gates in stages 3 and 4", BLANKS | {"gate_stages": [3, 4]}, SEEDS[:1]),
+    "weight 0.1": Setting("a tenth of the loss", BLANKS | {"sgm_weight": 0.1}, SEEDS[:1]),
+    "weight 10": Setting("ten times the loss", BLANKS | {"sgm_weight": 10.0}, SEEDS[:1]),
+    "sharp loss": Setting("temperature of the loss 0.1", BLANKS | {"sgm_tau": 0.1}, SEEDS[:1]),
+    "encoded": Setting(
+        "prototypes before the cross-modal block", BLANKS | {"sgm_source": "encoded"}, SEEDS[:1]
+    ),
+}
+"""What "SGM, blanks" becomes with other values of single fields."""
+SETTINGS |= FIELDS
 
 
 @dataclass(frozen=True)

@@ -94,15 +94,15 @@ def test_tables_have_mean_and_spread() -> None:
         }
         return {"setting": setting, "seed": seed, "summary": summary}
 
-    rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("SGM, gated", 0, 0.1)]
+    rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("sharp gate", 0, 0.1)]
     content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}
     text = report.report(content, ["severity.png"])
     cells = [line.rpartition(" |")[0].rpartition(" | ")[0] for line in text.splitlines()]
     cells = [line for line in cells if line.startswith("| ")]
     sgm = "| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0"
     assert cells[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
-    assert cells[2] == cells[4] == sgm
-    assert cells[5] == "| SGM, gated | 10.0 | 5.0 | 10.0 | 10.0 | 10.0 | 0.0 | 5.0"
+    assert cells[2] == sgm
+    assert cells[4] == "| sharp gate | 10.0 | 5.0 | 10.0 | 10.0 | 10.0 | 0.0 | 5.0"
     assert cells[-1] == "| SGM | 50.0 | 0.0"
     assert "ended below 20.0 % clean" in text
     assert report.overview(content) in text
