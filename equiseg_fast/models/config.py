@@ -87,8 +87,8 @@ class EQUISegConfig:
     ln_eps_embed, ln_eps_block: LayerNorm eps behind convolutions, and in blocks and stage ends.
     head_dropout: channel dropout before the classifier. fold_head: see `nn.SegmentationHead`.
     ohem_thresh: in (0, 1], hard pixels have a predicted probability below this.
-    modality_dropout*: probability that of an image training sees only a random non-empty subset;
-        the others are absent in the sense of `missing`.
+    modality_dropout*: probability with which an image loses modalities in training, down to a
+        random non-empty subset; those it loses are absent in the sense of `missing`.
     missing: what an absent modality is: "mask" (never used) or "zero" (an image of zeros).
     """
 
