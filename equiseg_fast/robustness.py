@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from equiseg_fast._seeds import generator_of
 from equiseg_fast.ops._checks import check_choice, check_sequence, check_sizes
 
-from .data.samples import Batch, Sample, SensorDataset
+from .data.samples import Batch, Sample, SensorDataset, Wrapped
 from .data.sensors import Sensor
 
 PROTOCOLS = ("clean", "emm", "rmm", "nm", "masked", "degradations")
@@ -168,7 +168,7 @@ def _noisy(x: Tensor, density: float, std: float, generator: torch.Generator) ->
     return noisy.view_as(x)
 
 
-class Conditioned(SensorDataset):
+class Conditioned(Wrapped):
     """A dataset under a condition: by index it gives normalised samples to which it happened.
 
     limit: how many samples there are at most, spread evenly over those of the dataset. Raises
@@ -185,9 +185,8 @@ class Conditioned(SensorDataset):
     ) -> None:
         if limit is not None:
             check_sizes(limit=limit)
-        self.dataset, self.condition, self.seed = dataset, condition, seed
-        self.sensors, self.classes = dataset.sensors, dataset.classes
-        self.ignore_index, self.palette = dataset.ignore_index, dataset.palette
+        super().__init__(dataset)
+        self.condition, self.seed = condition, seed
         self.count = len(dataset) if limit is None else min(limit, len(dataset))
         if condition.protocol == "degradations":
             from .data.degradations import Degraded

@@ -17,7 +17,7 @@ import torch
 
 from equiseg_fast.ops._checks import check_choice, check_seed, number
 
-from .samples import Sample, SensorDataset
+from .samples import Sample, SensorDataset, Wrapped
 from .sensors import Kind, Sensor
 
 Array = np.ndarray
@@ -95,17 +95,13 @@ def _effect(name: str, sensor: Sensor) -> Effect | None:
     return DEGRADATIONS.get(name, {}).get(sensor.kind)
 
 
-class Degraded(SensorDataset):
+class Degraded(Wrapped):
     """A dataset under a degradation: all its samples, at one severity."""
 
     def __init__(self, dataset: SensorDataset, name: str, severity: float, seed: int = 0) -> None:
         _check(dataset.sensors, name, severity, seed)
-        self.dataset, self.name, self.severity, self.seed = dataset, name, severity, seed
-        self.sensors, self.classes = dataset.sensors, dataset.classes
-        self.ignore_index, self.palette = dataset.ignore_index, dataset.palette
-
-    def __len__(self) -> int:
-        return len(self.dataset)
+        super().__init__(dataset)
+        self.name, self.severity, self.seed = name, severity, seed
 
     def raw(self, index: int) -> Sample:
         return degrade(self.dataset.raw(index), self.sensors, self.name, self.severity, self.seed)

@@ -55,18 +55,26 @@ class SensorDataset(Dataset[Sample]):
         return normalise(self.raw(index), self.sensors)
 
 
-class Cached(SensorDataset):
+class Wrapped(SensorDataset):
+    """Base of what changes the samples of another dataset, or how they are had."""
+
+    def __init__(self, dataset: SensorDataset) -> None:
+        self.dataset = dataset
+        self.sensors, self.classes = dataset.sensors, dataset.classes
+        self.ignore_index, self.palette = dataset.ignore_index, dataset.palette
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+
+class Cached(Wrapped):
     """A dataset whose raw samples stay in memory for whoever reads them again in this process, as
     many as fit into `size` bytes."""
 
     def __init__(self, dataset: SensorDataset, size: int = 2**30) -> None:
-        self.dataset, self.left = dataset, size
-        self.sensors, self.classes = dataset.sensors, dataset.classes
-        self.ignore_index, self.palette = dataset.ignore_index, dataset.palette
+        super().__init__(dataset)
+        self.left = size
         self.cache: dict[int, Sample] = {}
-
-    def __len__(self) -> int:
-        return len(self.dataset)
 
     def raw(self, index: int) -> Sample:
         if index in self.cache:
