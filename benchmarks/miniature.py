@@ -71,13 +71,15 @@ SETTINGS = {
     ),
     "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
     "no SGM, blanks": Setting("half of the images have blank sensors: zeros", WITHOUT | BLANKS),
+    "gate, blanks": Setting("the same with the gate alone", BLANKS | {"sgm_weight": 0.0}),
+    "SGM 0.1, blanks": Setting(
+        "the same with gate and a tenth of the loss", BLANKS | {"sgm_weight": 0.1}
+    ),
     "SGM, blanks": Setting("the same with gate and loss", BLANKS),
 }
 FIELDS = {
-    "gate, blanks": Setting("the gate alone", BLANKS | {"sgm_weight": 0.0}),
     "sharp gate": Setting("temperature of the gate 0.1", BLANKS | {"gate_tau": 0.1}),
     "late gate": Setting("gates in stages 3 and 4", BLANKS | {"gate_stages": [3, 4]}),
-    "weight 0.1": Setting("a tenth of the loss", BLANKS | {"sgm_weight": 0.1}),
     "weight 10": Setting("ten times the loss", BLANKS | {"sgm_weight": 10.0}),
     "sharp loss": Setting("temperature of the loss 0.1", BLANKS | {"sgm_tau": 0.1}),
     "encoded": Setting(

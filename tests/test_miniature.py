@@ -113,6 +113,6 @@ def test_settings_differ_in_what_they_say() -> None:
     fields = [setting.fields for setting in miniature.SETTINGS.values()]
     assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 16
     assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
-    assert len(miniature.runs(Path())) == 9 * 3 + 7
+    assert len(miniature.runs(Path())) == 11 * 3 + 5
     folders = [run.folder for run in miniature.runs(Path())]
     assert len(set(folders)) == len(folders)

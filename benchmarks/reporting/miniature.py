@@ -89,7 +89,7 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The tables and what they mean, as Markdown."""
     rows = content["runs"]
     first = [row for row in rows if row["seed"] == SEEDS[0]]
-    compared = ("no SGM, blanks", "SGM, blanks", *FIELDS)
+    compared = [*(name for name in SETTINGS if name.endswith("blanks")), *FIELDS]
     fields = [row for row in first if row["setting"] in compared]
     degradations: dict[str, Column] = {
         name.replace("_", " "): lambda s, name=name: s["degradations"][name]  # type: ignore[misc]
