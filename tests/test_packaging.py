@@ -54,14 +54,11 @@ def built(sources: Path) -> Path:
 class TestImport:
     def test_imports_no_triton_and_is_quick(self) -> None:
         code = (
-            "import sys, time; start = time.process_time(); import torch; "
-            "middle = time.process_time(); import equiseg_fast; "
-            "assert 'triton' not in sys.modules; "
-            "print(middle - start, time.process_time() - middle)"
+            "import sys, time, torch; start = time.process_time(); import equiseg_fast; "
+            "assert 'triton' not in sys.modules; print(time.process_time() - start)"
         )
-        torch_s, own_s = min(tuple(map(float, python(code).split())) for _ in range(3))
-        assert own_s < 0.5, f"equiseg_fast alone takes {own_s:.2f} s"
-        assert torch_s + own_s < 2.5, f"torch {torch_s:.2f} s, equiseg_fast {own_s:.2f} s"
+        seconds = min(float(python(code)) for _ in range(3))
+        assert seconds < 0.5, f"equiseg_fast takes {seconds:.2f} s beyond torch"
 
     def test_works_without_triton(self) -> None:
         code = (
