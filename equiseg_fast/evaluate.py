@@ -162,6 +162,7 @@ def read_data(data: str, config: EQUISegConfig) -> DataConfig:
             root=str(path),
             sensors=config.sensors or config.modalities,  # type: ignore[arg-type]
             classes=names,
+            palette=config.palette,
             ignore_index=config.ignore_index,
         )
     elif path.suffix in (".yaml", ".yml"):

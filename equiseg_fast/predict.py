@@ -89,7 +89,8 @@ def _work(args: argparse.Namespace) -> None:
         "precision": args.precision,
         "classes": list(dataset.classes),
     }
-    outputs = Outputs(Path(args.out), settings, anew=args.overwrite)
+    palette = palette_of(len(dataset.classes), dataset.palette)
+    outputs = Outputs(Path(args.out), settings, palette, anew=args.overwrite)
     names = [scene.name for scene in dataset.scenes]
     todo = [i for i, name in enumerate(names) if not outputs.has(name)]
     print(f"{args.model}: {model.config.variant}, {len(dataset.classes)} classes, on {device}")
@@ -114,7 +115,14 @@ def _open(root: str, model: "EQUISeg") -> "FolderDataset":
     sensors = config.sensors or config.modalities
     with warnings.catch_warnings():  # we say ourselves what is missing
         warnings.simplefilter("ignore")
-        return FolderDataset(root, sensors, classes=classes, labels=None, missing="absent")
+        return FolderDataset(
+            root,
+            sensors,
+            classes=classes,
+            labels=None,
+            palette=config.palette,
+            missing="absent",
+        )
 
 
 def _contents(dataset: "FolderDataset") -> str:
@@ -142,13 +150,16 @@ def _fingerprint(folder: str, model: "EQUISeg") -> str:
 class Outputs:
     """The folder OUT, which holds the results of one model with one choice of settings.
 
-    Raises ValueError for a folder of anything else. A file is there whole or not at all.
+    palette: uint8 `[K, 3]`, the colours of the classes. Raises ValueError for a folder of anything
+    else. A file is there whole or not at all.
     """
 
     RECORD = "predict.json"
 
-    def __init__(self, folder: Path, settings: Mapping[str, Any], *, anew: bool) -> None:
-        self.folder, self.settings, self.anew = folder, settings, anew
+    def __init__(
+        self, folder: Path, settings: Mapping[str, Any], palette: np.ndarray, *, anew: bool
+    ) -> None:
+        self.folder, self.settings, self.palette, self.anew = folder, settings, palette, anew
         record = folder / self.RECORD
         if record.exists():
             if not anew:
@@ -189,13 +200,12 @@ class Outputs:
         """Write labels uint8 `[H, W]`; returns the number of pixels of every class."""
         from PIL import Image
 
-        classes = len(self.settings["classes"])
         image = Image.fromarray(labels)
         numbers, coloured = self._paths(name)
         _write(numbers, image)
-        image.putpalette(palette_of(classes).tobytes())  # the same numbers, shown in colours
+        image.putpalette(self.palette.tobytes())  # the same numbers, shown in colours
         _write(coloured, image)
-        return np.bincount(labels.ravel(), minlength=classes)
+        return np.bincount(labels.ravel(), minlength=len(self.palette))
 
     def _paths(self, name: str) -> tuple[Path, Path]:
         return self.folder / "labels" / f"{name}.png", self.folder / "colour" / f"{name}.png"

@@ -17,6 +17,7 @@ from equiseg_fast.robustness import Condition, summary
 
 CLASSES = ("road", "car", "tree")
 SENSORS = (camera(), sensor("thermal"))
+PALETTE = ((128, 64, 128), (107, 142, 35), (0, 0, 142))
 # The second is of an odd size.
 SIZES = ((32, 64), (33, 41), (32, 64))
 
@@ -30,6 +31,7 @@ def model() -> EQUISeg:
         in_channels=(3, 1),
         num_classes=3,
         class_names=CLASSES,
+        palette=PALETTE,
         sensors=SENSORS,
     ).eval()
 
@@ -123,14 +125,12 @@ def test_scores_are_those_of_the_model(whole: Path, model: EQUISeg, folder: Path
 
 
 def test_sheet_shows_inputs_and_colours_of_classes(whole: Path) -> None:
-    from equiseg_fast.data import palette_of
-
     sheet = np.asarray(Image.open(whole / "sheet.png").convert("RGB"))
     height, width = sheet.shape[:2]
     # 2 rows for one sample; 2 sensors and 4 more columns
     assert width > 6 * 200
     assert height > 2 * 100
-    for colour in (*palette_of(3), (214, 39, 40)):
+    for colour in (*PALETTE, (214, 39, 40)):
         assert (sheet == np.array(colour)).all(axis=-1).mean() > 0.005
 
 
@@ -313,6 +313,8 @@ def test_order_and_normalisation_are_those_of_the_model(model: EQUISeg, tmp_path
     fields = {"kind": "folder", "root": ".", "sensors": [thermal, "rgb", "lidar"], "classes": ["a"]}
     (tmp_path / "data.yml").write_text(yaml.safe_dump(fields))
     assert evaluate.read_data(str(tmp_path / "data.yml"), model.config).sensors == SENSORS
+    folder = evaluate.read_data(str(tmp_path), model.config)
+    assert (folder.classes, folder.palette) == (CLASSES, PALETTE)
 
 
 @pytest.mark.parametrize(

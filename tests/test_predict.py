@@ -10,11 +10,12 @@ import torch
 from PIL import Image
 
 from equiseg_fast import EQUISeg, predict
-from equiseg_fast.data import FolderDataset, palette_of, sensor
+from equiseg_fast.data import FolderDataset, sensor
 from equiseg_fast.sliding import sliding_window
 
 SENSORS = tuple(map(sensor, ("rgb", "thermal", "lidar")))
 CLASSES = ("road", "sky", "car", "person [x]", "tree")
+PALETTE = ((128, 64, 128), (70, 130, 180), (0, 0, 142), (220, 20, 60), (107, 142, 35))
 SIZES = {"a": (33, 50), "b": (33, 50), "c.1": (33, 50), "far/d": (40, 64)}
 """Of the images; "b" lacks its thermal one, and nobody has lidar."""
 
@@ -30,6 +31,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         sensors=SENSORS,
         num_classes=len(CLASSES),
         class_names=CLASSES,
+        palette=PALETTE,
     ).save_pretrained(folder)
     return folder
 
@@ -94,7 +96,7 @@ def test_labels_and_colours(
     labels = labels_in(out)
     assert same(labels, expected(model, images, window))
     assert len(np.unique(np.concatenate([x.ravel() for x in labels.values()]))) > 2
-    palette = palette_of(len(CLASSES))
+    palette = np.array(PALETTE)
     for name, classes in labels.items():
         assert classes.dtype == np.uint8
         assert Image.open(out / "labels" / name).mode == "L"

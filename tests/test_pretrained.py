@@ -29,6 +29,7 @@ FIELDS: dict[str, Any] = {
     "num_classes": 3,
     "ignore_index": -1,
     "class_names": ("road", "sky", "é"),
+    "palette": ((128, 64, 128), (70, 130, 180), (0, 0, 142)),
     "sensors": SENSORS,
     "drop_path": 0.25,
 }
@@ -105,6 +106,8 @@ class TestConfig:
             ({"class_names": ("a", "b")}, "class_names must be num_classes = 3 unique names; got"),
             ({"class_names": ("a", "b", "b")}, "class_names must be num_classes = 3 unique names"),
             ({"class_names": "abc"}, "class_names must be a sequence of names; got 'abc'"),
+            ({"palette": ((0, 0, 0),)}, "palette must have 3 colours, one per class; got 1"),
+            ({"palette": ((0, 0, 256),) * 3}, "palette must have colours of three 0 to 255; got"),
             (
                 {"gate_stages": (1, 1)},
                 r"gate_stages must be stages 1 to 4, each once; got \(1, 1\)",
@@ -276,7 +279,7 @@ class TestKilled:
     def test_at_every_moment(
         self, moment: str, first_time: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        old, new = model(1, num_classes=3), model(2, num_classes=4, class_names=None)
+        old, new = model(1, num_classes=3), model(2, num_classes=4, class_names=None, palette=None)
         if not first_time:
             old.save_pretrained(tmp_path)
         reached = {"write": 0, "replace": 0}
@@ -393,7 +396,7 @@ class TestRefusedFolders:
             (lambda x: rewrite(x, ppx_depth=10**9), r"config\.json: ppx_depth must be that of the"),
             (lambda x: rewrite(x, decoder_dim=2**31 - 1), r"json: Storage size calcula"),
             (
-                lambda x: rewrite(x, num_classes=5, class_names=None),
+                lambda x: rewrite(x, num_classes=5, class_names=None, palette=None),
                 r"linear_pred\.weight of .*safetensors must have shape \[5, 128, 1, 1\]; got",
             ),
             (lambda x: rewrite(x, share_encoder=False), r"lacks encoder\.0\..* and \d+ more"),

@@ -8,12 +8,14 @@ import resource
 import signal
 import socket
 from collections.abc import Iterator
+from io import StringIO
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from rich.console import Console
 from torch import nn
 
 from equiseg_fast import EQUISeg
@@ -330,6 +332,27 @@ def test_a_gradient_that_is_not_finite(
     saved = load(tmp_path / "out/checkpoint.pt")
     assert saved["scaler"]["scale"] < 2.0**16
     assert all(x.isfinite().all() for x in saved["model"].values())
+
+
+def test_validated_logits_that_are_not_finite(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Are said and counted; the model knows the names and colours of the data."""
+    original = loop.validate
+
+    def validate(model: EQUISeg, *more: Any) -> Any:
+        model.head.linear_pred.bias.data.fill_(torch.inf)
+        return original(model, *more)
+
+    monkeypatch.setattr(loop, "validate", validate)
+    config = configuration(tmp_path / "out", steps=1)
+    said = StringIO()
+    train(config, console=Console(file=said))
+    assert "validated images whose logits are not finite: 1" in said.getvalue()
+    assert lines_of(tmp_path / "out")[-1]["not_finite"] == 1
+    model, data = EQUISeg.from_pretrained(tmp_path / "out/model").config, config.data.open("val")
+    assert (model.class_names, model.palette) == (data.classes, data.palette)
+    assert model.palette is not None
 
 
 def test_where_it_cannot_or_must_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,12 +14,11 @@ from equiseg_fast.ops._checks import check_choice, check_ignore_index, check_seq
 
 from .files import SUFFIXES, check_labels, read_labels, read_sensor
 from .samples import Sample, SensorDataset
-from .sensors import Sensor, as_sensors, check_sensors
+from .sensors import Sensor, as_sensors, check_palette, check_sensors
 
 Missing = Literal["error", "absent"]
 Files = dict[str, Path]
 """Name of a scene -> a file."""
-Palette = tuple[tuple[int, int, int], ...]
 SPLITS = ("train", "val", "test")
 
 
@@ -292,17 +291,3 @@ def check_classes(classes: Sequence[str]) -> tuple[str, ...]:
     if not 1 <= len(classes) <= 256 or len(set(classes)) != len(classes) or "" in classes:
         raise ValueError(f"classes must be 1 to 256 unique names, none empty; got {list(classes)}")
     return tuple(classes)
-
-
-def check_palette(palette: Sequence[Sequence[int]] | None, count: int) -> Palette | None:
-    """Colours of `count` classes as a tuple of (red, green, blue), each 0 to 255."""
-    if palette is None:
-        return None
-    check_sequence("palette", palette, Sequence, "colours (red, green, blue)")
-    if len(palette) != count:
-        raise ValueError(f"palette must have {count} colours, one per class; got {len(palette)}")
-    for colour in palette:
-        check_sequence("palette", colour, int, "colours (red, green, blue)")
-        if len(colour) != 3 or not all(0 <= x <= 255 for x in colour):
-            raise ValueError(f"palette must have colours of three 0 to 255; got {list(colour)}")
-    return tuple((int(r), int(g), int(b)) for r, g, b in palette)

@@ -12,6 +12,8 @@ from equiseg_fast.ops._checks import check_choice, check_sequence, number, posit
 Kind = Literal["camera", "thermal", "depth", "event", "lidar", "other"]
 KINDS: tuple[Kind, ...] = ("camera", "thermal", "depth", "event", "lidar", "other")
 
+Palette = tuple[tuple[int, int, int], ...]
+
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
@@ -136,3 +138,17 @@ def named(
         if (x.name if isinstance(x, Sensor) else x) not in list(known):  # x may be anything
             raise ValueError(f"{name} must be of {', '.join(known)}; got {x!r}")
     return check_sensors([x if isinstance(x, Sensor) else known[x] for x in chosen])
+
+
+def check_palette(palette: Sequence[Sequence[int]] | None, count: int) -> Palette | None:
+    """Colours of `count` classes as a tuple of (red, green, blue), each 0 to 255."""
+    if palette is None:
+        return None
+    check_sequence("palette", palette, Sequence, "colours (red, green, blue)")
+    if len(palette) != count:
+        raise ValueError(f"palette must have {count} colours, one per class; got {len(palette)}")
+    for colour in palette:
+        check_sequence("palette", colour, int, "colours (red, green, blue)")
+        if len(colour) != 3 or not all(0 <= x <= 255 for x in colour):
+            raise ValueError(f"palette must have colours of three 0 to 255; got {list(colour)}")
+    return tuple((int(r), int(g), int(b)) for r, g, b in palette)

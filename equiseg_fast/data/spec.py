@@ -21,14 +21,12 @@ from .folder import (
     SPLITS,
     FolderDataset,
     Missing,
-    Palette,
     check_cases,
     check_classes,
-    check_palette,
     folder_in,
 )
 from .samples import SensorDataset
-from .sensors import Sensor, as_sensors, is_usual, named, sensor
+from .sensors import Palette, Sensor, as_sensors, check_palette, is_usual, named, sensor
 
 _NEEDED: Any = object()
 _FIELDS: dict[str, dict[str, Any]] = {

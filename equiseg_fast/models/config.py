@@ -6,7 +6,7 @@ from numbers import Integral
 from typing import Any, Literal
 
 from equiseg_fast._files import as_json
-from equiseg_fast.data.sensors import Sensor
+from equiseg_fast.data.sensors import Palette, Sensor, check_palette
 from equiseg_fast.ops._checks import (
     MAX_SIZE,
     check_choice,
@@ -66,8 +66,9 @@ class EQUISegConfig:
     modalities: unique names, 1 to 8 of them; their order is that of every modality axis.
     in_channels: channels of the images, one number for all modalities or one for each.
     num_classes: classes of the logits. ignore_index*: label that counts for nothing.
-    class_names, sensors: what the classes are called, and how images were normalised; kept with
-        the model, which computes the same without. None is unknown.
+    class_names, palette, sensors: what the classes are called, their colours (red, green, blue) of
+        0 to 255, and how images were normalised; kept with the model, which computes the same
+        without. None is unknown.
     decoder_dim*: width of the head; None is 128 for nano, 256 for b0 and b1, 512 otherwise.
     share_encoder*: one encoder for all modalities; False gives each its own.
     cross_modal*: whether modalities attend to one another; False goes without query hub, pooling
@@ -98,6 +99,7 @@ class EQUISegConfig:
     num_classes: int = 25
     ignore_index: int = 255
     class_names: tuple[str, ...] | None = None
+    palette: Palette | None = None
     sensors: tuple[Sensor, ...] | None = None
     decoder_dim: int | None = None
     share_encoder: bool = True
@@ -197,7 +199,7 @@ class EQUISegConfig:
             self._require(name, once, "stages 1 to 4, each once")
 
     def _check_data(self) -> None:
-        """What the images and labels are like: channels, normalisation, names of classes."""
+        """What the images and labels are like: channels, normalisation, names and colours."""
         channels = self.in_channels
         if not isinstance(channels, Sequence):
             check_sizes(in_channels=channels)
@@ -212,6 +214,7 @@ class EQUISegConfig:
             each = _unique(self.class_names) and len(self.class_names) == self.num_classes
             each = each and "" not in self.class_names
             self._require("class_names", each, f"num_classes = {self.num_classes} unique names")
+        self._set("palette", check_palette(self.palette, self.num_classes))
         if self.sensors is not None:
             for field, wanted, got in (
                 ("modalities", self.modalities, tuple(x.name for x in self.sensors)),

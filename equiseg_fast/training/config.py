@@ -13,7 +13,15 @@ from equiseg_fast.ops._checks import check_seed, check_sizes, check_strings, num
 
 from .fields import unknown, values_of
 
-FROM_DATA = ("modalities", "num_classes", "ignore_index", "in_channels", "class_names", "sensors")
+FROM_DATA = (
+    "modalities",
+    "num_classes",
+    "ignore_index",
+    "in_channels",
+    "class_names",
+    "palette",
+    "sensors",
+)
 """Fields of the model that follow from the data."""
 
 FREE = ("out", "device", "workers", "save_every", "data.root")
@@ -188,6 +196,7 @@ class TrainConfig:
             in_channels=tuple(sensor.channels for sensor in dataset.sensors),
             num_classes=len(dataset.classes),
             class_names=tuple(dataset.classes),
+            palette=dataset.palette,
             sensors=tuple(dataset.sensors),
             ignore_index=dataset.ignore_index,
         )

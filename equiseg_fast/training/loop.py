@@ -294,6 +294,8 @@ class _Run:
                 f"step {state.step}  epoch {line['epoch']:.1f}  mIoU {result['miou']:.4f}  "
                 f"best {state.best['miou']:.4f} after step {state.best['step']}"
             )
+            if broken := result["not_finite"]:
+                self.screen.say(f"validated images whose logits are not finite: {broken}")
 
     def _pause(self) -> None:
         """Between validated images: stop at once if asked to, with the training as it is."""

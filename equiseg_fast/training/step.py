@@ -46,7 +46,8 @@ def validate(
     here: Place,
     pause: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """mIoU and IoU by name of class over whole images, of all processes together.
+    """mIoU, IoU by name of class, and how many images had logits that are not finite, over whole
+    images, of all processes together.
 
     pause: called after every image, to stop there.
     """
@@ -61,7 +62,8 @@ def validate(
         world=here.world,
         progress=lambda _: pause(),
     )
-    return {"miou": found["miou"], "iou": dict(zip(data.classes, found["iou"], strict=True))}
+    iou = dict(zip(data.classes, found["iou"], strict=True))
+    return {"miou": found["miou"], "iou": iou, "not_finite": found["not_finite"]}
 
 
 @contextmanager
