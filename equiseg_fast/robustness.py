@@ -249,6 +249,7 @@ def evaluate_dataset(
         world=world,
         shuffle=False,
         drop_last=False,
+        pin_memory=device.type == "cuda",
     )
     modules = list(model.modules()) if isinstance(model, nn.Module) else []
     modes = [module.training for module in modules]

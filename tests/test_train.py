@@ -23,8 +23,10 @@ from equiseg_fast._command import Failed, Interrupted
 from equiseg_fast.train import main
 from equiseg_fast.training import TrainConfig, loop, train
 from equiseg_fast.training.config import field_names
+from equiseg_fast.training.distributed import Place
 from equiseg_fast.training.files import load
 from equiseg_fast.training.optimise import adamw, lr_ratio
+from equiseg_fast.training.plan import make_plan
 
 from . import train_worker
 
@@ -353,6 +355,12 @@ def test_validated_logits_that_are_not_finite(
     model, data = EQUISeg.from_pretrained(tmp_path / "out/model").config, config.data.open("val")
     assert (model.class_names, model.palette) == (data.classes, data.palette)
     assert model.palette is not None
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_memory_is_pinned_for_a_gpu_alone(device: str, tmp_path: Path) -> None:
+    plan = make_plan(configuration(tmp_path), Place(0, 1, torch.device(device)))
+    assert plan.batches(0, 0).pin_memory == (device == "cuda")
 
 
 def test_where_it_cannot_or_must_not_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,6 +28,7 @@ def batches(
     world: int = 1,
     shuffle: bool = True,
     drop_last: bool = True,
+    pin_memory: bool = False,
 ) -> DataLoader[Any]:
     """A loader of the `Batch`es of one epoch.
 
@@ -40,8 +41,8 @@ def batches(
     a single process would have. drop_last=True leaves out the samples that fill no batch, so that
     all processes have as many batches and all batches one size: for training. False keeps them,
     each in one process only, of which some may get a batch less: for validation. workers: processes
-    that load, each on a single thread; 0 loads in this one. They live for this epoch. Where CUDA
-    is there, batches are in pinned memory.
+    that load, each on a single thread; 0 loads in this one. They live for this epoch. pin_memory:
+    whether batches are in pinned memory, for a GPU.
 
     An error of the dataset stops the loop that asks for batches; from a worker it arrives as the
     nearest of OSError, ValueError, TypeError, ImportError and RuntimeError, with its message, and
@@ -54,7 +55,7 @@ def batches(
         raise TypeError(f"augment must be an Augment or None; got {augment!r}")
     check_sizes(batch_size=batch_size, world=world)
     check_seed(seed)
-    check_flags(shuffle=shuffle, drop_last=drop_last)
+    check_flags(shuffle=shuffle, drop_last=drop_last, pin_memory=pin_memory)
     for name, value in {"epoch": epoch, "workers": workers, "first": first, "rank": rank}.items():
         check_integer(name, value)
         if value < 0:
@@ -87,7 +88,7 @@ def batches(
         collate_fn=_unchanged,
         num_workers=workers,
         worker_init_fn=_prepare_worker,
-        pin_memory=torch.cuda.is_available(),
+        pin_memory=pin_memory,
         generator=generator_of([int(seed), int(epoch)]),  # else PyTorch draws from the global one
     )
 

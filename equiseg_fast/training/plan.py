@@ -40,7 +40,7 @@ class Plan:
         return batches(
             self.train, batch_size=config.batch_size, seed=config.seed, epoch=epoch,
             augment=self.augment, workers=config.loaders, first=first, rank=self.here.rank,
-            world=self.here.world,
+            world=self.here.world, pin_memory=self.here.device.type == "cuda",
         )  # fmt: skip
 
 
