@@ -28,6 +28,8 @@ from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, share
 from benchmarks.visiting.outcomes import Outcomes
 from benchmarks.visiting.simulate import simulate
 
+from .processes import alive, gone, started
+
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
@@ -41,15 +43,6 @@ def carry_out(folder: Path, steps: list[Step], seconds: float = 20.0) -> State:
     state = State(folder / "visit.json")
     Visit(steps, state, folder, folder, time.monotonic() + seconds).run()
     return State(folder / "visit.json")
-
-
-def alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    # A child of nobody who waits stays as a zombie.
-    return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
 
 
 # ---- time limits --------------------------------------------------------------------------------
@@ -101,22 +94,6 @@ def test_what_was_running_when_everything_was_killed_is_run_again(tmp_path: Path
     )
     state = carry_out(tmp_path, [Step("step", "", 1.0, (task,))])
     assert (state.tasks["task"]["state"], state.tasks["task"]["attempts"]) == ("done", 2)
-
-
-def started(path: Path) -> int:
-    """The number of the process that writes it to this file."""
-    until = time.monotonic() + 60
-    while not path.is_file() or not path.read_text().endswith("\n"):
-        assert time.monotonic() < until
-        time.sleep(0.02)
-    return int(path.read_text())
-
-
-def gone(pid: int) -> bool:
-    until = time.monotonic() + 20
-    while alive(pid) and time.monotonic() < until:
-        time.sleep(0.05)
-    return not alive(pid)
 
 
 VISIT = """

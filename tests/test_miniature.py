@@ -6,7 +6,6 @@ import signal
 from collections.abc import Iterator
 from pathlib import Path
 from threading import Thread
-from time import sleep
 from typing import Any
 
 import pytest
@@ -14,6 +13,8 @@ import pytest
 from benchmarks import miniature
 from benchmarks.__main__ import main
 from benchmarks.reporting import miniature as report
+
+from .processes import alive, started
 
 
 @pytest.fixture
@@ -69,8 +70,7 @@ def test_terminated_it_takes_its_commands_along(
     monkeypatch.setattr(miniature.Run, "commands", lambda self, device: command)
 
     def terminate() -> None:
-        while not (pid.exists() and pid.read_text().endswith("\n")):
-            sleep(0.05)
+        started(pid)
         os.kill(os.getpid(), signal.SIGTERM)
 
     killer = Thread(target=terminate)
@@ -78,8 +78,7 @@ def test_terminated_it_takes_its_commands_along(
     assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
     killer.join()
     assert "interrupted; what is finished is in" in capsys.readouterr().out
-    with pytest.raises(ProcessLookupError):
-        os.kill(int(pid.read_text()), 0)
+    assert not alive(started(pid))
 
 
 def test_tables_have_mean_and_spread() -> None:
