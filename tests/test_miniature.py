@@ -40,6 +40,7 @@ def test_it_is_stopped_and_goes_on(
     (row,) = content["runs"]
     assert row["setting"] == "SGM"
     assert len(row["scores"]) > 100
+    assert row["losses"]["seg"] > 0
     (gate,) = content["gates"]
     assert list(gate["shares"]) == ["all well", *(f"{name} blank" for name in gate["sensors"])]
     for table in gate["shares"].values():
@@ -91,7 +92,8 @@ def test_tables_have_mean_and_spread() -> None:
             "masked_Avg": miou,
             "degradations": {"night": miou, "fog": 0.0},
         }
-        return {"setting": setting, "seed": seed, "summary": summary}
+        losses = {"seg": miou + 1, "sgm": miou}
+        return {"setting": setting, "seed": seed, "losses": losses, "summary": summary}
 
     rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("sharp gate", 0, 0.1)]
     content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}
@@ -103,6 +105,7 @@ def test_tables_have_mean_and_spread() -> None:
     assert cells[2] == sgm
     assert cells[4] == "| sharp gate | 10.0 | 5.0 | 10.0 | 10.0 | 10.0 | 0.0 | 5.0"
     assert cells[-1] == "| SGM | 50.0 | 0.0"
+    assert "| mean | 1.250 (1.200 to 1.300) | 0.250 (0.200 to 0.300) |" in text
     assert "ended below 20.0 % clean" in text
     assert report.overview(content) in text
     assert "![severity.png](severity.png)" in text

@@ -18,6 +18,7 @@ from equiseg_fast.data.samples import Cached
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.robustness import CLEAN, Condition, Conditioned
+from equiseg_fast.training.files import METRICS
 
 GATES = ("SGM", "SGM, blanks")
 """The settings whose gates are looked at, first seed."""
@@ -32,6 +33,7 @@ COLUMNS: dict[str, Column] = {
     "NM high": lambda s: s["NM"]["high"],
     "degradations": lambda s: fmean(s["degradations"].values()),
 }
+LOSSES = ("seg", "sgm")
 
 
 def write(done: Sequence[Run], out: Path) -> None:
@@ -55,11 +57,18 @@ def write(done: Sequence[Run], out: Path) -> None:
 
 
 def _row(run: Run) -> dict[str, Any]:
-    """One run: its averages, and the mIoU under every condition."""
+    """One run: its averages, the mIoU under every condition, and where the losses ended."""
     content = json.loads(run.evaluation.read_text())
+    last = json.loads((run.folder / "run" / METRICS).read_text().splitlines()[-1])
     scores = {str(Condition(**x["condition"])): x["miou"] for x in content["results"]}
     summary = content["summary"]["miou"]
-    return {"setting": run.setting, "seed": run.seed, "summary": summary, "scores": scores}
+    return {
+        "setting": run.setting,
+        "seed": run.seed,
+        "losses": {name: last[name] for name in LOSSES},
+        "summary": summary,
+        "scores": scores,
+    }
 
 
 def _data() -> DataConfig:
@@ -106,6 +115,12 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         *_table(fields, COLUMNS),
         "",
+        f"Losses in the last {content['training']['log_every']} steps, for segmentation and of the "
+        "self-guided module, the latter also where it is not trained",
+        "(`sgm_weight: 0`):",
+        "",
+        *_losses(rows),
+        "",
         "Every degradation, the mean over its severities 0.25, 0.5, 0.75 and 1:",
         "",
         *_table([row for row in rows if row["setting"] not in FIELDS], degradations),
@@ -143,12 +158,22 @@ def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> 
     lines = ["| | " + " | ".join(columns) + " | what |", "|---|" + "--:|" * len(columns) + "---|"]
     for name, setting in SETTINGS.items():
         if own := [row["summary"] for row in rows if row["setting"] == name]:
-            cells = [_cell([value(summary) for summary in own]) for value in columns.values()]
+            cells = [_cell([100 * value(x) for x in own], ".1f") for value in columns.values()]
             lines.append(f"| {name} | {' | '.join(cells)} | {setting.what} |")
     return lines
 
 
-def _cell(values: Sequence[float]) -> str:
+def _losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    lines = [f"| | {' | '.join(LOSSES)} |", "|---|" + "--:|" * len(LOSSES)]
+    for name in SETTINGS:
+        if own := [row["losses"] for row in rows if row["setting"] == name]:
+            cells = [_cell([losses[kind] for losses in own], ".3f") for kind in LOSSES]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
+    return lines
+
+
+def _cell(values: Sequence[float], form: str) -> str:
+    """The mean, and the least to the most of several."""
     low, high = min(values), max(values)
-    spread = f" ({100 * low:.1f} to {100 * high:.1f})" if len(values) > 1 else ""
-    return f"{100 * fmean(values):.1f}{spread}"
+    spread = f" ({low:{form}} to {high:{form}})" if len(values) > 1 else ""
+    return f"{fmean(values):{form}}{spread}"
