@@ -38,7 +38,7 @@ TRAINING: dict[str, Any] = {
     "crop": [96, 128],
     "scale": [0.75, 1.5],
     "lr": 1e-3,
-    # The last weights count: nothing is chosen by looking at what is reported.
+    # The last weights count, not those that do best on what is reported.
     "validate_on": "none",
     "log_every": 50,
     "save_every": 100,
@@ -66,17 +66,17 @@ SETTINGS = {
     "gate": Setting("of the SGM the gate alone", {"sgm_weight": 0.0}),
     "loss": Setting("of the SGM the loss alone", {"gate": False}),
     "SGM": Setting("gate and loss: EQUISeg as it is", {}),
-    "no SGM, dropout": Setting(
-        "half of the images lack sensors, which are masked", WITHOUT | DROPOUT
-    ),
-    "SGM, dropout": Setting("the same with gate and loss", DROPOUT),
-    "no SGM, blanks": Setting("half of the images have blank sensors: zeros", WITHOUT | BLANKS),
-    "gate, blanks": Setting("the same with the gate alone", BLANKS | {"sgm_weight": 0.0}),
+    "no SGM, dropout": Setting("masked sensors in training", WITHOUT | DROPOUT),
+    "SGM, dropout": Setting("masked sensors in training", DROPOUT),
+    "no SGM, blanks": Setting("blank sensors in training", WITHOUT | BLANKS),
+    "gate, blanks": Setting("blank sensors in training", BLANKS | {"sgm_weight": 0.0}),
     "SGM 0.1, blanks": Setting(
-        "the same with gate and a tenth of the loss", BLANKS | {"sgm_weight": 0.1}
+        "blank sensors in training, a tenth of the loss", BLANKS | {"sgm_weight": 0.1}
     ),
-    "SGM, blanks": Setting("the same with gate and loss", BLANKS),
+    "SGM, blanks": Setting("blank sensors in training", BLANKS),
 }
+CHOSEN = ("gate, blanks", "SGM 0.1, blanks")
+"""Settings that are here because they did well with the first seed."""
 FIELDS = {
     "sharp gate": Setting("temperature of the gate 0.1", BLANKS | {"gate_tau": 0.1}),
     "late gate": Setting("gates in stages 3 and 4", BLANKS | {"gate_stages": [3, 4]}),
@@ -104,7 +104,27 @@ class Run:
 
     @property
     def done(self) -> bool:
-        return (self.folder / "evaluated").exists()
+        return self.has("evaluated")
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The configuration of the training, but for where its results are."""
+        fields = TRAINING["model"] | SETTINGS[self.setting].fields
+        return TRAINING | {"seed": self.seed, "model": fields}
+
+    @property
+    def facts(self) -> str:
+        """What results depend on."""
+        return to_yaml(self.content | {"evaluated on": SCENES})
+
+    def has(self, mark: str) -> bool:
+        """Whether a part is done, and of what this run is today."""
+        path = self.folder / mark
+        return path.exists() and path.read_text() == self.facts
+
+    def mark(self, mark: str) -> None:
+        """A part is done."""
+        outputs.write(self.folder / mark, self.facts)
 
     def commands(self, device: str | None) -> list[tuple[str, list[str]]]:
         """What is left to do, each with the name of the file that says it is done."""
@@ -118,13 +138,12 @@ class Run:
         return [
             (mark, [sys.executable, "-m", f"equiseg_fast.{name}", *arguments, *chosen])
             for mark, name, arguments in found
-            if not (self.folder / mark).exists()
+            if not self.has(mark)
         ]
 
     def prepare(self) -> None:
         """Write the configuration of the training, which refuses to go on with another one."""
-        fields = TRAINING["model"] | SETTINGS[self.setting].fields
-        content = TRAINING | {"out": str(self.folder / "run"), "seed": self.seed, "model": fields}
+        content = self.content | {"out": str(self.folder / "run")}
         outputs.write(self.folder / "train.yaml", to_yaml(content))
 
 
@@ -202,7 +221,7 @@ def _work(wanted: Sequence[Run], args: argparse.Namespace, console: Console) -> 
                 if status:
                     failed.append((run, log))
                     break
-                (run.folder / mark).touch()
+                run.mark(mark)
             progress.remove_task(task)
             progress.advance(whole, run.done)
 
@@ -229,7 +248,10 @@ def _call(
     share = max(1, (os.cpu_count() or 1) // jobs)
     env = os.environ | {"OMP_NUM_THREADS": str(share), "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
     with log.open("w") as file:
-        process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=env)
+        # Ctrl-C reaches all processes of a terminal, and a second signal ends a training at once.
+        process = subprocess.Popen(
+            command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
         asked = False
         while process.poll() is None:
             if stop.is_set() and not asked:

@@ -12,6 +12,7 @@ import pytest
 
 from benchmarks import miniature
 from benchmarks.__main__ import main
+from benchmarks.options import ROOT
 from benchmarks.reporting import miniature as report
 
 from .processes import alive, started
@@ -30,7 +31,7 @@ def tiny(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 
 def test_it_is_stopped_and_goes_on(
-    tiny: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "out"
     assert main(["miniature", "--out", str(out), "--minutes", "0"]) == 0
@@ -50,6 +51,11 @@ def test_it_is_stopped_and_goes_on(
         assert (out / name).stat().st_size > 500
     assert main(["miniature", "--out", str(out), "--dry-run"]) == 0
     assert "seed 0: done" in capsys.readouterr().out.replace("\n", " ")
+    # Another training is not taken for this one.
+    monkeypatch.setattr(miniature, "TRAINING", miniature.TRAINING | {"lr": 0.5})
+    assert main(["miniature", "--out", str(out), "--device", "cpu"]) == 1
+    assert "failed: SGM, seed 0" in capsys.readouterr().out
+    assert "lr 0.001 there, 0.5 now" in (out / "SGM-0" / "trained.log").read_text()
 
 
 def test_a_run_that_fails_is_named(
@@ -90,21 +96,24 @@ def test_tables_have_mean_and_spread() -> None:
             "RMM_Avg": {"0.5": miou},
             "NM": {"low": miou, "high": 0.0},
             "masked_Avg": miou,
-            "degradations": {"night": miou, "fog": 0.0},
+            "degradations": {"night": miou, "dead_rgb": miou, "dead_lidar": 0.0, "fog": 0.0},
         }
+        scores = {"dead_rgb at 1": miou, "dead_lidar at 1": 0.0}
         losses = {"seg": miou + 1, "sgm": miou}
-        return {"setting": setting, "seed": seed, "losses": losses, "summary": summary}
+        return {"setting": setting, "seed": seed, "losses": losses, "summary": summary} | {
+            "scores": scores
+        }
 
     rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("sharp gate", 0, 0.1)]
     content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}
     text = report.report(content, ["severity.png"])
     cells = [line.rpartition(" |")[0].rpartition(" | ")[0] for line in text.splitlines()]
     cells = [line for line in cells if line.startswith("| ")]
-    sgm = "| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0"
+    sgm = "| SGM | 50.0 | 25.0 | 50.0 | 50.0 | 50.0 | 0.0 | 25.0 | 25.0"
     assert cells[1].startswith("| mean | 25.0 (20.0 to 30.0) | 12.5 (10.0 to 15.0) |")
     assert cells[2] == sgm
-    assert cells[4] == "| sharp gate | 10.0 | 5.0 | 10.0 | 10.0 | 10.0 | 0.0 | 5.0"
-    assert cells[-1] == "| SGM | 50.0 | 0.0"
+    assert cells[4] == "| sharp gate | 10.0 | 5.0 | - | 10.0 | 10.0 | 0.0 | 5.0 | 5.0"
+    assert cells[-1] == "| SGM | 50.0 | 50.0 | 0.0 | 0.0"
     assert "| mean | 1.250 (1.200 to 1.300) | 0.250 (0.200 to 0.300) |" in text
     assert "ended below 20.0 % clean" in text
     assert report.overview(content) in text
@@ -115,6 +124,15 @@ def test_settings_differ_in_what_they_say() -> None:
     fields = [setting.fields for setting in miniature.SETTINGS.values()]
     assert len({json.dumps(x, sort_keys=True) for x in fields}) == len(fields) == 16
     assert "modality_dropout" not in miniature.SETTINGS["SGM"].fields
+    assert set(miniature.CHOSEN) < set(miniature.SETTINGS)
     assert len(miniature.runs(Path())) == 11 * 3 + 5
     folders = [run.folder for run in miniature.runs(Path())]
     assert len(set(folders)) == len(folders)
+
+
+def test_committed_report_is_of_the_committed_results() -> None:
+    folder = ROOT / "benchmarks" / "results" / "miniature"
+    content = json.loads((folder / "results.json").read_text())
+    pictures = [path.name for path in sorted(folder.glob("*.png"))]
+    assert report.report(content, pictures) == (folder / "report.md").read_text()
+    assert {row["setting"] for row in content["runs"]} == set(miniature.SETTINGS)

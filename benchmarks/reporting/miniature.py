@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks import miniature, outputs
-from benchmarks.miniature import FIELDS, SEEDS, SETTINGS, Run
+from benchmarks.miniature import CHOSEN, FIELDS, SEEDS, SETTINGS, Run
 from benchmarks.reporting.plots import miniature as plots
 from equiseg_fast.data import collate
 from equiseg_fast.data.samples import Cached
@@ -23,15 +23,35 @@ from equiseg_fast.training.files import METRICS
 GATES = ("SGM", "SGM, blanks")
 """The settings whose gates are looked at, first seed."""
 
-Column = Callable[[Mapping[str, Any]], float]
+Row = Mapping[str, Any]
+Column = Callable[[Row], float | None]
+
+
+def _blank(setting: str) -> bool:
+    """Whether an absent sensor is a blank one, so that masking is EMM again."""
+    return SETTINGS[setting].fields.get("missing") == "zero"
+
+
+def _masked(row: Row) -> float | None:
+    return None if _blank(row["setting"]) else row["summary"]["masked_Avg"]
+
+
+def _dead(row: Row) -> float:
+    """The mean over the sensors, each of which delivers nothing while the others do."""
+    names = [name for name in row["summary"]["degradations"] if name.startswith("dead_")]
+    whole = [Condition("degradations", amount=1.0, name=name) for name in names]
+    return fmean(row["scores"][str(condition)] for condition in whole)
+
+
 COLUMNS: dict[str, Column] = {
-    "clean": lambda s: s["clean"],
-    "EMM": lambda s: s["EMM_Avg"],
-    "masked": lambda s: s["masked_Avg"],
-    "RMM 0.5": lambda s: s["RMM_Avg"]["0.5"],
-    "NM low": lambda s: s["NM"]["low"],
-    "NM high": lambda s: s["NM"]["high"],
-    "degradations": lambda s: fmean(s["degradations"].values()),
+    "clean": lambda row: row["summary"]["clean"],
+    "EMM": lambda row: row["summary"]["EMM_Avg"],
+    "masked": _masked,
+    "RMM 0.5": lambda row: row["summary"]["RMM_Avg"]["0.5"],
+    "NM low": lambda row: row["summary"]["NM"]["low"],
+    "NM high": lambda row: row["summary"]["NM"]["high"],
+    "degradations": lambda row: fmean(row["summary"]["degradations"].values()),
+    "dead": _dead,
 }
 LOSSES = ("seg", "sgm")
 
@@ -48,7 +68,8 @@ def write(done: Sequence[Run], out: Path) -> None:
         "runs": rows,
     }
     names = [plots.draw_gates(gates, out / "gate.png")] if gates else []
-    names.append(plots.draw_severity(rows, sensors, out / "severity.png"))
+    blank = [name for name in SETTINGS if _blank(name)]
+    names.append(plots.draw_severity(rows, sensors, blank, out / "severity.png"))
     # A line for each run, and for all else.
     lines = [f'"{key}": {json.dumps(value)}' for key, value in content.items() if key != "runs"]
     lines.append('"runs": [\n' + ",\n".join(json.dumps(row) for row in rows) + "\n]")
@@ -76,8 +97,8 @@ def _data() -> DataConfig:
 
 
 def contributions(run: Run, scenes: int = 50) -> dict[str, Any]:
-    """What each sensor contributes to the fused map of every stage, the mean over channels and
-    scenes, under some conditions: name -> `[4][M]`."""
+    """With which weight each sensor goes into the fused map of every stage, the mean over channels
+    and scenes, under some conditions: name -> `[4][M]`."""
     model = EQUISeg.from_pretrained(run.folder / "run" / "model")
     sensors = model.config.modalities
     dataset = Cached(_data().open("val"))
@@ -101,7 +122,7 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     compared = [*(name for name in SETTINGS if name.endswith("blanks")), *FIELDS]
     fields = [row for row in first if row["setting"] in compared]
     degradations: dict[str, Column] = {
-        name.replace("_", " "): lambda s, name=name: s["degradations"][name]  # type: ignore[misc]
+        name.replace("_", " "): lambda row, name=name: row["summary"]["degradations"][name]  # type: ignore[misc]
         for name in rows[0]["summary"]["degradations"]
     }
     lines = [
@@ -111,13 +132,15 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "",
         overview(content),
         "",
-        f'"SGM, blanks" with other values of single fields, seed {SEEDS[0]} alone:',
+        f'Blank sensors in training, and "SGM, blanks" with other values of single fields: seed '
+        f"{SEEDS[0]} alone, with which {' and '.join(CHOSEN)} were chosen.",
         "",
         *_table(fields, COLUMNS),
         "",
-        f"Losses in the last {content['training']['log_every']} steps, for segmentation and of the "
-        "self-guided module, the latter also where it is not trained",
-        "(`sgm_weight: 0`):",
+        f"Losses of the last {content['training']['log_every']} steps: of segmentation, and of the "
+        "self-guided module before it is weighted, also where the weight is 0.",
+        "The latter compares what has the same `sgm_tau` and `sgm_source` and the same sensors in "
+        "training.",
         "",
         *_losses(rows),
         "",
@@ -135,45 +158,54 @@ def overview(content: Mapping[str, Any]) -> str:
     training = content["training"]
     rows = [row for row in content["runs"] if row["setting"] not in FIELDS]
     seeds = sorted({row["seed"] for row in rows})
+    fewer = len(rows) < len(seeds) * len({row["setting"] for row in rows})
     least = min(row["summary"]["clean"] for row in rows)
+    which = f"seed{'s' if len(seeds) > 1 else ''} {', '.join(map(str, seeds))}"
     lines = [
         f"EQUISeg-{training['model']['variant']}, {training['steps']} steps of "
         f"{training['batch_size']} of {training['data']['length']} scenes of "
         f"{' x '.join(map(str, training['data']['size']))} (`SyntheticScenes`), from scratch,",
-        f"seeds {', '.join(map(str, seeds))}. mIoU in % over {content['scenes']} scenes not "
-        "trained on: the mean over seeds (the least to the most). No run",
-        f"ended below {100 * least:.1f} % clean. EMM: sensors are zeros and the model is not told, "
-        "the mean over all subsets of them;",
-        "masked: the model is told (`present`); RMM: half of the elements are zeros; NM: noise on "
-        "all sensors;",
-        "degradations: the mean of all, at severities 0.25 to 1.",
+        f"{which}{' (some settings fewer)' if fewer else ''}. mIoU in % over {content['scenes']} "
+        "scenes not trained on: the mean over seeds (the least to the",
+        f"most). No run ended below {100 * least:.1f} % clean.",
+        "",
+        "- EMM: sensors are zeros, which is their mean value, and the model is not told; the mean "
+        "over all subsets but the whole",
+        "- masked: the same, but the model is told (`present`); a dash where it takes masked "
+        "sensors as blank ones",
+        "- RMM: half of their elements are zeros; NM: noise on all sensors",
+        "- degradations: the mean over all of them, at severities 0.25 to 1; dead: of those, one "
+        "sensor delivers nothing",
         "",
         *_table(rows, COLUMNS),
     ]
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, Column]) -> list[str]:
+def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
     """Lines of a table with a row for every setting that has some."""
     lines = ["| | " + " | ".join(columns) + " | what |", "|---|" + "--:|" * len(columns) + "---|"]
     for name, setting in SETTINGS.items():
-        if own := [row["summary"] for row in rows if row["setting"] == name]:
-            cells = [_cell([100 * value(x) for x in own], ".1f") for value in columns.values()]
+        if own := [row for row in rows if row["setting"] == name]:
+            cells = [_cell([value(row) for row in own], 100, ".1f") for value in columns.values()]
             lines.append(f"| {name} | {' | '.join(cells)} | {setting.what} |")
     return lines
 
 
-def _losses(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+def _losses(rows: Sequence[Row]) -> list[str]:
     lines = [f"| | {' | '.join(LOSSES)} |", "|---|" + "--:|" * len(LOSSES)]
     for name in SETTINGS:
         if own := [row["losses"] for row in rows if row["setting"] == name]:
-            cells = [_cell([losses[kind] for losses in own], ".3f") for kind in LOSSES]
+            cells = [_cell([losses[kind] for losses in own], 1, ".3f") for kind in LOSSES]
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
 
-def _cell(values: Sequence[float], form: str) -> str:
-    """The mean, and the least to the most of several."""
-    low, high = min(values), max(values)
-    spread = f" ({low:{form}} to {high:{form}})" if len(values) > 1 else ""
-    return f"{fmean(values):{form}}{spread}"
+def _cell(values: Sequence[float | None], times: float, form: str) -> str:
+    """The mean, and the least to the most of several; a dash where there is nothing."""
+    there = [times * x for x in values if x is not None]
+    if not there:
+        return "-"
+    low, high = min(there), max(there)
+    spread = f" ({low:{form}} to {high:{form}})" if len(there) > 1 else ""
+    return f"{fmean(there):{form}}{spread}"

@@ -1,8 +1,8 @@
-"""Pictures of the runs in miniature: mIoU over what fails, and what sensors contribute."""
+"""Pictures of the runs in miniature: mIoU over what fails, and how gates weigh the sensors."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -24,9 +24,14 @@ Row = Mapping[str, Any]
 Curve = dict[float, float]
 
 
-def draw_severity(rows: Sequence[Row], sensors: Sequence[str], path: Path) -> str:
+def draw_severity(
+    rows: Sequence[Row], sensors: Sequence[str], without_mask: Collection[str], path: Path
+) -> str:
     """One panel for sensors that are blank, one for masked ones, and one per degradation: mIoU over
-    how many or how severe, a line per setting, its seeds as a band."""
+    how many or how severe, a line per setting, its seeds as a band.
+
+    without_mask: settings to which absent sensors are blank ones.
+    """
     names = list(rows[0]["summary"]["degradations"])
     figure, axes = panels(len(names) + 2, 3.1, 2.7, columns=5)
     used = [name for name in LINES if any(row["setting"] == name for row in rows)]
@@ -35,6 +40,8 @@ def draw_severity(rows: Sequence[Row], sensors: Sequence[str], path: Path) -> st
     for axis, name in zip(axes, [*protocols, *names], strict=True):
         for setting in used:
             own = [row for row in rows if row["setting"] == setting]
+            if name == "masked" and setting in without_mask:
+                continue
             if name in protocols:
                 curves = [_failures(row, name, sensors) for row in own]
             else:
@@ -75,8 +82,8 @@ def _degradation(row: Row, name: str) -> Curve:
 
 
 def draw_gates(found: Sequence[Mapping[str, Any]], path: Path) -> str:
-    """A row per setting, a panel per condition, one stacked bar per stage: who contributes to the
-    fused map."""
+    """A row per setting, a panel per condition, one stacked bar per stage: the weights of the
+    sensors in the fused map."""
     sensors, titles = found[0]["sensors"], list(found[0]["shares"])
     figure, axes = panels(len(found) * len(titles), 2.7, 2.7, columns=len(titles))
     looks = [(x["setting"], title, x["shares"][title]) for x in found for title in titles]
@@ -98,7 +105,7 @@ def draw_gates(found: Sequence[Mapping[str, Any]], path: Path) -> str:
         axis.set_xticks(range(1, 5))
         axis.set_xlabel("stage")
     for axis in axes[:: len(titles)]:
-        axis.set_ylabel("share of the fused map, %")
+        axis.set_ylabel("mean weight in the fused map, %")
     handles = [pyplot().Rectangle((0, 0), 1, 1, color=c) for c in SENSORS[: len(sensors)]]
     figure.legend(handles, sensors, loc="outside lower center", ncols=len(sensors), frameon=False)
     return save(figure, path)
