@@ -20,7 +20,7 @@ from equiseg_fast.models import EQUISeg
 from equiseg_fast.robustness import CLEAN, Condition, Conditioned
 from equiseg_fast.training.files import METRICS
 
-GATES = ("SGM", "SGM, blanks")
+GATES = ("SGM", "SGM, blanks", "SGM 0.1, blanks")
 """The settings whose gates are looked at, first seed."""
 
 Row = Mapping[str, Any]
@@ -59,7 +59,8 @@ LOSSES = ("seg", "sgm")
 def write(done: Sequence[Run], out: Path) -> None:
     """Everything, from the evaluations of the runs that are done."""
     rows = [_row(run) for run in done]
-    gates = [contributions(run) for run in done if run.setting in GATES and run.seed == SEEDS[0]]
+    first = {run.setting: run for run in done if run.seed == SEEDS[0]}
+    gates = [contributions(first[name]) for name in GATES if name in first]
     sensors = [sensor.name for sensor in _data().sensors or ()]
     content = {
         "training": miniature.TRAINING,

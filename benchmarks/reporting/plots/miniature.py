@@ -15,7 +15,7 @@ LINES = {
     "no SGM": "#4c72b0",
     "SGM": "#dd8452",
     "SGM, dropout": "#55a868",
-    "SGM, blanks": "#c44e52",
+    "SGM 0.1, blanks": "#c44e52",
 }
 """Settings that have a line, with its colour: more would hide one another."""
 SENSORS = ("#4c72b0", "#55a868", "#dd8452", "#8172b3")
@@ -86,8 +86,8 @@ def draw_gates(found: Sequence[Mapping[str, Any]], path: Path) -> str:
     sensors in the fused map."""
     sensors, titles = found[0]["sensors"], list(found[0]["shares"])
     figure, axes = panels(len(found) * len(titles), 2.7, 2.7, columns=len(titles))
-    looks = [(x["setting"], title, x["shares"][title]) for x in found for title in titles]
-    for axis, (setting, title, table) in zip(axes, looks, strict=True):
+    looks = [(title, x["shares"][title]) for x in found for title in titles]
+    for axis, (title, table) in zip(axes, looks, strict=True):
         bottom = [0.0] * len(table)
         for m, colour in enumerate(SENSORS[: len(sensors)]):
             part = [row[m] for row in table]
@@ -99,13 +99,13 @@ def draw_gates(found: Sequence[Mapping[str, Any]], path: Path) -> str:
                         color="white", fontsize=9,
                     )  # fmt: skip
             bottom = [a + b for a, b in zip(bottom, part, strict=True)]
-        axis.set_title(f"{setting}: {title}")
+        axis.set_title(title)
         axis.set_ylim(0, 1)
         axis.set_yticks([0, 0.5, 1], ["0", "50", "100"])
         axis.set_xticks(range(1, 5))
         axis.set_xlabel("stage")
-    for axis in axes[:: len(titles)]:
-        axis.set_ylabel("mean weight in the fused map, %")
+    for axis, x in zip(axes[:: len(titles)], found, strict=True):
+        axis.set_ylabel(f"{x['setting']}\nmean weight, %")
     handles = [pyplot().Rectangle((0, 0), 1, 1, color=c) for c in SENSORS[: len(sensors)]]
     figure.legend(handles, sensors, loc="outside lower center", ncols=len(sensors), frameon=False)
     return save(figure, path)
