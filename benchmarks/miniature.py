@@ -126,6 +126,11 @@ class Run:
         """A part is done."""
         outputs.write(self.folder / mark, self.facts)
 
+    def logged(self) -> dict[str, Any]:
+        """The last line in the log of the training; OSError or IndexError where there is none."""
+        lines = (self.folder / "run" / "metrics.jsonl").read_text().splitlines()
+        return dict(json.loads(lines[-1]))
+
     def commands(self, device: str | None) -> list[tuple[str, list[str]]]:
         """What is left to do, each with the name of the file that says it is done."""
         chosen = [] if device is None else ["--device", device]
@@ -268,7 +273,6 @@ def _call(
 def _step(run: Run) -> int:
     """How many steps the log of a training has."""
     try:
-        lines = (run.folder / "run" / "metrics.jsonl").read_text().splitlines()
-        return int(json.loads(lines[-1])["step"])
+        return int(run.logged()["step"])
     except (OSError, ValueError, IndexError, KeyError):
         return 0

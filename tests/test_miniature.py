@@ -100,9 +100,8 @@ def test_tables_have_mean_and_spread() -> None:
         }
         scores = {"dead_rgb at 1": miou, "dead_lidar at 1": 0.0}
         losses = {"seg": miou + 1, "sgm": miou}
-        return {"setting": setting, "seed": seed, "losses": losses, "summary": summary} | {
-            "scores": scores
-        }
+        results = {"losses": losses, "summary": summary, "scores": scores}
+        return {"setting": setting, "seed": seed, **results}
 
     rows = [row("mean", 0, 0.2), row("mean", 1, 0.3), row("SGM", 0, 0.5), row("sharp gate", 0, 0.1)]
     content = {"training": miniature.TRAINING, "scenes": 100, "runs": rows}

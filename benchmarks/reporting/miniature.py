@@ -18,7 +18,6 @@ from equiseg_fast.data.samples import Cached
 from equiseg_fast.data.spec import DataConfig
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.robustness import CLEAN, Condition, Conditioned
-from equiseg_fast.training.files import METRICS
 
 GATES = ("SGM", "SGM, blanks", "SGM 0.1, blanks")
 """The settings whose gates are looked at, first seed."""
@@ -81,7 +80,7 @@ def write(done: Sequence[Run], out: Path) -> None:
 def _row(run: Run) -> dict[str, Any]:
     """One run: its averages, the mIoU under every condition, and where the losses ended."""
     content = json.loads(run.evaluation.read_text())
-    last = json.loads((run.folder / "run" / METRICS).read_text().splitlines()[-1])
+    last = run.logged()
     scores = {str(Condition(**x["condition"])): x["miou"] for x in content["results"]}
     summary = content["summary"]["miou"]
     return {
@@ -120,8 +119,7 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
     """The tables and what they mean, as Markdown."""
     rows = content["runs"]
     first = [row for row in rows if row["seed"] == SEEDS[0]]
-    compared = [*(name for name in SETTINGS if name.endswith("blanks")), *FIELDS]
-    fields = [row for row in first if row["setting"] in compared]
+    fields = [row for row in first if _blank(row["setting"])]
     degradations: dict[str, Column] = {
         name.replace("_", " "): lambda row, name=name: row["summary"]["degradations"][name]  # type: ignore[misc]
         for name in rows[0]["summary"]["degradations"]
