@@ -85,16 +85,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 @contextmanager
 def _terminable() -> Iterator[None]:
-    """Being terminated ends the block as Ctrl-C does, so that nothing is left, nor goes on."""
+    """Being terminated, or losing the terminal, ends the block as Ctrl-C does, so that nothing is
+    left, nor goes on."""
 
     def terminated(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    before = signal.signal(signal.SIGTERM, terminated)
+    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; ignored under nohup
+    heeded = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
+    signals = (signal.SIGTERM, hangup) if heeded else (signal.SIGTERM,)
+    before = {number: signal.signal(number, terminated) for number in signals}
     try:
         yield
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _parser() -> argparse.ArgumentParser:

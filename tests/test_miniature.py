@@ -69,8 +69,13 @@ def test_a_run_that_fails_is_named(
     assert "trained.log" in said
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_terminated_it_takes_its_commands_along(
-    tiny: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tiny: None,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    number: signal.Signals,
 ) -> None:
     pid = tmp_path / "pid"
     command = [("trained", ["/bin/bash", "-c", f"echo $$ > {pid}; exec sleep 300"])]
@@ -78,12 +83,16 @@ def test_terminated_it_takes_its_commands_along(
 
     def terminate() -> None:
         started(pid)
-        os.kill(os.getpid(), signal.SIGTERM)
+        os.kill(os.getpid(), number)
 
     killer = Thread(target=terminate)
-    killer.start()
-    assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
-    killer.join()
+    before = signal.signal(number, signal.SIG_DFL)  # these tests may run under nohup
+    try:
+        killer.start()
+        assert main(["miniature", "--out", str(tmp_path / "out"), "--device", "cpu"]) == 130
+        killer.join()
+    finally:
+        signal.signal(number, before)
     assert "interrupted; what is finished is in" in capsys.readouterr().out
     assert not alive(started(pid))
 
