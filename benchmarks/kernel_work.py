@@ -65,7 +65,7 @@ _SLOTS: dict[str, float | tuple[str, float, float]] = {
     "add_layer_norm_bwd": 23.0,
 }
 # The same per pixel and class.
-_LOSS_SLOTS = {"losses_fwd": 20.0, "losses_bwd": 26.0}
+_LOSS_SLOTS = {"upsample_cross_entropy_fwd": 20.0, "upsample_cross_entropy_bwd": 26.0}
 # Products of two matrices, each of as many multiply-adds as there are scores times D.
 _ATTENTION = {"attention_fwd": 2, "attention_bwd_dkdv": 4, "attention_bwd_dq": 3}
 

@@ -13,14 +13,14 @@ from functools import reduce
 from operator import add
 
 from benchmarks.cases import (
+    add_layer_norm,
     attention,
+    class_prototypes,
     guided_gate,
-    losses,
     mix_ffn,
-    norm,
     pooling_mixer,
-    prototypes,
     query_hub,
+    upsample_cross_entropy,
 )
 from benchmarks.cost import Cost, Work
 from benchmarks.registry import NUM_CLASSES, Shape
@@ -107,7 +107,7 @@ def _convolution(
 
 
 def _layer_norm(elements: int, itemsize: int) -> Cost:
-    """As `cases.norm` without the addition."""
+    """As `cases.add_layer_norm` without the addition."""
     return Cost.of_op(
         Work(2 * elements * itemsize, vector=7 * elements),
         Work(3 * elements * itemsize, vector=14 * elements),
@@ -167,7 +167,7 @@ def stage_parts(shape: Shape, itemsize: int) -> list[Part]:
         # behind the patch embedding, and in front of the first block
         Part("encoder", s, "LayerNorm", _layer_norm(n, itemsize), 2),
         *(Part("encoder", s, name, cost, depth) for name, cost in layer),
-        Part("encoder", s, "add_layer_norm", norm.cost(shape, itemsize), 2 * depth),
+        Part("encoder", s, "add_layer_norm", add_layer_norm.cost(shape, itemsize), 2 * depth),
         Part("encoder", s, "mix_ffn", mix_ffn.cost(shape, itemsize), depth),
     ]
 
@@ -220,7 +220,10 @@ def _gate_stage(shape: Shape, itemsize: int, training: bool) -> list[Part]:
         divergence = Cost.of_op(
             Work(4 * values, vector=4 * values, exps=values), Work(8 * values, vector=2 * values)
         )
-        costs += [("prototypes", prototypes.cost(shape, itemsize)), ("divergence", divergence)]
+        costs += [
+            ("prototypes", class_prototypes.cost(shape, itemsize)),
+            ("divergence", divergence),
+        ]
     return [Part("gate", shape.stage, name, cost) for name, cost in costs]
 
 
@@ -272,6 +275,6 @@ def _end(first: Shape, itemsize: int, training: bool) -> list[Part]:
         return [Part("head", 0, "upsample logits", Cost.of_op(upsample, back))]
     hard = Cost.of_op(Work(5 * pixels, vector=2 * pixels), Work(9 * pixels, vector=2 * pixels))
     return [
-        Part("loss", 0, "upsample_cross_entropy", losses.cost(first, itemsize)),
+        Part("loss", 0, "upsample_cross_entropy", upsample_cross_entropy.cost(first, itemsize)),
         Part("loss", 0, "hard pixels", hard),
     ]

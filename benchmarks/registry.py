@@ -33,14 +33,14 @@ __all__ = [
 
 STEMS = (
     "attention",
-    "depthwise",
+    "depthwise_conv_gelu",
     "mix_ffn",
-    "norm",
+    "add_layer_norm",
     "query_hub",
     "pooling_mixer",
     "guided_gate",
-    "prototypes",
-    "losses",
+    "class_prototypes",
+    "upsample_cross_entropy",
     "block",
     "stage",
     "encoder",

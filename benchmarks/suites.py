@@ -64,7 +64,7 @@ WIDTHS = ("b0", "b2")
 DEPTHS = ("b0", "b1", "b2", "b3", "b4", "b5")
 PARTS = ("operation", "block")
 NETWORKS = ("stage", "encoder", "accelerated", "model")
-STENCILS = ("attention", "depthwise", "query_hub", "pooling_mixer")
+STENCILS = ("attention", "depthwise_conv_gelu", "query_hub", "pooling_mixer")
 # Maps of 64 x 64 tokens with 32, 64, 128, 160, 256, 320 and 512 channels.
 CHANNELS = tuple(
     Grid((variant,), ((64 * 2 ** (stage + 1),) * 2,), stages=(stage,), of=PARTS)

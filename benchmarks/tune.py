@@ -38,8 +38,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 HOTTEST = (
-    "attention", "depthwise", "pooling_mixer", "query_hub", "losses", "guided_gate", "norm",
-    "prototypes",
+    "attention", "depthwise_conv_gelu", "pooling_mixer", "query_hub", "upsample_cross_entropy",
+    "guided_gate", "add_layer_norm", "class_prototypes",
 )  # fmt: skip
 """Operations with kernels, by their share of a training step of EQUISeg."""
 

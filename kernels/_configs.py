@@ -547,19 +547,19 @@ def _class_tile(arch: int, block_k: int, elements: int) -> TileConfig:
 
 @tunable
 @at_least(lambda arch, classes: {"block_n": classes})
-def losses_fwd_config(arch: int, classes: int) -> TileConfig:
+def upsample_cross_entropy_fwd_config(arch: int, classes: int) -> TileConfig:
     """`block_m` cells by all classes (`block_n`)."""
     block_k = max(CLASS_PITCH, 1 << (classes - 1).bit_length())
     return _class_tile(arch, block_k, 512)
 
 
 @tunable
-def losses_bwd_config(arch: int, classes: int) -> TileConfig:
+def upsample_cross_entropy_bwd_config(arch: int, classes: int) -> TileConfig:
     """`block_m` columns by a block of classes (`block_n`)."""
     return _class_tile(arch, CLASS_PITCH if classes <= CLASS_PITCH else _CLASS_BLOCK, 512)
 
 
-def losses_lines(arch: int, programs: int, lines: int, processors: int) -> int:
+def upsample_cross_entropy_lines(arch: int, programs: int, lines: int, processors: int) -> int:
     """Pixel lines of its cells that a forward program walks over: fewer where programs are few."""
     if arch == INTERPRETER:
         return lines
@@ -568,7 +568,9 @@ def losses_lines(arch: int, programs: int, lines: int, processors: int) -> int:
 
 
 @remembered
-def losses_strip(columns: int, rows: int, config: TileConfig, processors: int) -> int:
+def upsample_cross_entropy_strip(
+    columns: int, rows: int, config: TileConfig, processors: int
+) -> int:
     """Rows of samples of one backward program; `columns` in all images and class blocks.
 
     A strip of s rows costs s + 1, and long strips leave processors idle. It changes no result.

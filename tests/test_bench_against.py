@@ -145,7 +145,7 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
 def test_usage_errors(
     repository: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
-    done = against(repository, "--op", "norm", *TINY, *arguments, "--out", str(tmp_path))
+    done = against(repository, "--op", "add_layer_norm", *TINY, *arguments, "--out", str(tmp_path))
     assert done.returncode == 2
     assert message in " ".join(done.stderr.split())
 

@@ -62,7 +62,7 @@ def test_the_absolute_threshold_must_be_exceeded_too() -> None:
 @pytest.mark.parametrize(
     "other",
     [
-        {"op": "losses"},
+        {"op": "upsample_cross_entropy"},
         {"case": CASE | {"batch": 2}},
         {"mode": "step"},
         {"provider": "baseline"},
@@ -149,7 +149,11 @@ def test_files_of_pytest_benchmark_on_either_side(
     ("rows", "env", "message"),
     [
         ([record(1.0)], {"device": "another chip"}, "measured on a chip, new on another chip"),
-        ([record(1.0, op="losses")], {}, "no case, mode, provider and dtype was measured in both"),
+        (
+            [record(1.0, op="upsample_cross_entropy")],
+            {},
+            "no case, mode, provider and dtype was measured in both",
+        ),
     ],
 )
 def test_refused(

@@ -27,7 +27,7 @@ HAND = {
         (4 * (2 * N + 2 * 6 * 6 * 64), 2 * (6 * 96 * 6 * 64) * 2, 0, 6 * 2 * 96 * 6),
         (4 * (4 * N + 4 * 6 * 6 * 64), 5 * 2 * (6 * 96 * 6 * 64), 0, 6 * 2 * 96 * 6),
     ),
-    "depthwise": (
+    "depthwise_conv_gelu": (
         (4 * 2 * 4 * N, 0, 19 * 4 * N, 4 * N),
         (4 * 3 * 4 * N, 0, 56 * 4 * N, 2 * 4 * N),
     ),
@@ -35,14 +35,14 @@ HAND = {
         (4 * 2 * N, 576 * 2 * 2 * 64 * 256, 576 * 19 * 256, 576 * 256),
         (4 * 3 * N, 576 * 4 * 2 * 64 * 256, 576 * 38 * 256, 576 * 2 * 256),
     ),
-    "norm": ((4 * 4 * N, 0, 8 * N, 0), (4 * 4 * N, 0, 14 * N, 0)),
+    "add_layer_norm": ((4 * 4 * N, 0, 8 * N, 0), (4 * 4 * N, 0, 14 * N, 0)),
     "query_hub": ((4 * 2 * N, 0, 25 * N, 576), (4 * 3 * N, 0, 65 * N, 576)),
     "pooling_mixer": ((4 * 2 * N, 0, 116 * N, 0), (4 * 3 * N, 0, 214 * N, 0)),
     "guided_gate": (
         (4 * (2 * N + 12_288), 0, 3 * N, 6 * 64),
         (4 * (3 * N + 12_288), 0, 8 * N, 6 * 64),
     ),
-    "prototypes": 2 * ((4 * N + 8 * 2 * 96 + 4 * 6 * 25 * 64, 0, N, 0),),
+    "class_prototypes": 2 * ((4 * N + 8 * 2 * 96 + 4 * 6 * 25 * 64, 0, N, 0),),
 }
 
 
@@ -57,13 +57,13 @@ def test_costs_equal_a_hand_count(name: str) -> None:
 
 def test_cost_of_the_loss_equals_a_hand_count() -> None:
     # Logits 2 x 25 x 16 x 24, labels 2 x 64 x 96 = 12288 pixels of 8 bytes, losses of 4.
-    cost = operations()["losses"].cost(SMALL, 2)
+    cost = operations()["upsample_cross_entropy"].cost(SMALL, 2)
     logits, pixels = 2 * 25 * 16 * 24 * 2, 12_288
     assert cost.forward == (Work(logits + 12 * pixels, 0, 11 * 25 * pixels, 25 * pixels),)
     assert cost.backward == (Work(2 * logits + 12 * pixels, 0, 19 * 25 * pixels, 25 * pixels),)
 
 
-@pytest.mark.parametrize("name", [*HAND, "losses"])
+@pytest.mark.parametrize("name", [*HAND, "upsample_cross_entropy"])
 def test_bytes_are_those_of_inputs_and_outputs(name: str) -> None:
     """Inputs read once and outputs written once; weights, and labels between tokens, are left out
     of the formulas."""
@@ -71,7 +71,9 @@ def test_bytes_are_those_of_inputs_and_outputs(name: str) -> None:
     shape = replace(SMALL, stage=op.stages[0])
     problem = op.build(shape, torch.float32, CPU, 0)
     outputs = [x for x in problem.calls["reference"]() if x.is_floating_point()]
-    tensors = [x for x in problem.ignored if x.is_floating_point() or name == "losses"]
+    tensors = [
+        x for x in problem.ignored if x.is_floating_point() or name == "upsample_cross_entropy"
+    ]
     moved = sum(x.nbytes for x in (*tensors, *outputs))
     assert math.isclose(op.cost(shape, 4).fwd_bytes, moved, rel_tol=0.35)
 

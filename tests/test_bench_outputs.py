@@ -29,8 +29,8 @@ RUN = (
 COMMANDS: dict[str, Sequence[str]] = {
     "run": RUN,
     "resume": (*RUN, "--resume"),
-    "against": ("against", "--base", "HEAD", "--device", "cpu", "--op", "norm"),
-    "profile": ("profile", "--op", "norm", "--device", "cpu"),
+    "against": ("against", "--base", "HEAD", "--device", "cpu", "--op", "add_layer_norm"),
+    "profile": ("profile", "--op", "add_layer_norm", "--device", "cpu"),
     "calibrate": ("calibrate", "--device", "cpu"),
     "host": ("host", "--device", "cpu"),
     "predict": ("predict",),
@@ -149,12 +149,12 @@ def test_interrupted(
     shown = capsys.readouterr().out
     assert f"interrupted; what was measured is in {out}; with --resume --out {out} it" in shown
     before = read_jsonl(out)
-    assert {row.op for row in before} == {"norm"}
+    assert {row.op for row in before} == {"add_layer_norm"}
     assert main([*command, "--resume"]) == 0
     assert f"written to {out}" in capsys.readouterr().out
     after = read_jsonl(out)
     assert after[: len(before)] == before
-    assert {row.op for row in after} == {"norm", "guided_gate"}
+    assert {row.op for row in after} == {"add_layer_norm", "guided_gate"}
 
 
 @pytest.mark.parametrize(
@@ -207,8 +207,8 @@ def test_a_full_disk_ends_a_run(
     said = refusal([*RUN, "--out", str(tmp_path / "out"), *limits(tmp_path)], capsys)
     assert "/dev/full: No space left on device; what was measured is in" in said
     assert f"with --resume --out {tmp_path}/out it goes on there" in said
-    assert cases == ["norm", "norm", "guided_gate"]
-    assert {row.op for row in read_jsonl(tmp_path / "out")} == {"norm"}
+    assert cases == ["add_layer_norm", "add_layer_norm", "guided_gate"]
+    assert {row.op for row in read_jsonl(tmp_path / "out")} == {"add_layer_norm"}
 
 
 def test_what_is_replaced_is_not_lost_to_a_full_disk(
@@ -231,7 +231,7 @@ def test_what_is_replaced_is_not_lost_to_a_full_disk(
 def test_a_report_is_not_begun_where_it_cannot_be_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    row = Record("core", "norm", asdict(Shape("b0", 1, 64, 64)), "fwd", "torch", "fp32")
+    row = Record("core", "add_layer_norm", asdict(Shape("b0", 1, 64, 64)), "fwd", "torch", "fp32")
     (tmp_path / "results.jsonl").write_text(json.dumps(asdict(row)) + "\n")
 
     def read_only(dir: Path) -> None:

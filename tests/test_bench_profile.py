@@ -27,7 +27,7 @@ def test_operators_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     arguments = [
         "profile",
         "--op",
-        "depthwise",
+        "depthwise_conv_gelu",
         *HERE,
         "--calls",
         "4",
@@ -67,7 +67,17 @@ def test_commands_of_the_gpu_profilers_name_the_very_case(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "with space"
-    chosen = ["profile", "--op", "norm", "--mode", "bwd", "--dtype", "bf16", "--suite", "core"]
+    chosen = [
+        "profile",
+        "--op",
+        "add_layer_norm",
+        "--mode",
+        "bwd",
+        "--dtype",
+        "bf16",
+        "--suite",
+        "core",
+    ]
     chosen += ["--shape", "stage=3,variant=b0,modalities=4", "--at", "batch=2", "--seed", "7"]
     assert main([*chosen, "--device", "cuda", "--dry-run", "--out", str(out)]) == 0
     text = capsys.readouterr().out
@@ -89,7 +99,7 @@ def test_commands_of_the_gpu_profilers_name_the_very_case(
 def test_nothing_wrong_is_profiled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    right = operations()["norm"]
+    right = operations()["add_layer_norm"]
 
     def build(*arguments: object) -> Problem:
         problem = right.build(*arguments)
@@ -97,9 +107,9 @@ def test_nothing_wrong_is_profiled(
         problem.calls["torch"] = lambda: tuple(1.01 * x for x in call())
         return problem
 
-    monkeypatch.setitem(registry.operations(), "norm", replace(right, build=build))
+    monkeypatch.setitem(registry.operations(), "add_layer_norm", replace(right, build=build))
     with pytest.raises(SystemExit) as error:
-        main(["profile", "--op", "norm", *HERE, "--out", str(tmp_path / "none")])
+        main(["profile", "--op", "add_layer_norm", *HERE, "--out", str(tmp_path / "none")])
     assert error.value.code == 2
     assert "norm b0 s2 64x96 B1 M3 fp32 fwd torch: incorrect:" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
@@ -108,11 +118,14 @@ def test_nothing_wrong_is_profiled(
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--op", "norm", "--provider", "triton"], "unsupported: kernels are timed on a GPU only"),
+        (
+            ["--op", "add_layer_norm", "--provider", "triton"],
+            "unsupported: kernels are timed on a GPU only",
+        ),
         (["--op", "atention"], "--op must be among attention"),
-        (["--op", "norm", "--calls", "0"], "--calls must be at least 1; got 0"),
-        (["--op", "norm", "--only-calls"], "--only-calls is for profilers of a GPU"),
-        (["--op", "norm", "--at", "variant=b9"], "--at variant must be among nano, b0"),
+        (["--op", "add_layer_norm", "--calls", "0"], "--calls must be at least 1; got 0"),
+        (["--op", "add_layer_norm", "--only-calls"], "--only-calls is for profilers of a GPU"),
+        (["--op", "add_layer_norm", "--at", "variant=b9"], "--at variant must be among nano, b0"),
     ],
 )
 def test_usage_errors(

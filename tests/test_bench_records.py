@@ -40,7 +40,7 @@ SHAPE = Shape("b0", 1, 64, 96, batch=1, modalities=3)
 
 
 def record(provider: str = "torch", **fields: Any) -> Record:
-    row = Record("quick", "norm", asdict(SHAPE), "fwd", provider, "fp32", p50_us=5.0, n=3)
+    row = Record("quick", "add_layer_norm", asdict(SHAPE), "fwd", provider, "fp32", p50_us=5.0, n=3)
     return replace(row, **fields)
 
 
@@ -224,7 +224,7 @@ def wrong(right):
     return replace(right, build=build)
 
 
-for name in ("norm", "model"):
+for name in ("add_layer_norm", "model"):
     registry.operations()[name] = wrong(registry.operations()[name])
 """
 
@@ -257,7 +257,7 @@ def test_pytest_times_what_is_right_and_fails_what_is_wrong(tmp_path: Path) -> N
     rows = {(row.op, row.provider, row.mode): row for row in read(path)}
     trusted = {"baseline", "reference"}
     assert rows.keys() == {
-        *(("norm", provider, mode) for provider in trusted for mode in ("fwd", "step")),
+        *(("add_layer_norm", provider, mode) for provider in trusted for mode in ("fwd", "step")),
         *(("training", provider, "step") for provider in {*trusted, "torch"}),
         *(("block_training", provider, "step") for provider in {*trusted, "torch"}),
     }
@@ -347,7 +347,13 @@ def test_a_case_that_nobody_can_do_is_skipped() -> None:
         test_bench_suite.test_case(None, prepared, "fwd", "torch", "")
 
 
-NORM = Case(operations()["norm"], Shape("b0", 2, 64, 64, 1, 2), "fp32", ("step", "bwd"), ("torch",))
+NORM = Case(
+    operations()["add_layer_norm"],
+    Shape("b0", 2, 64, 64, 1, 2),
+    "fp32",
+    ("step", "bwd"),
+    ("torch",),
+)
 
 
 def test_a_mode_that_fails_takes_no_other_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -387,7 +393,17 @@ def test_asking_whether_a_provider_is_there_may_fail(monkeypatch: pytest.MonkeyP
 def test_limits_of_an_earlier_calibration(tmp_path: Path) -> None:
     limits = {"bandwidth": 1e9, "peak": {"fp32": 2e9}, "exps": 3e9}
     (tmp_path / "calibration.json").write_text(json.dumps({"limits": limits}))
-    run = ["run", "--op", "norm", "--provider", "torch", "--mode", "fwd", "--device", "cpu"]
+    run = [
+        "run",
+        "--op",
+        "add_layer_norm",
+        "--provider",
+        "torch",
+        "--mode",
+        "fwd",
+        "--device",
+        "cpu",
+    ]
     for found, same in ((tmp_path, True), (tmp_path / "none.json", False)):
         out = tmp_path / f"out-{same}"
         assert main([*run, "--calibration", str(found), "--out", str(out)]) == 0

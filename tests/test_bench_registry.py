@@ -205,10 +205,12 @@ def test_dry_run_for_a_gpu_needs_none(capsys: pytest.CaptureFixture[str]) -> Non
 
 def test_a_shape_of_your_own() -> None:
     at = (("batch", "4"), ("height", "720"), ("stage", "3"))
-    own = plan(Options(ops=("norm", "model"), at=at))
+    own = plan(Options(ops=("add_layer_norm", "model"), at=at))
     labels = [case.shape.label for case in own]
     assert labels == ["b0 s3 720x736 B4 M3", "b0 720x736 B4 M3"]
-    every = plan(Options(suite="core", ops=("norm",), at=(("variant", "b1"), *at, ("width", "96"))))
+    every = plan(
+        Options(suite="core", ops=("add_layer_norm",), at=(("variant", "b1"), *at, ("width", "96")))
+    )
     assert len(every) == 1  # what differed in nothing else is one case
 
 
@@ -271,7 +273,8 @@ def test_reasons_of_attention(provider: str, device: torch.device, dtype: str, r
 @pytest.mark.parametrize(
     ("op", "provider", "package"),
     [("attention", "flash_attn", "flash_attn"), ("attention", "xformers", "xformers"),
-     ("norm", "liger", "liger_kernel"), ("losses", "liger", "liger_kernel")],
+     ("add_layer_norm", "liger", "liger_kernel"),
+     ("upsample_cross_entropy", "liger", "liger_kernel")],
 )  # fmt: skip
 def test_a_package_that_is_missing_is_named(
     op: str, provider: str, package: str, monkeypatch: pytest.MonkeyPatch

@@ -51,10 +51,10 @@ def some_records() -> list[Record]:
         record(2, "reference"),
         record(1, "torch"),
         record(12, "baseline_cl"),
-        record(1, "baseline", "losses"),
-        record(3, "torch", "losses"),
-        record(9, "baseline", "losses", **wide),
-        record(3, "torch", "losses", **wide),
+        record(1, "baseline", "upsample_cross_entropy"),
+        record(3, "torch", "upsample_cross_entropy"),
+        record(9, "baseline", "upsample_cross_entropy", **wide),
+        record(3, "torch", "upsample_cross_entropy", **wide),
         replace(record(1, "triton"), status="oom", reason="out of <memory>", p50_us=None),
     ]
 
@@ -105,18 +105,18 @@ def test_the_headline_shows_the_best_and_the_worst() -> None:
 )
 @pytest.mark.parametrize("whose", [3, 4])
 def test_what_is_not_settled_is_no_headline(flaw: dict[str, float], whose: int) -> None:
-    rows = [record(1, "baseline"), record(2, "torch"), record(9, "baseline", "norm")]
+    rows = [record(1, "baseline"), record(2, "torch"), record(9, "baseline", "add_layer_norm")]
     rows += [
-        record(8, "baseline", "losses"),
-        record(2, "torch", "losses"),
-        record(3, "torch", "norm"),
+        record(8, "baseline", "upsample_cross_entropy"),
+        record(2, "torch", "upsample_cross_entropy"),
+        record(3, "torch", "add_layer_norm"),
     ]
     rows[whose] = replace(rows[whose], **flaw)
     headline = document.markdown(report.build(rows, {}, [])).split("## Where")[0]
     assert "**3.00x** best against the strongest other: norm fwd" in headline
     assert "**1 of 2** cases that ours wins" in headline
     assert "1 of 3 comparisons are left out here: fewer than 3 samples" in headline
-    assert "losses" not in headline
+    assert "upsample_cross_entropy" not in headline
     alone = [rows[3], rows[4]]
     headline = document.markdown(report.build(alone, {}, [])).split("## Where")[0]
     assert "1 of 1 comparisons are left out" in headline
@@ -450,7 +450,7 @@ def test_launches_are_a_section_of_their_own() -> None:
 
 def test_host_times_beside_the_records_are_a_section(tmp_path: Path) -> None:
     times = [
-        host.HostTime("norm", "fwd", 12.4, 10.2, 1.1, 1.0, 4.0, False, {"checks": 6.0}),
+        host.HostTime("add_layer_norm", "fwd", 12.4, 10.2, 1.1, 1.0, 4.0, False, {"checks": 6.0}),
         host.HostTime("mix_ffn", "bwd", 300.0, 280.0, 2.2, 2.0, None, False),
     ]
     content = {"times": host.as_records(times)}

@@ -27,7 +27,7 @@ runner_module = importlib.import_module("benchmarks.runner")
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = Case(
-    operations()["norm"], Shape("b0", 2, 64, 64, 1, 2), "fp32", ("fwd", "step"),
+    operations()["add_layer_norm"], Shape("b0", 2, 64, 64, 1, 2), "fp32", ("fwd", "step"),
     ("baseline", "torch"),
 )  # fmt: skip
 RUN = (
@@ -64,13 +64,13 @@ def test_an_error_of_the_device_ends_the_process_and_the_next_goes_on(
         spoiled("guided_gate", device_error, broken)
         assert main([*RUN, *out]) == AGAIN
     rows = {(r.op, r.provider, r.mode): r for r in read_jsonl(tmp_path)}
-    assert {op for op, _, _ in rows} == {"norm", "guided_gate"}
+    assert {op for op, _, _ in rows} == {"add_layer_norm", "guided_gate"}
     assert rows["guided_gate", "torch", "fwd"].status == "error"
     assert "illegal memory access" in rows["guided_gate", "torch", "fwd"].reason
     untimed = rows["guided_gate", "baseline", "fwd"]
     assert (untimed.status, untimed.reason, untimed.p50_us) == ("ok", UNTIMED, None)
     assert untimed.peak_mib > 0
-    before = rows["norm", "torch", "fwd"]
+    before = rows["add_layer_norm", "torch", "fwd"]
     assert before.p50_us > 0
 
     assert main([*RUN, *out]) == 0
@@ -78,7 +78,7 @@ def test_an_error_of_the_device_ends_the_process_and_the_next_goes_on(
     assert all(row.final for row in rows.values())
     assert rows["guided_gate", "torch", "fwd"].status == "error"  # it is not asked again
     assert rows["guided_gate", "baseline", "fwd"].p50_us > 0
-    assert rows["norm", "torch", "fwd"] == before
+    assert rows["add_layer_norm", "torch", "fwd"] == before
     assert not (tmp_path / "journal.jsonl").exists()
     assert not (tmp_path / "report.md").exists()
     # Without --resume it would be lost.
@@ -105,7 +105,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_half_a_line_is_dropped(tmp_path: Path) -> None:
     """Of a writer that was killed, or has not finished."""
-    row = Record("core", "norm", asdict(CASE.shape), "fwd", "torch", "fp32", p50_us=2.0)
+    row = Record("core", "add_layer_norm", asdict(CASE.shape), "fwd", "torch", "fp32", p50_us=2.0)
     Writer(tmp_path).add([row])
     path = tmp_path / "results.jsonl"
     whole = path.read_text()
@@ -125,7 +125,7 @@ def test_an_error_of_one_case_does_not_end_the_run(
     right = Runner.run
 
     def run(self: Runner, case: Case, *others: Any) -> list[Record]:
-        if case.op.name == "norm":
+        if case.op.name == "add_layer_norm":
             raise KeyError("a mistake of the harness")
         return right(self, case, *others)
 
@@ -261,7 +261,7 @@ def test_who_cannot_be_captured_sends_all_to_events_and_says_why(
 ) -> None:
     """The others keep the time of their graph beside it."""
     Gpu(monkeypatch)
-    case = replace(CASE, op=operations()["prototypes"])
+    case = replace(CASE, op=operations()["class_prototypes"])
     rows = {(r.provider, r.mode): r for r in timed(case, None)}
     waits, ours = rows["baseline", "fwd"], rows["torch", "fwd"]
     assert (waits.method, waits.graph_us, waits.events_us) == ("events", None, 2.0)

@@ -367,7 +367,19 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 def test_exercise_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert (
-        main(["exercise", "--device", "cuda", "--op", "norm", "--dtype", "bf16", "--dry-run"]) == 0
+        main(
+            [
+                "exercise",
+                "--device",
+                "cuda",
+                "--op",
+                "add_layer_norm",
+                "--dtype",
+                "bf16",
+                "--dry-run",
+            ]
+        )
+        == 0
     )
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
@@ -483,7 +495,13 @@ def test_a_day_with_a_gpu_that_is_cut_off(tmp_path: Path) -> None:
         minutes: {found.task: found.missing for found in simulate(planned, 9.0, minutes)}
         for minutes in (3.0, 6.0, 9.0)
     }
-    for task in ("prepare/calibrate", "prepare/cache", "kernels/losses", "host", "headline"):
+    for task in (
+        "prepare/calibrate",
+        "prepare/cache",
+        "kernels/upsample_cross_entropy",
+        "host",
+        "headline",
+    ):
         assert missing[3.0][task] == []
     assert missing[3.0]["operations"] != []
     for task in ("parity/kernels", "parity/large", "parity/workflows"):
@@ -656,7 +674,7 @@ def test_benchmarks_run_without_optional_packages(tmp_path: Path) -> None:
 
 def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
     case = asdict(Shape("b0", 1, 64, 64))
-    good = Record("core", "norm", case, "fwd", "torch", "fp32", p50_us=2.0)
+    good = Record("core", "add_layer_norm", case, "fwd", "torch", "fp32", p50_us=2.0)
     bad = replace(good, status="oom", p50_us=None)
     other = replace(good, provider="baseline")
     found = {"headline": [bad], "operations": [good, other], "compilers": [bad]}

@@ -41,14 +41,14 @@ NETWORKS = ("block", "block_training", "stage", "encoder", "model", "training")
 ACCELERATED = ("accelerate_segformer", "accelerate_mit")
 OPS = (
     "attention",
-    "depthwise",
+    "depthwise_conv_gelu",
     "mix_ffn",
-    "norm",
+    "add_layer_norm",
     "query_hub",
     "pooling_mixer",
     "guided_gate",
-    "prototypes",
-    "losses",
+    "class_prototypes",
+    "upsample_cross_entropy",
 )
 
 
@@ -244,7 +244,7 @@ def _fails(x: Tensor) -> Tensor:
     ],
 )
 def test_what_is_wrong_is_not_timed(spoil, status: str, reason: str) -> None:
-    rows = run_case(case_of(with_wrong(operations()["depthwise"], spoil)))
+    rows = run_case(case_of(with_wrong(operations()["depthwise_conv_gelu"], spoil)))
     for mode in ("fwd", "step"):
         row = rows["torch", mode]
         assert row.status == status
@@ -266,7 +266,7 @@ class _NoGradient(_WrongGradient):
         raise RuntimeError("no backward here")
 
 
-@pytest.mark.parametrize("name", ["depthwise", "encoder"])
+@pytest.mark.parametrize("name", ["depthwise_conv_gelu", "encoder"])
 @pytest.mark.parametrize(
     ("spoil", "status"), [(_WrongGradient.apply, "incorrect"), (_NoGradient.apply, "error")]
 )
@@ -287,7 +287,7 @@ def test_a_gradient_refuses_no_forward(name: str, spoil, status: str) -> None:
 def test_long_chains_of_one_thread_pass_and_what_is_wrong_does_not() -> None:
     """PyTorch's LayerNorm then adds 16,560 terms one after the other."""
     torch.set_num_threads(1)
-    op, shape = operations()["norm"], Shape("b0", 2, 480, 736)
+    op, shape = operations()["add_layer_norm"], Shape("b0", 2, 480, 736)
     case = Case(op, shape, "fp32", ("fwd", "step"), ("baseline", "torch"))
     assert {row.status for row in run_case(case).values()} == {"ok"}
 
@@ -511,8 +511,8 @@ def test_report_marks_winners_and_hides_no_loss() -> None:
     rows = [
         record(8000.0, provider="baseline"),
         record(2000.0),
-        record(1000.0, provider="baseline", op="losses"),
-        record(3000.0, op="losses"),
+        record(1000.0, provider="baseline", op="upsample_cross_entropy"),
+        record(3000.0, op="upsample_cross_entropy"),
         replace(
             record(1.0, provider="reference", status="oom", reason="out of memory"), p50_us=None
         ),

@@ -189,7 +189,7 @@ class TestCommand:
             pass
 
     def test_exit_status(self, capsys: pytest.CaptureFixture[str]) -> None:
-        args = parse("--what", "core", "--op", "norm", "--count", "--processes", "1")
+        args = parse("--what", "core", "--op", "add_layer_norm", "--count", "--processes", "1")
         assert dry.main(args, Console(width=200)) == 0
         shown = capsys.readouterr().out
         assert "norm b0 s1 512x512 B1 M4 bf16" in shown
@@ -202,7 +202,7 @@ class TestCommand:
             parse("--arch", "91")
 
     def test_fill_counts_hits_and_misses(self, tmp_path: Path) -> None:
-        wanted = {"what": ("core",), "only": ("norm",)}
+        wanted = {"what": ("core",), "only": ("add_layer_norm",)}
         first = dry.fill(tmp_path, 1, **wanted)
         steps: list[tuple[str, int, int]] = []
         again = dry.fill(tmp_path, 1, lambda *step: steps.append(step), **wanted)

@@ -34,13 +34,13 @@ CPU = torch.device("cpu")
 # checks, launchers and `apply` were made cheap (5.2 6.0 2.2).
 LIMITS = {
     "attention": (4.0, 3.5, 1.9),
-    "depthwise": (4.0, 3.0, 2.1),
-    "norm": (2.6, 2.4, 1.4),
+    "depthwise_conv_gelu": (4.0, 3.0, 2.1),
+    "add_layer_norm": (2.6, 2.4, 1.4),
     "query_hub": (6.2, 5.2, 2.8),
     "pooling_mixer": (7.0, 5.0, 2.6),
     "guided_gate": (3.3, 3.0, 1.8),
-    "prototypes": (4.6, 4.0, 1.6),
-    "losses": (4.3, 3.8, 1.8),
+    "class_prototypes": (4.6, 4.0, 1.6),
+    "upsample_cross_entropy": (4.3, 3.8, 1.8),
 }
 
 

@@ -24,8 +24,8 @@ from equiseg_fast.ops._registry import LAUNCHERS
 from tests.operations import needs_interpreter
 
 STEMS = (
-    "attention", "depthwise", "guided_gate", "losses", "norm", "pooling_mixer", "prototypes",
-    "query_hub",
+    "add_layer_norm", "attention", "class_prototypes", "depthwise_conv_gelu", "guided_gate",
+    "pooling_mixer", "query_hub", "upsample_cross_entropy",
 )  # fmt: skip
 LIMIT = 2**31
 GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # of CUDA

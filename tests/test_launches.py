@@ -197,7 +197,7 @@ class TestWork:
         logits, labels = new(1, 32, 8, 8), torch.zeros(1, 64, 64, dtype=torch.uint8, device=META)
         with counting(HOPPER) as counter:
             upsample_cross_entropy(logits, labels)
-        assert named(counter)["losses_fwd"].slots == 20 * 32 * 64 * 64
+        assert named(counter)["upsample_cross_entropy_fwd"].slots == 20 * 32 * 64 * 64
 
     def test_stock_linear(self) -> None:
         counter = step(

@@ -127,9 +127,9 @@ def test_totals_of_an_earlier_account(
 
 GPUS = ("h100", "h200")
 SUBSET = (
-    ("norm", "b2 s1 1024x1024 B1 M4"),
+    ("add_layer_norm", "b2 s1 1024x1024 B1 M4"),
     ("attention", "b2 s1 1080x1920 B1 M2"),
-    ("losses", "b0 s1 512x512 B1 M4"),
+    ("upsample_cross_entropy", "b0 s1 512x512 B1 M4"),
     ("block_training", "b0 s3 512x512 B1 M4"),
     ("training", "b0 512x512 B1 M4"),
 )

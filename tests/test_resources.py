@@ -60,8 +60,8 @@ REGISTERS = {
     r"class_gather bf16": 64,
     r"add_layer_norm_fwd bf16": 56,
     r"add_layer_norm_bwd bf16": 128,
-    r"losses_fwd bf16": 128,
-    r"losses_bwd bf16": 224,
+    r"upsample_cross_entropy_fwd bf16": 128,
+    r"upsample_cross_entropy_bwd bf16": 224,
 }
 
 
@@ -198,7 +198,7 @@ class TestTool:
     @needs_triton
     def test_only_what_changed_is_compiled_again(self, tmp_path: Path) -> None:
         """One entry of the table is up to date, the other is not; times tell them apart."""
-        choice = {"archs": [90], "stems": ["depthwise"], "kernel": r"bf16 C(32|64) gelu"}
+        choice = {"archs": [90], "stems": ["depthwise_conv_gelu"], "kernel": r"bf16 C(32|64) gelu"}
         first = resources.run(**choice, progress=False)
         assert len(first) > 1
         kept = replace(first[0], seconds=1000.0)

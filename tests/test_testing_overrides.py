@@ -51,7 +51,7 @@ KNOWN_OVERRIDES: set[tuple[str, str, str | None]] = {
     ("attention", "A floor", "gradient"),
     ("attention", "B eager", "gradient"),
     ("attention with a mean", "A floor", "gradient"),
-    ("losses", "B eager", "gradient"),
+    ("upsample_cross_entropy", "B eager", "gradient"),
 }
 
 

@@ -143,7 +143,7 @@ class TestFile:
         [
             ("norm_fwd_config", (90, 48), "block_c", 64),
             ("norm_bwd_config", (90, 2, 64), "block_c", 64),
-            ("losses_fwd_config", (90, 25), "block_n", 32),
+            ("upsample_cross_entropy_fwd_config", (90, 25), "block_n", 32),
             ("class_sums_config", (90, 2, 25, 64), "block_l", 16),
             ("attention_dkdv_config", (90, "half", 64), "block_m", 16),
             ("attention_dq_config", (90, "half", 64), "block_n", 16),
@@ -318,7 +318,7 @@ class TestSearch:
         monkeypatch.setattr(
             tune.Search, "time", lambda self, trials, mode: dict.fromkeys(trials, ANY)
         )
-        forward = self.run(tmp_path, op=("norm",))["configs"][0]
+        forward = self.run(tmp_path, op=("add_layer_norm",))["configs"][0]
         assert forward["function"] == "norm_fwd_config"
         assert list(forward["refused"]) == ["block_c=16"]
         assert "block_c=16" not in forward["tried_us"]

@@ -388,7 +388,7 @@ def graph_cases() -> dict[str, Callable[[], tuple[list[Tensor], Callable[..., Te
     tokens = (m, b, h * w, c)
     return {
         "attention": lambda: (tensors((8, 384, 2, 32), *[(8, 64, 2, 32)] * 2), attention),
-        "depthwise": lambda: (
+        "depthwise_conv_gelu": lambda: (
             tensors((8, h * w, c), (c, 1, 3, 3), (c,)),
             partial(depthwise_conv_gelu, height=h, width=w),
         ),

@@ -3,7 +3,7 @@
 import torch
 
 from benchmarks import baselines
-from benchmarks.cases.depthwise import RATIO
+from benchmarks.cases.depthwise_conv_gelu import RATIO
 from benchmarks.cost import Work
 from benchmarks.random_data import random_normal
 from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem

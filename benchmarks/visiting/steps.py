@@ -24,8 +24,8 @@ from benchmarks.visiting.budget import Step, Task
 PYTHON = sys.executable
 # The hottest first, for the case that time runs out.
 HOTTEST = (
-    "attention", "depthwise", "norm", "mix_ffn", "query_hub", "pooling_mixer", "guided_gate",
-    "prototypes", "losses",
+    "attention", "depthwise_conv_gelu", "add_layer_norm", "mix_ffn", "query_hub", "pooling_mixer",
+    "guided_gate", "class_prototypes", "upsample_cross_entropy",
 )  # fmt: skip
 ENVIRONMENT = "environment.json"
 GPU_ONLY = ("workflows", "testing_memory")
@@ -185,7 +185,7 @@ def _parity(folder: Path, cuda: bool) -> Step:
         return task(f"parity/{name}", command, variables=variables, restarts=5, **more)
 
     if not cuda:
-        few = tests("kernels", ("guided_gate", "norm"), 2, "-k", REHEARSED_TESTS)
+        few = tests("kernels", ("guided_gate", "add_layer_norm"), 2, "-k", REHEARSED_TESTS)
         return Step("parity", "kernels against the fp64 reference, interpreted", 60.0, (few,))
     together = (
         tests(

@@ -7,15 +7,15 @@ Features are tokens, channels last: `[B, L, C]` with `L = height * width`, or mo
 
 from . import _checks, _flops
 from ._backend import explain, use_backend
+from .add_layer_norm import add_layer_norm
 from .attention import attention
-from .depthwise import depthwise_conv_gelu
+from .class_prototypes import class_prototypes
+from .depthwise_conv_gelu import depthwise_conv_gelu
 from .guided_gate import guided_gate
-from .losses import ohem, upsample_cross_entropy
 from .mix_ffn import mix_ffn
-from .norm import add_layer_norm
 from .pooling_mixer import pooling_mixer
-from .prototypes import class_prototypes
 from .query_hub import query_hub
+from .upsample_cross_entropy import ohem, upsample_cross_entropy
 
 __all__ = [
     "add_layer_norm",

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from equiseg_fast import reference
 
-from . import _backend, _checks, depthwise
+from . import _backend, _checks
 from ._layout import (
     conv_weight_gradient,
     linear,
@@ -20,6 +20,7 @@ from ._layout import (
     worth_convolving,
 )
 from ._registry import Function, autocast, needs_grad, reference_gradients, without_autocast
+from .depthwise_conv_gelu import run as run_depthwise
 
 _HIDDEN_BYTES = 6 * 2**20
 """Size of the hidden features that the CPU works on at a time; they stay in its caches. Up to this
@@ -81,7 +82,7 @@ def mix_ffn(
     fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
     with without_autocast(x.device.type):
         hidden = linear(x, fc1_weight, fc1_bias)
-        hidden = depthwise.run(chosen, hidden, dw_weight, dw_bias, height, width)
+        hidden = run_depthwise(chosen, hidden, dw_weight, dw_bias, height, width)
         return linear(hidden, fc2_weight, fc2_bias)
 
 

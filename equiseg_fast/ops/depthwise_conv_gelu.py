@@ -141,7 +141,7 @@ def _fake_backward(
 _FORWARD = register(
     "depthwise_conv_gelu_fwd",
     "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
-    kernels="depthwise",
+    kernels="depthwise_conv_gelu",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -150,7 +150,7 @@ _BACKWARD = register(
     "(Tensor grad_out, Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width, "
     "bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    kernels="depthwise",
+    kernels="depthwise_conv_gelu",
     stock=_stock_backward,
     fake=_fake_backward,
 )

@@ -61,7 +61,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 OPS = (
     Op(
-        "losses",
+        "upsample_cross_entropy",
         "upsample_cross_entropy",
         build,
         cost,

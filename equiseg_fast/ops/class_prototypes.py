@@ -147,14 +147,14 @@ _FORWARD = register(
     "class_prototypes_fwd",
     "(Tensor x, Tensor labels, SymInt num_classes, int ignore_index) "
     "-> (Tensor prototypes, Tensor counts)",
-    kernels="prototypes",
+    kernels="class_prototypes",
     stock=_stock_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "class_prototypes_bwd",
     "(Tensor grad, Tensor labels, Tensor counts, int ignore_index, ScalarType dtype) -> Tensor dx",
-    kernels="prototypes",
+    kernels="class_prototypes",
     stock=_stock_backward,
     fake=_fake_backward,
 )

@@ -226,7 +226,7 @@ class TestParity:
         parity({**inputs, "x": strange[0], "update": strange[2]})
 
     def test_rows_are_viewed_not_copied_where_they_can_be(self) -> None:
-        from equiseg_fast.kernels.norm import _rows
+        from equiseg_fast.kernels.add_layer_norm import _rows
 
         x = random_normal((2, 12, 40), seed=3, device=DEVICE)
         for view in (x, x[..., 7:27], x[:, :, :1].expand(-1, -1, 40)[:, ::2, :1]):

@@ -27,7 +27,14 @@ RECOMPUTED = (
     "is off by eps32 times the logit; eager saves its log-probabilities. Logits reach 100 here"
 )
 LARGE_LOGITS = (
-    override("losses", "B eager", kind="gradient", rms_eps=64, amax_eps=64, reason=RECOMPUTED),
+    override(
+        "upsample_cross_entropy",
+        "B eager",
+        kind="gradient",
+        rms_eps=64,
+        amax_eps=64,
+        reason=RECOMPUTED,
+    ),
 )
 
 
@@ -190,8 +197,8 @@ class TestParity:
         assert_deterministic(step, repeats=20 if DEVICE == "cuda" else 2)
         expected = step()
         for lines, strip in ((1, 3), (2, 8)):
-            monkeypatch.setattr(_configs, "losses_lines", lambda *_, n=lines: n)
-            monkeypatch.setattr(_configs, "losses_strip", lambda *_, n=strip: n)
+            monkeypatch.setattr(_configs, "upsample_cross_entropy_lines", lambda *_, n=lines: n)
+            monkeypatch.setattr(_configs, "upsample_cross_entropy_strip", lambda *_, n=strip: n)
             for a, b in zip(step(), expected, strict=True):
                 assert torch.equal(a, b)
 
@@ -231,22 +238,26 @@ class TestConfigs:
 
         for classes in (1, 16, 17, 25, 150, 256):
             for arch in (0, 80, 90):
-                forward = _configs.losses_fwd_config(arch, classes)
+                forward = _configs.upsample_cross_entropy_fwd_config(arch, classes)
                 assert forward.block_n >= classes
                 assert forward.block_m * forward.block_n >= 512
-                config = _configs.losses_bwd_config(arch, classes)
+                config = _configs.upsample_cross_entropy_bwd_config(arch, classes)
                 for columns, rows in ((1, 1), (32, 16), (512, 256), (20000, 64)):
-                    assert 1 <= _configs.losses_strip(columns, rows, config, 132) <= min(8, rows)
-        assert _configs.losses_strip(2 * 1024, 1024, config, 132) > 4
-        assert _configs.losses_strip(32, 16, config, 132) == 1
+                    assert (
+                        1
+                        <= _configs.upsample_cross_entropy_strip(columns, rows, config, 132)
+                        <= min(8, rows)
+                    )
+        assert _configs.upsample_cross_entropy_strip(2 * 1024, 1024, config, 132) > 4
+        assert _configs.upsample_cross_entropy_strip(32, 16, config, 132) == 1
         for programs in (1, 100, 10**6):
             for lines in (1, 4, 32):
-                n = _configs.losses_lines(90, programs, lines, 132)
+                n = _configs.upsample_cross_entropy_lines(90, programs, lines, 132)
                 assert 1 <= n <= lines
                 # No more parts than fill the device, at 12 programs per processor.
                 assert programs * -(-lines // n) <= max(programs, 12 * 132)
-        assert _configs.losses_lines(90, 10**6, 4, 132) == 4
-        assert _configs.losses_lines(90, 10, 4, 132) == 1
+        assert _configs.upsample_cross_entropy_lines(90, 10**6, 4, 132) == 4
+        assert _configs.upsample_cross_entropy_lines(90, 10, 4, 132) == 1
 
 
 class TestBackends:

@@ -51,7 +51,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 OPS = (
     Op(
-        "depthwise",
+        "depthwise_conv_gelu",
         "depthwise_conv_gelu",
         build,
         cost,

@@ -96,7 +96,7 @@ _SIZES = ["K", "h", "w", "H", "W", "n_y", "n_x", "rows", "strip", "ignore_index"
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _losses_fwd_kernel(
+def _upsample_cross_entropy_fwd_kernel(
     p_logits, p_labels, p_loss, p_lse,
     pitch, K, h, w, H, W, n_y, n_x, rows, ignore_index, scale_y, scale_x,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -180,7 +180,7 @@ def _add_cells(
 
 
 @triton.jit(do_not_specialize=_SIZES)
-def _losses_bwd_kernel(
+def _upsample_cross_entropy_bwd_kernel(
     p_logits, p_labels, p_lse, p_grad, p_dlogits,
     pitch, K, h, w, H, W, n_y, n_x, strip, ignore_index, scale_y, scale_x,
     BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
@@ -273,12 +273,12 @@ def upsample_cross_entropy_fwd(
     rows, labels = _class_rows(logits), labels.contiguous()
     sizes, scales = _geometry(logits, labels)
     arch, processors = device_facts(logits.device)
-    config = _configs.losses_fwd_config(arch, logits.shape[1])
+    config = _configs.upsample_cross_entropy_fwd_config(arch, logits.shape[1])
     _, h, w, *_, n_y, _ = sizes
     programs = cdiv((h + 1) * (w + 1), config.block_m) * len(labels)
-    lines = _configs.losses_lines(arch, programs, n_y, processors)
+    lines = _configs.upsample_cross_entropy_lines(arch, programs, n_y, processors)
     launch(
-        _losses_fwd_kernel, (programs, cdiv(n_y, lines)),
+        _upsample_cross_entropy_fwd_kernel, (programs, cdiv(n_y, lines)),
         rows, labels, loss, lse, rows.shape[-1], *sizes, lines, ignore_index, *scales,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_M=config.block_m, BLOCK_K=config.block_n,
@@ -306,12 +306,12 @@ def upsample_cross_entropy_bwd(
     )
     sizes, scales = _geometry(logits, labels)
     arch, processors = device_facts(logits.device)
-    config = _configs.losses_bwd_config(arch, classes)
+    config = _configs.upsample_cross_entropy_bwd_config(arch, classes)
     blocks = cdiv(classes, config.block_n)
-    strip = _configs.losses_strip(batch * blocks * w, h, config, processors)
+    strip = _configs.upsample_cross_entropy_strip(batch * blocks * w, h, config, processors)
     columns = cdiv(h, strip) * w
     launch(
-        _losses_bwd_kernel, (cdiv(columns, config.block_m) * batch, blocks),
+        _upsample_cross_entropy_bwd_kernel, (cdiv(columns, config.block_m) * batch, blocks),
         rows, labels, lse, grad, out, rows.shape[-1], *sizes, strip, ignore_index, *scales,
         num_warps=config.num_warps, num_stages=config.num_stages,
         BLOCK_M=config.block_m, BLOCK_K=config.block_n,
@@ -339,8 +339,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         pointers = {"p_logits": dtype, "p_labels": labels, "p_dlogits": dtype}
         pointers |= dict.fromkeys(("p_loss", "p_lse", "p_grad"), "fp32")
         for kernel, choose in (
-            (_losses_fwd_kernel, _configs.losses_fwd_config),
-            (_losses_bwd_kernel, _configs.losses_bwd_config),
+            (_upsample_cross_entropy_fwd_kernel, _configs.upsample_cross_entropy_fwd_config),
+            (_upsample_cross_entropy_bwd_kernel, _configs.upsample_cross_entropy_bwd_config),
         ):
             for config in dict.fromkeys(choose(arch, classes) for classes in numbers):
                 yield offline_entry(

@@ -179,7 +179,7 @@ _FORWARD = register(
     "add_layer_norm_fwd",
     "(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)",
-    kernels="norm",
+    kernels="add_layer_norm",
     stock=_stock_forward,
     fake=_fake_forward,
 )
@@ -188,7 +188,7 @@ _BACKWARD = register(
     "(Tensor? grad_total, Tensor grad_normed, Tensor total, Tensor weight, Tensor mean, "
     "Tensor rstd, bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
-    kernels="norm",
+    kernels="add_layer_norm",
     stock=_stock_backward,
     fake=_fake_backward,
 )

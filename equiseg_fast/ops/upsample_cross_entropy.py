@@ -281,14 +281,14 @@ def _fake_backward(
 _FORWARD = register(
     "upsample_cross_entropy_fwd",
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor loss, Tensor lse)",
-    kernels="losses",
+    kernels="upsample_cross_entropy",
     stock=_stock_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "upsample_cross_entropy_bwd",
     "(Tensor grad, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor",
-    kernels="losses",
+    kernels="upsample_cross_entropy",
     stock=_stock_backward,
     fake=_fake_backward,
 )

@@ -49,7 +49,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 OPS = (
     Op(
-        "norm",
+        "add_layer_norm",
         "add_layer_norm",
         build,
         cost,

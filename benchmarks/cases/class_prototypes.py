@@ -49,7 +49,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 OPS = (
     Op(
-        "prototypes",
+        "class_prototypes",
         "class_prototypes",
         build,
         cost,
