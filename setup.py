@@ -17,6 +17,7 @@ setup(
         "equiseg_fast.models",
         "equiseg_fast.nn",
         "equiseg_fast.ops",
+        "equiseg_fast.testing",
         "equiseg_fast.training",
     ],
     package_data={"equiseg_fast": ["py.typed"]},

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from benchmarks.registry import Outputs, Problem
 from benchmarks.timing import cotangent
-from equiseg_fast._tolerance import HALF
 from equiseg_fast.testing import Parity, assert_parity
+from equiseg_fast.testing.policy import HALF
 
 
 @dataclass(frozen=True)

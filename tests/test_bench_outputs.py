@@ -23,7 +23,8 @@ from benchmarks.runner import Runner
 from equiseg_fast.ops import _backend
 
 RUN = (
-    "run", "--suite", "rehearsal", "--device", "cpu", "--op", "norm,guided_gate", "--mode", "fwd",
+    "run", "--suite", "rehearsal", "--device", "cpu", "--op", "add_layer_norm,guided_gate",
+    "--mode", "fwd",
     "--provider", "torch", "--no-report",
 )  # fmt: skip
 COMMANDS: dict[str, Sequence[str]] = {

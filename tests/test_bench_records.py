@@ -230,11 +230,11 @@ for name in ("add_layer_norm", "model"):
 
 
 # Of the model only one provider, which then has nobody before it to be compared with.
-CHOSEN = "norm or training or (model and torch)"
+CHOSEN = "add_layer_norm or training or (model and torch)"
 
 
 def run_pytest(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    """The benchmarks under pytest in a process of their own, tiny, norm and model wrong."""
+    """The benchmarks under pytest in their own process, tiny, add_layer_norm and model wrong."""
     (folder / "tiny.py").write_text(TINY)
     search = os.pathsep.join([str(folder), str(ROOT), os.environ.get("PYTHONPATH", "")])
     # Without "-rs" the summary repeats what failed, where a variable `CI` is set in full.
@@ -267,7 +267,7 @@ def test_pytest_times_what_is_right_and_fails_what_is_wrong(tmp_path: Path) -> N
         assert row.peak_mib > 0
         assert row.budget <= 1
     groups = {b["group"] for b in json.loads(path.read_text())["benchmarks"]}
-    assert "norm b0 s2 64x96 B1 M3 fp32 step" in groups
+    assert "add_layer_norm b0 s2 64x96 B1 M3 fp32 step" in groups
     env = read_environment(path)
     assert {row.env_id for row in rows.values()} == {env["env_id"]}
     assert "node" not in json.loads(path.read_text())["machine_info"]

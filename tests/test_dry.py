@@ -192,7 +192,7 @@ class TestCommand:
         args = parse("--what", "core", "--op", "add_layer_norm", "--count", "--processes", "1")
         assert dry.main(args, Console(width=200)) == 0
         shown = capsys.readouterr().out
-        assert "norm b0 s1 512x512 B1 M4 bf16" in shown
+        assert "add_layer_norm b0 s1 512x512 B1 M4 bf16" in shown
         assert "0 problems" in shown
 
     def test_wrong_names(self) -> None:

@@ -180,7 +180,7 @@ def poison(**arguments: Any) -> None:
 
 def override(**arguments: Any) -> None:
     # What is made is kept for good.
-    with mock.patch.dict("equiseg_fast._tolerance._OVERRIDES"):
+    with mock.patch.dict("equiseg_fast.testing.policy._OVERRIDES"):
         testing.override(**arguments)
 
 

@@ -12,7 +12,7 @@ from equiseg_fast.testing import assert_parity, random_normal
 
 
 def test_overrides_need_a_reason_and_are_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("equiseg_fast._tolerance._OVERRIDES", {})
+    monkeypatch.setattr("equiseg_fast.testing.policy._OVERRIDES", {})
     for wrong, message in (
         ({"reason": "  ", "rms": 2.0}, "reason must not be empty"),
         ({"reason": "r", "tier": "Z"}, "tier must be one of"),

@@ -1,4 +1,4 @@
-"""The tolerance policy and its one comparison. Public as `testing`, where its idea is described."""
+"""The tolerance policy and its one comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What tests do to memory: strange strides, equal bits, NaN poison. Public as `testing`."""
+"""What tests do to memory: strange strides, equal bits, NaN poison."""
 
 from __future__ import annotations
 
