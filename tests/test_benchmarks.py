@@ -605,7 +605,15 @@ def test_run_and_report(
     tiny = replace(tiny_suite(), grids=(grid,))
     monkeypatch.setitem(SUITES, "core", tiny)
     out = tmp_path / "first"
-    arguments = ["run", "--suite", "core", "--device", "cpu", "--op", "guided_gate,losses"]
+    arguments = [
+        "run",
+        "--suite",
+        "core",
+        "--device",
+        "cpu",
+        "--op",
+        "guided_gate,upsample_cross_entropy",
+    ]
     assert main([*arguments, "--out", str(out)]) == 0
     shown = capsys.readouterr().out
     assert "total" in shown
