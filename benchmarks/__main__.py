@@ -21,11 +21,12 @@ from pathlib import Path
 from time import perf_counter, process_time
 from typing import Any
 
+# ruff: noqa: E402 (the clock includes the imports below)
 STARTED = perf_counter()
 
-import torch  # noqa: E402  (the clock above includes this import)
-from rich.console import Console  # noqa: E402
-from rich.progress import (  # noqa: E402
+import torch
+from rich.console import Console
+from rich.progress import (
     BarColumn,
     MofNCompleteColumn,
     Progress,
@@ -33,30 +34,33 @@ from rich.progress import (  # noqa: E402
     TimeElapsedColumn,
 )
 
-from benchmarks import (  # noqa: E402
-    against,
-    calibrate,
-    compare,
-    dry,
-    host,
-    miniature,
-    outputs,
-    predictions,
-    profiling,
-    resources,
-    roofline,
-    tune,
+from benchmarks import readme
+from benchmarks.cases import operations
+from benchmarks.cases.common.op import DTYPES, unavailable
+from benchmarks.command import outputs
+from benchmarks.command.options import choose_device, to_path, to_threads
+from benchmarks.machines import calibrate, predictions, roofline, tune
+from benchmarks.measure import host, profiling
+from benchmarks.measure import record as records_of
+from benchmarks.measure.plan import (
+    Case,
+    Options,
+    dry_run,
+    has_breakdown,
+    plan,
+    remaining,
+    selection_arguments,
 )
-from benchmarks import record as records_of  # noqa: E402
-from benchmarks.options import choose_device, selection_arguments, to_path, to_threads  # noqa: E402
-from benchmarks.plan import Case, Options, dry_run, has_breakdown, plan, remaining  # noqa: E402
-from benchmarks.providers import TUNED  # noqa: E402
-from benchmarks.registry import DTYPES, PROVIDERS, SUITES, operations, unavailable  # noqa: E402
-from benchmarks.reporting import readme, report, terminal  # noqa: E402
-from benchmarks.resume import AGAIN, Again, Journal  # noqa: E402
-from benchmarks.runner import Phases, Runner  # noqa: E402
-from benchmarks.visiting import exercise, visit  # noqa: E402
-from equiseg_fast.kernels import _tuned  # noqa: E402
+from benchmarks.measure.resume import AGAIN, Again, Journal
+from benchmarks.measure.runner import Phases, Runner
+from benchmarks.measure.suites import SUITES
+from benchmarks.miniature import experiment as miniature
+from benchmarks.offline import dry, exercise, resources
+from benchmarks.providers.provider import PROVIDERS, TUNED
+from benchmarks.reporting import report, terminal
+from benchmarks.versions import against, compare
+from benchmarks.visiting import visit
+from equiseg_fast.kernels import _tuned
 
 INTERRUPTED = 128 + signal.SIGINT
 
@@ -323,7 +327,7 @@ def _breakdown(
     measured = [r for r in rows if r.op == "model" and r.p50_us is not None]
     if not measured:
         return
-    from benchmarks import breakdown
+    from benchmarks.measure import breakdown
 
     with phases.phase("breakdown"):
         first = measured[0]

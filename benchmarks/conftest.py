@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.record import MACHINE_INFO, environment
-from benchmarks.registry import SUITES
+from benchmarks.measure.record import MACHINE_INFO, environment
+from benchmarks.measure.suites import SUITES
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

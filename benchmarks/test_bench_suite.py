@@ -21,11 +21,11 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.conftest import DEVICE
-from benchmarks.plan import Case, Options, plan
-from benchmarks.registry import Suite
-from benchmarks.runner import Prepared, Runner
+from benchmarks.measure import timing
+from benchmarks.measure.plan import Case, Options, plan
+from benchmarks.measure.runner import Prepared, Runner
+from benchmarks.measure.suites import Suite
 
 pytest.importorskip("pytest_benchmark")
 

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from benchmarks import launches
+from benchmarks.measure import launches
 from equiseg_fast import add_layer_norm, explain, reference
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.ops import _backend

@@ -13,11 +13,11 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.alternate import BLOCK, DONE, READY, Task, measure, pooled
-from benchmarks.plan import Options, plan
-from benchmarks.record import read_jsonl
-from benchmarks.registry import SUITES
-from benchmarks.timing import Timing
+from benchmarks.measure.plan import Options, plan
+from benchmarks.measure.record import read_jsonl
+from benchmarks.measure.suites import SUITES
+from benchmarks.measure.timing import Timing
+from benchmarks.versions.alternate import BLOCK, DONE, READY, Task, measure, pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 INIT = Path("equiseg_fast/__init__.py")

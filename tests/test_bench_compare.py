@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.__main__ import main
-from benchmarks.compare import compare, differences, failed, summary
-from benchmarks.record import Record, write_jsonl
+from benchmarks.measure.record import Record, write_jsonl
+from benchmarks.versions.compare import compare, differences, failed, summary
 
 CASE = {"variant": "b0", "stage": 1, "height": 64, "width": 96, "batch": 1, "modalities": 3}
 ENV = {"device": "a chip", "torch": "2.11.0", "threads": 2, "tf32": False, "utc": "today"}

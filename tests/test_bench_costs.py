@@ -10,9 +10,10 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import model_cost
-from benchmarks.cost import Cost, Limits, Work, total
-from benchmarks.registry import Shape, operations
+from benchmarks.cases import operations
+from benchmarks.cases.common import model_cost
+from benchmarks.cases.common.cost import Cost, Limits, Work, total
+from benchmarks.cases.common.problem import Shape
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.models.config import VARIANTS
 

@@ -13,13 +13,14 @@ from typing import Any
 
 import pytest
 
-from benchmarks import against, outputs
 from benchmarks.__main__ import INTERRUPTED, main
-from benchmarks.plan import Case
-from benchmarks.record import Record, Writer, read_jsonl
-from benchmarks.registry import Shape
-from benchmarks.resume import Journal
-from benchmarks.runner import Runner
+from benchmarks.cases.common.problem import Shape
+from benchmarks.command import outputs
+from benchmarks.measure.plan import Case
+from benchmarks.measure.record import Record, Writer, read_jsonl
+from benchmarks.measure.resume import Journal
+from benchmarks.measure.runner import Runner
+from benchmarks.versions import against
 from equiseg_fast.ops import _backend
 
 RUN = (
@@ -161,10 +162,10 @@ def test_interrupted(
 @pytest.mark.parametrize(
     ("arguments", "where"),
     [
-        (("calibrate", "--device", "cpu"), "calibrate.measure"),
-        (("predict",), "predictions.files_of"),
-        (("resources", "--out", "build"), "resources.run"),
-        (("env",), "record.environment"),
+        (("calibrate", "--device", "cpu"), "machines.calibrate.measure"),
+        (("predict",), "machines.predictions.files_of"),
+        (("resources", "--out", "build"), "offline.resources.run"),
+        (("env",), "measure.record.environment"),
     ],
 )
 def test_every_command_can_be_interrupted(
@@ -175,7 +176,7 @@ def test_every_command_can_be_interrupted(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    module, function = where.split(".")
+    module, _, function = where.rpartition(".")
 
     def interrupted(*_: Any) -> None:
         signal.raise_signal(signal.SIGINT)

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import registry
 from benchmarks.__main__ import main
-from benchmarks.profiling import table
-from benchmarks.registry import Problem, operations
+from benchmarks.cases import operations
+from benchmarks.cases.common.problem import Problem
+from benchmarks.measure.profiling import table
 
 HERE = ["--at", "height=64,width=96", "--device", "cpu"]
 
@@ -107,7 +107,7 @@ def test_nothing_wrong_is_profiled(
         problem.calls["torch"] = lambda: tuple(1.01 * x for x in call())
         return problem
 
-    monkeypatch.setitem(registry.operations(), "add_layer_norm", replace(right, build=build))
+    monkeypatch.setitem(operations(), "add_layer_norm", replace(right, build=build))
     with pytest.raises(SystemExit) as error:
         main(["profile", "--op", "add_layer_norm", *HERE, "--out", str(tmp_path / "none")])
     assert error.value.code == 2

@@ -17,13 +17,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baseline_model, baselines, providers
-from benchmarks.baseline_model import EagerBaseline
-from benchmarks.cost import Limits
-from benchmarks.plan import Case, Options
-from benchmarks.record import Record
-from benchmarks.registry import SUITES, Shape, operations
-from benchmarks.runner import Runner
+from benchmarks.cases import operations
+from benchmarks.cases.common.cost import Limits
+from benchmarks.cases.common.problem import Shape
+from benchmarks.measure.plan import Case, Options
+from benchmarks.measure.record import Record
+from benchmarks.measure.runner import Runner
+from benchmarks.measure.suites import SUITES
+from benchmarks.providers import baseline_model, baselines, provider
+from benchmarks.providers.baseline_model import EagerBaseline
 from equiseg_fast.models import EQUISeg
 
 SMALL = Shape("b0", 2, 64, 96, batch=2, modalities=3)
@@ -148,7 +150,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Non
     for key, value in functions.items():
         setattr(sys.modules[name], key, value)
     # What they cannot do here is exactly what these stand-ins can.
-    monkeypatch.setattr(providers, "_GPU_ONLY", {})
+    monkeypatch.setattr(provider, "_GPU_ONLY", {})
 
 
 def attention_blhd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -195,7 +197,7 @@ def test_flex_attention_gets_heads_first(monkeypatch: pytest.MonkeyPatch) -> Non
         return F.scaled_dot_product_attention(q, k, v)
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: bhld)
-    monkeypatch.setattr(providers, "_GPU_ONLY", {})
+    monkeypatch.setattr(provider, "_GPU_ONLY", {})
     row = measured("attention", "flex")["flex"]
     assert (row.status, row.reason) == ("ok", "")
 
@@ -269,18 +271,18 @@ def test_compiled_providers_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
         return function
 
     monkeypatch.setattr(torch, "compile", compiled)
-    providers._compiled.cache_clear()
+    provider._compiled.cache_clear()
     try:
         rows = measured("guided_gate", "compile", "compile_max")
     finally:
-        providers._compiled.cache_clear()
+        provider._compiled.cache_clear()
     assert {row.status for row in rows.values()} == {"ok"}
     assert seen == [None, "max-autotune-no-cudagraphs"]
 
 
 def test_what_is_missing_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "_GPU_ONLY", {})
-    monkeypatch.setattr(providers, "find_spec", lambda name: None)
+    monkeypatch.setattr(provider, "_GPU_ONLY", {})
+    monkeypatch.setattr(provider, "find_spec", lambda name: None)
     rows = measured("attention", "flash_attn", "xformers", "sdpa_math")
     assert (rows["flash_attn"].status, rows["flash_attn"].reason) == (
         "unsupported", "flash_attn is not installed"

@@ -10,11 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import gpus, model_cost
+from benchmarks import readme
 from benchmarks.__main__ import _parser, main
-from benchmarks.record import Record
-from benchmarks.reporting import readme
-from benchmarks.reporting.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
+from benchmarks.cases.common import model_cost
+from benchmarks.machines import gpus
+from benchmarks.measure.record import Record
+from benchmarks.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = {"variant": "b0", "stage": 1, "height": 512, "width": 512, "batch": 1, "modalities": 4}

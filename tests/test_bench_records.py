@@ -15,11 +15,13 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import timing
 from benchmarks.__main__ import main
-from benchmarks.launches import recorded
-from benchmarks.plan import Case, Options
-from benchmarks.record import (
+from benchmarks.cases import operations
+from benchmarks.cases.common.problem import Shape
+from benchmarks.measure import timing
+from benchmarks.measure.launches import recorded
+from benchmarks.measure.plan import Case, Options
+from benchmarks.measure.record import (
     COLUMNS,
     MACHINE_INFO,
     UNTIMED,
@@ -30,8 +32,7 @@ from benchmarks.record import (
     write_jsonl,
     write_table,
 )
-from benchmarks.registry import Shape, operations
-from benchmarks.runner import Prepared, Runner
+from benchmarks.measure.runner import Prepared, Runner
 from equiseg_fast import add_layer_norm
 from equiseg_fast.ops import _backend
 
@@ -180,7 +181,7 @@ def test_the_committed_results_can_be_read() -> None:
 
 @pytest.mark.skipif(not _backend.TRITON_INSTALLED, reason="triton is not installed")
 def test_launches_are_written_down_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.resources import kernel_stems
+    from benchmarks.measure.launches import kernel_stems
 
     launched: list[str] = []
     for stem in kernel_stems():
@@ -207,8 +208,8 @@ def test_launches_are_written_down_once(monkeypatch: pytest.MonkeyPatch) -> None
 TINY = """\
 from dataclasses import replace
 
-from benchmarks import registry
-from benchmarks.registry import SUITES, Grid
+from benchmarks.cases import operations
+from benchmarks.measure.suites import SUITES, Grid
 
 grid = Grid(("b0",), ((64, 96),), modalities=(3,), stages=(2,))
 SUITES["quick"] = replace(SUITES["quick"], grids=(grid,), seconds=0.0, rounds=(3, 3))
@@ -225,7 +226,7 @@ def wrong(right):
 
 
 for name in ("add_layer_norm", "model"):
-    registry.operations()[name] = wrong(registry.operations()[name])
+    operations()[name] = wrong(operations()[name])
 """
 
 
@@ -386,7 +387,7 @@ def test_asking_whether_a_provider_is_there_may_fail(monkeypatch: pytest.MonkeyP
     def broken(*_: Any) -> str:
         raise RuntimeError("CUDA error: misaligned address")
 
-    monkeypatch.setattr(importlib.import_module("benchmarks.runner"), "unavailable", broken)
+    monkeypatch.setattr(importlib.import_module("benchmarks.measure.runner"), "unavailable", broken)
     assert {row.status for row in Runner(Options()).run(NORM)} == {"error"}
 
 

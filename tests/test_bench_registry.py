@@ -10,18 +10,12 @@ import pytest
 import torch
 
 from benchmarks.__main__ import main
-from benchmarks.plan import Options, dry_run, plan
-from benchmarks.registry import (
-    COMPILED,
-    MODES,
-    OURS,
-    PROVIDERS,
-    SUITES,
-    Shape,
-    operations,
-    unavailable,
-)
-from benchmarks.suites import DEPTHS, SIZES
+from benchmarks.cases import operations
+from benchmarks.cases.common.op import MODES, unavailable
+from benchmarks.cases.common.problem import Shape
+from benchmarks.measure.plan import Options, dry_run, plan
+from benchmarks.measure.suites import DEPTHS, SIZES, SUITES
+from benchmarks.providers.provider import COMPILED, OURS, PROVIDERS
 from equiseg_fast.models import EQUISeg, MixTransformer
 from equiseg_fast.nn.attention import reduce_tokens
 from equiseg_fast.ops._layout import to_map
@@ -109,7 +103,7 @@ def test_the_core_suite_fits_into_minutes() -> None:
 def test_the_quick_suite_is_that_of_the_committed_results() -> None:
     from pathlib import Path
 
-    from benchmarks.record import read_jsonl
+    from benchmarks.measure.record import read_jsonl
 
     committed = read_jsonl(Path(__file__).parents[1] / "benchmarks/results/cpu-2-cores")
     today = {
@@ -279,7 +273,7 @@ def test_reasons_of_attention(provider: str, device: torch.device, dtype: str, r
 def test_a_package_that_is_missing_is_named(
     op: str, provider: str, package: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.providers.find_spec", lambda name: None)
+    monkeypatch.setattr("benchmarks.providers.provider.find_spec", lambda name: None)
     assert unavailable(operations()[op], provider, CUDA) == f"{package} is not installed"
 
 

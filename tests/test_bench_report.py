@@ -17,10 +17,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from benchmarks import breakdown, host
-from benchmarks.launches import Row
-from benchmarks.record import Record, write_jsonl
-from benchmarks.registry import PROVIDERS, Shape
+from benchmarks.cases.common.problem import Shape
+from benchmarks.measure import breakdown, host
+from benchmarks.measure.launches import Row
+from benchmarks.measure.record import Record, write_jsonl
+from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import analysis, document, html, plots, report, terminal
 from benchmarks.reporting.document import Card, Cards, Cell, Document, Picture, Section, Table, Text
 from benchmarks.reporting.plots import curves, style

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks import registry, timing, tune
 from benchmarks.__main__ import main
-from benchmarks.plan import Case, Options, remaining
-from benchmarks.record import UNTIMED, Record, Writer, read_jsonl
-from benchmarks.registry import Problem, Shape, operations
-from benchmarks.resume import AGAIN, Again, Journal
-from benchmarks.runner import Runner
+from benchmarks.cases import operations
+from benchmarks.cases.common.problem import Problem, Shape
+from benchmarks.machines import tune
+from benchmarks.measure import timing
+from benchmarks.measure.plan import Case, Options, remaining
+from benchmarks.measure.record import UNTIMED, Record, Writer, read_jsonl
+from benchmarks.measure.resume import AGAIN, Again, Journal
+from benchmarks.measure.runner import Runner
 
-runner_module = importlib.import_module("benchmarks.runner")
+runner_module = importlib.import_module("benchmarks.measure.runner")
 
 ROOT = Path(__file__).resolve().parents[1]
 CASE = Case(
@@ -47,7 +49,7 @@ def spoiled(op: str, spoil: Spoil, monkeypatch: pytest.MonkeyPatch) -> None:
         problem.calls["torch"] = spoil(problem.calls["torch"])
         return problem
 
-    monkeypatch.setitem(registry.operations(), op, replace(right, build=build))
+    monkeypatch.setitem(operations(), op, replace(right, build=build))
 
 
 def device_error(call: Callable[[], Any]) -> Callable[[], Any]:
@@ -92,13 +94,13 @@ DIES = """
 import os, signal, sys
 sys.path.insert(0, {root!r})
 from dataclasses import asdict, replace
-from benchmarks import registry
-right = registry.operations()["guided_gate"]
+from benchmarks.cases import operations
+right = operations()["guided_gate"]
 def build(*arguments):
     problem = right.build(*arguments)
     problem.calls["torch"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
     return problem
-registry.operations()["guided_gate"] = replace(right, build=build)
+operations()["guided_gate"] = replace(right, build=build)
 from benchmarks.__main__ import main
 sys.exit(main(sys.argv[1:]))
 """
@@ -140,7 +142,8 @@ def test_an_error_of_one_case_does_not_end_the_run(
 
 def test_patience(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from benchmarks.resume import Journal\n"
+        "import sys, time; from pathlib import Path\n"
+        "from benchmarks.measure.resume import Journal\n"
         "with Journal(Path(sys.argv[1]), True, patience=1).attempt('case', 'hangs'): time.sleep(60)"
     )
     command = (sys.executable, "-c", code, str(tmp_path))

@@ -13,13 +13,16 @@ from time import sleep
 import pytest
 import torch
 
-from benchmarks import calibrate, gpus, model_cost, roofline
 from benchmarks.__main__ import main
-from benchmarks.calibrate import Measurement, Sizes
-from benchmarks.cost import Limits, total
-from benchmarks.plan import Case, Options
-from benchmarks.registry import SUITES, Shape, operations
-from benchmarks.runner import Runner
+from benchmarks.cases import operations
+from benchmarks.cases.common import model_cost
+from benchmarks.cases.common.cost import Limits, total
+from benchmarks.cases.common.problem import Shape
+from benchmarks.machines import calibrate, gpus, roofline
+from benchmarks.machines.calibrate import Measurement, Sizes
+from benchmarks.measure.plan import Case, Options
+from benchmarks.measure.runner import Runner
+from benchmarks.measure.suites import SUITES
 
 CPU = torch.device("cpu")
 
@@ -171,7 +174,7 @@ def test_the_exponential_kernel_takes_exponentials() -> None:
     pytest.importorskip("triton", reason="triton is not installed")
     code = """
 import torch
-from benchmarks.exp_kernel import BLOCK, exponentials
+from benchmarks.machines.exp_kernel import BLOCK, exponentials
 out = torch.empty(2 * BLOCK)
 assert exponentials(out, steps=3) == 2 * BLOCK * 3
 x = torch.arange(2 * BLOCK, dtype=torch.float32) * 1e-9

@@ -16,12 +16,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from benchmarks import registry
 from benchmarks.__main__ import main
-from benchmarks.plan import Options, plan
-from benchmarks.record import Record, read_jsonl, write_jsonl
-from benchmarks.registry import Problem, Shape, operations
-from benchmarks.resume import AGAIN
+from benchmarks.cases import operations
+from benchmarks.cases.common.problem import Problem, Shape
+from benchmarks.measure.plan import Options, plan
+from benchmarks.measure.record import Record, read_jsonl, write_jsonl
+from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import orphans, steps, summary, visit
 from benchmarks.visiting.archive import LOG_BYTES, pack
 from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, share
@@ -351,14 +351,14 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
         )
         return problem
 
-    monkeypatch.setitem(registry.operations(), "guided_gate", replace(right, build=build))
+    monkeypatch.setitem(operations(), "guided_gate", replace(right, build=build))
     assert main(arguments) == 1
     assert "wrong: guided_gate b0 s4 96x96 B2 M2 fp32: not finite" in capsys.readouterr().out
 
     def fails(*given: object) -> Problem:
         raise RuntimeError("no such kernel image\nin some/file")
 
-    monkeypatch.setitem(registry.operations(), "guided_gate", replace(right, build=fails))
+    monkeypatch.setitem(operations(), "guided_gate", replace(right, build=fails))
     assert main(arguments) == 1
     out = capsys.readouterr().out
     assert "wrong: guided_gate b0 s1 96x68 B1 M3 fp32: RuntimeError: no such kernel image" in out

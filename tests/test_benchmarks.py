@@ -11,26 +11,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from benchmarks import data, memory, timing
 from benchmarks.__main__ import main
-from benchmarks.baseline_model import EagerBaseline
-from benchmarks.cost import Limits
-from benchmarks.launches import Row
-from benchmarks.plan import Case, Options, plan
-from benchmarks.record import Record, environment, read_jsonl, write_jsonl
-from benchmarks.registry import (
-    MODES,
-    SUITES,
-    Grid,
-    Op,
-    Problem,
-    Shape,
-    Suite,
-    operations,
-    unavailable,
-)
+from benchmarks.cases import operations
+from benchmarks.cases.common import data
+from benchmarks.cases.common.cost import Limits
+from benchmarks.cases.common.op import MODES, Op, unavailable
+from benchmarks.cases.common.problem import Problem, Shape
+from benchmarks.measure import memory, timing
+from benchmarks.measure.launches import Row
+from benchmarks.measure.plan import Case, Options, plan
+from benchmarks.measure.record import Record, environment, read_jsonl, write_jsonl
+from benchmarks.measure.runner import Runner
+from benchmarks.measure.suites import SUITES, Grid, Suite
+from benchmarks.providers.baseline_model import EagerBaseline
 from benchmarks.reporting import analysis, report
-from benchmarks.runner import Runner
 from equiseg_fast import add_layer_norm, attention
 from equiseg_fast.models import EQUISeg
 

@@ -12,8 +12,8 @@ from rich.console import Console
 
 pytest.importorskip("triton", reason="compiling needs triton")
 
-from benchmarks import dry, dry_device, resources
-from benchmarks.dry_programs import Model
+from benchmarks.offline import dry, dry_device, resources
+from benchmarks.offline.dry_programs import Model
 
 MOST_BINARIES = 72
 """Of a training step of EQUISeg-B0 with autocast to bf16: a tenth more than there are. On a GPU

@@ -18,8 +18,8 @@ from torch import Tensor
 
 pytest.importorskip("triton", reason="host times are those of launching kernels")
 
-from benchmarks import host
 from benchmarks.__main__ import main as benchmark_main
+from benchmarks.measure import host
 from equiseg_fast import attention, guided_gate, use_backend
 from equiseg_fast.kernels import _common, _configs, _tuned
 from equiseg_fast.kernels import guided_gate as gate_kernels

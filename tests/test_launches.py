@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines, launches
-from benchmarks.kernel_work import Kernel
-from benchmarks.launches import KernelCounter, counting
-from benchmarks.meta import META, on_meta
+from benchmarks.measure import launches
+from benchmarks.measure.kernel_work import Kernel
+from benchmarks.measure.launches import KernelCounter, counting
+from benchmarks.offline.meta import META, on_meta
+from benchmarks.providers import baselines
 from equiseg_fast import (
     EQUISeg,
     add_layer_norm,

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from benchmarks import miniature
 from benchmarks.__main__ import main
-from benchmarks.options import ROOT
-from benchmarks.reporting import miniature as report
+from benchmarks.command.options import ROOT
+from benchmarks.miniature import experiment as miniature
+from benchmarks.miniature import report
 
 from .processes import alive, started
 

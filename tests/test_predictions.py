@@ -10,15 +10,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import efficiency, judgement, predictions
 from benchmarks.__main__ import main
-from benchmarks.efficiency import ASSUMPTIONS, GAP, KINDS, SEEN, rates
-from benchmarks.kernel_work import Kernel
-from benchmarks.launches import KernelCounter, counting
-from benchmarks.meta import META, on_meta
-from benchmarks.plan import Case
-from benchmarks.predictions import Prediction
-from benchmarks.record import Record
+from benchmarks.machines import efficiency, judgement, predictions
+from benchmarks.machines.efficiency import ASSUMPTIONS, GAP, KINDS, SEEN, rates
+from benchmarks.machines.predictions import Prediction
+from benchmarks.measure.kernel_work import Kernel
+from benchmarks.measure.launches import KernelCounter, counting
+from benchmarks.measure.plan import Case
+from benchmarks.measure.record import Record
+from benchmarks.offline.meta import META, on_meta
 from equiseg_fast import EQUISeg
 
 pytestmark = pytest.mark.skipif(

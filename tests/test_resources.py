@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import resources
+from benchmarks.offline import resources
 from equiseg_fast.kernels import _configs
 
 needs_triton = pytest.mark.skipif(

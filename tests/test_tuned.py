@@ -16,9 +16,9 @@ import pytest
 import torch
 from rich.console import Console
 
-from benchmarks import tune
 from benchmarks.__main__ import main as benchmark_main
-from benchmarks.timing import Timing
+from benchmarks.machines import tune
+from benchmarks.measure.timing import Timing
 from equiseg_fast import add_layer_norm, guided_gate
 from equiseg_fast.testing import random_normal
 
@@ -398,9 +398,11 @@ class TestProvider:
     def test_forward_and_backward_use_the_file_and_triton_does_not(
         self, file: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from benchmarks import providers
-        from benchmarks.registry import Shape, operations
-        from benchmarks.runner import Case, Options, Runner
+        from benchmarks.cases import operations
+        from benchmarks.cases.common.problem import Shape
+        from benchmarks.measure.plan import Case, Options
+        from benchmarks.measure.runner import Runner
+        from benchmarks.providers import provider as providers
         from equiseg_fast.kernels import guided_gate as kernels
 
         monkeypatch.setattr(providers, "_GPU_ONLY", {})
@@ -425,12 +427,12 @@ class TestProvider:
             assert row.config.count(f"BLOCK_L={block_l} ") == 2
 
     def test_needs_a_file(self) -> None:
-        from benchmarks.providers import impossible
+        from benchmarks.providers.provider import impossible
 
         assert impossible("tuned", torch.device("cuda")).startswith("no file is named, neither")
 
     def test_the_record_of_the_environment_has_its_hash(self, file: Path) -> None:
-        from benchmarks.record import environment
+        from benchmarks.measure.record import environment
 
         with_file = environment(torch.device("cpu"))
         assert len(with_file["tuned"]) == 12

@@ -9,12 +9,14 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baseline_model, model_cost
-from benchmarks.baselines import to_nchw
-from benchmarks.cost import Cost
-from benchmarks.network import enliven, network_problem
-from benchmarks.random_data import random_normal
-from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
+from benchmarks.cases.common import model_cost
+from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
+from benchmarks.cases.common.random_data import random_normal
+from benchmarks.providers import baseline_model
+from benchmarks.providers.baselines import to_nchw
 from equiseg_fast.models import EQUISegConfig
 from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate
 

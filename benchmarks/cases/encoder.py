@@ -13,10 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks import baseline_model, data, model_cost
-from benchmarks.cost import Cost
-from benchmarks.network import enliven, network_problem
-from benchmarks.registry import Op, Outputs, Problem, Shape, Unsupported
+from benchmarks.cases.common import data, model_cost
+from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
+from benchmarks.providers import baseline_model
 from equiseg_fast import use_backend
 from equiseg_fast.integrations import MIT_RULES, accelerate_module, accelerate_segformer
 from equiseg_fast.models import MixTransformer

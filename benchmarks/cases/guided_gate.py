@@ -2,10 +2,12 @@
 
 import torch
 
-from benchmarks import baselines
-from benchmarks.cost import Work
-from benchmarks.random_data import random_normal
-from benchmarks.registry import Cost, Op, Problem, Shape, backends, op_problem
+from benchmarks.cases.common.cost import Cost, Work
+from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.problem import Problem, Shape, op_problem
+from benchmarks.cases.common.random_data import random_normal
+from benchmarks.providers import baselines
+from benchmarks.providers.provider import backends
 from equiseg_fast import ops, reference
 
 

@@ -9,11 +9,12 @@ from functools import partial
 
 import torch
 
-from benchmarks import data, model_cost
-from benchmarks.baseline_model import EagerBaseline
-from benchmarks.cost import Cost
-from benchmarks.network import enliven, network_problem
-from benchmarks.registry import NUM_CLASSES, Op, Problem, Shape
+from benchmarks.cases.common import data, model_cost
+from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.op import NUM_CLASSES, Op
+from benchmarks.cases.common.problem import Problem, Shape
+from benchmarks.providers.baseline_model import EagerBaseline
 from equiseg_fast.models import EQUISeg
 
 

@@ -9,13 +9,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks import data, model_cost
-from benchmarks.baseline_model import encode_stage
-from benchmarks.baselines import in_memory_format, to_nchw, to_tokens
-from benchmarks.cost import Cost
-from benchmarks.network import enliven, network_problem
-from benchmarks.random_data import random_normal
-from benchmarks.registry import Op, Outputs, Problem, Shape
+from benchmarks.cases.common import data, model_cost
+from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.problem import Outputs, Problem, Shape
+from benchmarks.cases.common.random_data import random_normal
+from benchmarks.providers.baseline_model import encode_stage
+from benchmarks.providers.baselines import in_memory_format, to_nchw, to_tokens
 from equiseg_fast.models import MixTransformer
 from equiseg_fast.ops._layout import to_map
 

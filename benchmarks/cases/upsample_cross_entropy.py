@@ -4,10 +4,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks import baselines, data
-from benchmarks.cost import Work
-from benchmarks.random_data import random_normal
-from benchmarks.registry import NUM_CLASSES, Cost, Op, Problem, Shape, backends, op_problem
+from benchmarks.cases.common import data
+from benchmarks.cases.common.cost import Cost, Work
+from benchmarks.cases.common.op import NUM_CLASSES, Op
+from benchmarks.cases.common.problem import Problem, Shape, op_problem
+from benchmarks.cases.common.random_data import random_normal
+from benchmarks.providers import baselines
+from benchmarks.providers.provider import backends
 from equiseg_fast import ops, reference
 
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from benchmarks.record import Key, Record
-from benchmarks.registry import OURS as OWN
+from benchmarks.command.table import times
+from benchmarks.measure.record import Key, Record
+from benchmarks.providers.provider import OURS as OWN
 
 OURS = tuple(name for name in OWN if name != "reference")
 """What a user of the package gets; OWN are all that are ours and so no competitors of ours."""
@@ -130,31 +131,6 @@ def skipped(records: Iterable[Record]) -> list[str]:
         f"{provider}: {status}, {reason} ({', '.join(places)})"
         for (provider, status, reason), places in where.items()
     ]
-
-
-def significant(value: float | None, digits: int = 3) -> str:
-    """A number with about three significant digits and no exponent."""
-    if value is None:
-        return ""
-    if value == 0:
-        return "0"
-    magnitude = len(str(int(abs(value)))) if abs(value) >= 1 else 0
-    if magnitude:
-        return f"{value:.{max(digits - magnitude, 0)}f}"
-    return f"{value:.{digits}g}" if abs(value) >= 1e-4 else f"{value:.1e}"
-
-
-def milliseconds(us: float | None) -> str:
-    return "" if us is None else significant(us / 1e3)
-
-
-def percent(value: float | None) -> str:
-    return "" if value is None else f"{significant(value)} %"
-
-
-def times(value: float | None) -> str:
-    """A ratio, e.g. "1.68x"."""
-    return "" if value is None else f"{significant(value)}x"
 
 
 def spread(record: Record) -> str:

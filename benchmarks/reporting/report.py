@@ -9,9 +9,13 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks import data, host
-from benchmarks.record import Record, write_table
-from benchmarks.registry import PROVIDERS, operations
+from benchmarks.cases import operations
+from benchmarks.cases.common import data
+from benchmarks.command.table import milliseconds, significant, times
+from benchmarks.measure import host
+from benchmarks.measure.record import Record, write_table
+from benchmarks.measure.timing import FEWEST, WIDEST
+from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import document
 from benchmarks.reporting.analysis import (
     OURS,
@@ -21,11 +25,8 @@ from benchmarks.reporting.analysis import (
     fastest,
     grouped,
     losses,
-    milliseconds,
     ratios,
-    significant,
     skipped,
-    times,
 )
 from benchmarks.reporting.document import (
     Bullets,
@@ -38,10 +39,9 @@ from benchmarks.reporting.document import (
     Table,
     Text,
 )
-from benchmarks.timing import FEWEST, WIDEST
 
 if TYPE_CHECKING:
-    from benchmarks.launches import Row
+    from benchmarks.measure.launches import Row
 
 HOW = """\
 Nothing is timed that was not found correct in the same run: operations against the reference in \
@@ -77,7 +77,7 @@ def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> No
 
     launches = []
     if find_spec("triton") and any(row.op in ("model", "training") for row in records):
-        from benchmarks.launches import cross_modal_blocks
+        from benchmarks.measure.launches import cross_modal_blocks
 
         launches = cross_modal_blocks()
     path = folder / "breakdown.json"

@@ -6,20 +6,9 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from benchmarks.record import Record
-from benchmarks.reporting.analysis import (
-    contention,
-    fastest,
-    grouped,
-    milliseconds,
-    percent,
-    ratios,
-    significant,
-    skipped,
-    spread,
-    times,
-)
-from benchmarks.reporting.fitted import FittedTable
+from benchmarks.command.table import FittedTable, milliseconds, percent, significant, times
+from benchmarks.measure.record import Record
+from benchmarks.reporting.analysis import contention, fastest, grouped, ratios, skipped, spread
 
 if TYPE_CHECKING:
     from rich.console import Console

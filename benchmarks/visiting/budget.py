@@ -19,7 +19,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any, Protocol
 
-from benchmarks.resume import AGAIN
+from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import orphans
 
 POLL_SECONDS = 0.05

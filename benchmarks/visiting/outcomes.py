@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.resume import AGAIN, drop_half_a_line, is_sticky
+from benchmarks.measure.resume import AGAIN, drop_half_a_line, is_sticky
 
 if TYPE_CHECKING:
     import pytest

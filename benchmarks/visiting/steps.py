@@ -16,9 +16,10 @@ from typing import Any
 
 import torch
 
-from benchmarks import host
-from benchmarks.plan import Options, plan
-from benchmarks.registry import SUITES, operations
+from benchmarks.cases import operations
+from benchmarks.measure import host
+from benchmarks.measure.plan import Options, plan
+from benchmarks.measure.suites import SUITES
 from benchmarks.visiting.budget import Step, Task
 
 PYTHON = sys.executable

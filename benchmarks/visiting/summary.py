@@ -12,11 +12,12 @@ from typing import Any
 
 from rich.markup import escape
 
-from benchmarks import host, judgement, record
-from benchmarks.record import Key, Record
-from benchmarks.registry import operations
-from benchmarks.reporting.analysis import contests, grouped, milliseconds, significant, times
-from benchmarks.reporting.fitted import FittedTable
+from benchmarks.cases import operations
+from benchmarks.command.table import FittedTable, milliseconds, significant, times
+from benchmarks.machines import judgement
+from benchmarks.measure import host, record
+from benchmarks.measure.record import Key, Record
+from benchmarks.reporting.analysis import contests, grouped
 from benchmarks.visiting.budget import State, Step, Task
 from benchmarks.visiting.outcomes import merged
 from benchmarks.visiting.steps import ENVIRONMENT

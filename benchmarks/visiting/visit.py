@@ -17,9 +17,9 @@ from pathlib import Path
 
 from rich.console import Console
 
-from benchmarks import outputs
-from benchmarks.options import ROOT, choose_device, to_path
-from benchmarks.reporting.fitted import FittedTable
+from benchmarks.command import outputs
+from benchmarks.command.options import ROOT, choose_device, to_path
+from benchmarks.command.table import FittedTable
 from benchmarks.visiting import orphans
 from benchmarks.visiting.archive import pack
 from benchmarks.visiting.budget import State, Step, Visit, share

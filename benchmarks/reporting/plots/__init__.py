@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Record
+from benchmarks.measure.record import Record
 from benchmarks.reporting.plots import bars, curves
 from benchmarks.reporting.plots import breakdown as breakdown_plot
 

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.record import Record
-from benchmarks.reporting.analysis import grouped, milliseconds, significant
+from benchmarks.command.table import milliseconds, significant
+from benchmarks.measure.record import Record
+from benchmarks.reporting.analysis import grouped
 from benchmarks.reporting.plots.style import colour, legend, pyplot, save
 
 GROUPS_PER_PANEL = 8

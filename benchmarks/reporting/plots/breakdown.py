@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.breakdown import REST
-from benchmarks.reporting.analysis import significant
+from benchmarks.command.table import significant
+from benchmarks.measure.breakdown import REST
 from benchmarks.reporting.plots.style import in_order, pyplot, save
 
 PART_COLOURS = (
@@ -20,7 +20,7 @@ NARROW = 0.05
 
 
 def draw(breakdown: Mapping[str, Any], path: Path) -> str:
-    """breakdown: see `benchmarks.breakdown`. Returns the file name."""
+    """breakdown: see `measure.breakdown`. Returns the file name."""
     providers = in_order(breakdown["providers"])
     parts = list(dict.fromkeys(p for name in providers for p in breakdown["providers"][name]))
     figure, axis = pyplot().subplots(

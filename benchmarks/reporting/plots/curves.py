@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cost import Limits
-from benchmarks.record import Record
+from benchmarks.cases.common.cost import Limits
+from benchmarks.measure.record import Record
 from benchmarks.reporting.plots.style import colour, in_order, legend, panels, pyplot, save
 
 VARIABLES = ("tokens", "channels", "modalities")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from benchmarks.registry import PROVIDERS
+from benchmarks.providers.provider import PROVIDERS
 
 COLOURS = {
     "baseline": "#8c8c8c",

@@ -1,0 +1,1 @@
+"""What declarations of cases are made of: inputs, problems, costs."""

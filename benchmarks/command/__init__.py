@@ -1,0 +1,1 @@
+"""What the commands share: options, where they write, tables on a terminal."""

@@ -1,0 +1,79 @@
+"""Command-line options that several commands share."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+MOST_THREADS = 1024
+Pairs = tuple[tuple[str, str], ...]
+
+
+def verdict_arguments(parser: argparse.ArgumentParser) -> None:
+    """When a difference counts, for `compare` and `against`."""
+    parser.add_argument(
+        "--threshold", type=fraction, default=0.05, metavar="5%%", help="least relative change"
+    )
+    parser.add_argument(
+        "--atol-us", type=float, default=30.0, help="least absolute change, in microseconds"
+    )
+    parser.add_argument(
+        "--fail", action="store_true", help="exit with 1 if anything is slower or lost"
+    )
+
+
+def to_path(text: str) -> Path:
+    """A path; an empty one, of a shell variable that is not set, would be the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("must not be empty")
+    return Path(text)
+
+
+def to_threads(text: str) -> int:
+    """How many threads PyTorch computes on."""
+    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
+        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}; got {text!r}")
+    return int(text)
+
+
+def names(text: str) -> tuple[str, ...]:
+    """`a,b` as a tuple."""
+    return tuple(name for name in text.split(",") if name)
+
+
+def pairs(text: str) -> Pairs:
+    """`variant=b2,stage=1` as pairs."""
+    found = tuple((name, value) for name, _, value in (p.partition("=") for p in names(text)))
+    if not all(value for _, value in found):
+        raise argparse.ArgumentTypeError(f"must be like variant=b2,stage=1; got {text!r}")
+    return found
+
+
+def fraction(text: str) -> float:
+    """`5%` or `0.05`."""
+    try:
+        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
+
+
+def choose_device(name: str | None, needed: bool = True) -> torch.device:
+    """The device of this name; without one the GPU if there is one. Raises ValueError if it cannot
+    be measured, or is needed and does not exist."""
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise ValueError(f"--device must be cpu, cuda or, as in cuda:1, one of them; got {name!r}")
+    device = torch.device(name)
+    if needed and device.type == "cuda":
+        if not torch.cuda.is_available():
+            raise ValueError(f"--device is {name}, but torch sees no GPU here")
+        if (device.index or 0) >= torch.cuda.device_count():
+            raise ValueError(
+                f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here"
+            )
+    return device

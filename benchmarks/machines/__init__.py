@@ -1,0 +1,1 @@
+"""What machines can do: peaks, floors, predictions beside measurements, launch configurations."""

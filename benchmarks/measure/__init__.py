@@ -1,0 +1,1 @@
+"""From a plan of cases to records: checked, timed, resumed; and looks into single calls."""

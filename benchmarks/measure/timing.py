@@ -1,0 +1,283 @@
+"""How long calls take: providers interleaved round by round, quantiles instead of means.
+
+On a CPU by wall clock. On a GPU by CUDA events, over rotating input sets that together exceed the
+L2 cache three times, either around replays of one CUDA graph (no cost of launching) or around
+single calls. Inputs are random or real data; zeros would let a GPU clock higher than it can.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cache
+from time import perf_counter, process_time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.cases.common.random_data import random_normal
+
+NOISY = 0.10
+GRAPH_CALLS = 8
+SETTLE_MS, RESUME_MS = 200, 20
+FILLER_CYCLES = 1_000_000
+SLOW_ROUND = 6.0
+FEWEST, WIDEST = 3, 0.5
+"""Samples, and band p20 to p80 over the median, of a number that may stand alone."""
+Call = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Quantiles in microseconds over n samples; method is "wall", "events" or "graph".
+
+    With "wall" only, cpu_us: median CPU time of all threads of this process; cpu_share: see there.
+    """
+
+    p20_us: float
+    p50_us: float
+    p80_us: float
+    min_us: float
+    n: int
+    method: str
+    cpu_us: float | None = None
+    cpu_share: float | None = None
+
+    @property
+    def noisy(self) -> bool:
+        """Whether the p20 to p80 band is wider than 10 % of the median."""
+        return self.p80_us - self.p20_us > NOISY * self.p50_us
+
+    @classmethod
+    def of(cls, seconds: Sequence[float], method: str) -> Timing:
+        us = sorted(1e6 * s for s in seconds)
+        if len(us) == 1:
+            return cls(us[0], us[0], us[0], us[0], 1, method)
+        cuts = statistics.quantiles(us, n=10, method="inclusive")
+        return cls(cuts[1], statistics.median(us), cuts[7], us[0], len(us), method)
+
+
+def call_in_mode(
+    forward: Callable[[], tuple[Tensor, ...]],
+    leaves: Sequence[Tensor],
+    mode: str,
+    seed: int = 0,
+    known: dict[Any, Tensor] | None = None,
+) -> Call:
+    """What is timed in a mode, from a forward computation and the leaves of its graph.
+
+    "fwd" records no graph, "fwd_train" does, "bwd" is the backward of a graph built here and kept,
+    "step" is both. Cotangents are random normal; a scalar gets 1. Gradients are returned, not
+    accumulated. known: cotangents that were drawn for other calls, to be used again.
+    """
+    if mode == "fwd":
+
+        def inference() -> Any:
+            with torch.no_grad():
+                return forward()
+
+        return inference
+    if mode == "fwd_train":
+        return forward
+    graph = forward()
+    known = {} if known is None else known
+    cotangents: list[Tensor | None] = []
+    for i, x in enumerate(graph):
+        key = (x.shape, x.dtype, x.device, seed + i)
+        if x.requires_grad and key not in known:
+            known[key] = cotangent(x, seed + i)
+        cotangents.append(known[key] if x.requires_grad else None)
+
+    def backward(outputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Tensor, ...]:
+        pairs = [(x, g) for x, g in zip(outputs, cotangents, strict=True) if g is not None]
+        return torch.autograd.grad(
+            [x for x, _ in pairs], leaves, [g for _, g in pairs], retain_graph=keep
+        )
+
+    if mode == "bwd":
+        return lambda: backward(graph, keep=True)
+    if mode == "step":
+        del graph
+        return lambda: backward(forward())
+    raise ValueError(f"mode must be one of fwd, fwd_train, bwd, step; got {mode!r}")
+
+
+def cotangent(x: Tensor, seed: int, dtype: torch.dtype | None = None) -> Tensor:
+    """The gradient that is sent into output x: random normal, or 1 for a scalar.
+
+    dtype: what the values are rounded to first, so that an oracle gets those of the tested dtype.
+    """
+    if x.dim() == 0:
+        return torch.ones_like(x)
+    return random_normal(x.shape, dtype or x.dtype, seed=seed, device=x.device).to(x.dtype)
+
+
+def measure_cpu(
+    calls: Mapping[str, Call], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Wall-clock time of every call, already warm; seconds and rounds as in `Suite`.
+
+    One round calls everybody once, and each starts with another, so that drift hits all alike.
+    FEWEST have to do where one takes more than SLOW_ROUND seconds.
+    """
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    used: dict[str, list[float]] = {name: [] for name in calls}
+    names = list(calls)
+    share = cpu_share()
+    started = perf_counter()
+    for i in range(rounds[1]):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            cpu, begin = process_time(), perf_counter()
+            result = calls[name]()
+            samples[name].append(perf_counter() - begin)
+            used[name].append(process_time() - cpu)
+            del result
+        elapsed = perf_counter() - started
+        least = rounds[0] if elapsed < (i + 1) * SLOW_ROUND else min(FEWEST, rounds[0])
+        if i + 1 >= least and elapsed > seconds:
+            break
+    share = min(share, cpu_share())
+    return {
+        name: replace(
+            Timing.of(times, "wall"), cpu_us=1e6 * statistics.median(used[name]), cpu_share=share
+        )
+        for name, times in samples.items()
+    }
+
+
+def cpu_share(seconds: float = 0.02) -> float:
+    """CPU time over threads times wall time of matrix products that keep all threads busy: about 1
+    on a quiet machine, less by what others take. Calls that are timed cannot tell, because many use
+    one thread in part."""
+    x = torch.ones(256, 256)
+    x @ x  # wakes the threads
+    cpu, begin = process_time(), perf_counter()
+    while perf_counter() - begin < seconds:
+        x @ x
+    return (process_time() - cpu) / ((perf_counter() - begin) * torch.get_num_threads())
+
+
+def input_sets(bytes_per_set: float, device: torch.device) -> int:
+    """How many copies of the inputs a GPU needs so that they exceed L2 three times over."""
+    if device.type != "cuda":
+        return 1
+    l2 = torch.cuda.get_device_properties(device).L2_cache_size
+    free, _ = torch.cuda.mem_get_info(device)
+    wanted = int(3 * l2 // max(bytes_per_set, 1)) + 1
+    return max(1, min(wanted, int(free // 4 // max(bytes_per_set, 1)), 64))
+
+
+def measure_events(
+    calls: Mapping[str, Sequence[Call]], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Device time of single calls by CUDA events, already warm; one call per rotating input set.
+
+    A write over L2 and a queued filler come before each, so that the stream never waits for the
+    host unless launching takes longer than the work. Must run on the stream the calls were warmed
+    up on.
+    """
+    units = {name: [(call, 1) for call in sets] for name, sets in calls.items()}
+    flush = _flush_buffer(torch.cuda.current_device())
+    return _by_events(units, "events", flush.zero_, seconds, rounds)
+
+
+def measure_graphs(
+    graphs: Mapping[str, tuple[Call, int]], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Device time per call by CUDA events around replays of what `captured` returned."""
+    units = {name: [graph] for name, graph in graphs.items()}
+    return _by_events(units, "graph", lambda: None, seconds, rounds)
+
+
+def _by_events(
+    units: Mapping[str, Sequence[tuple[Call, int]]],
+    method: str,
+    before: Call,
+    seconds: float,
+    rounds: tuple[int, int],
+) -> dict[str, Timing]:
+    """units: name -> (call, how many calls of the provider that is), taken in turn."""
+    _settle(torch.cuda.current_device())
+    samples: dict[str, list[float]] = {name: [] for name in units}
+    names = list(units)
+    started = perf_counter()
+    for i in range(rounds[1]):
+        for name in names[i % len(names) :] + names[: i % len(names)]:
+            unit, number = units[name][i % len(units[name])]
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            before()
+            # The first event would fire on an idle stream, and the launch would count.
+            torch.cuda._sleep(FILLER_CYCLES)
+            begin.record()
+            unit()
+            end.record()
+            end.synchronize()
+            samples[name].append(begin.elapsed_time(end) / 1e3 / number)
+        if i + 1 >= rounds[0] and perf_counter() - started > seconds:
+            break
+    return {name: Timing.of(times, method) for name, times in samples.items()}
+
+
+def captured(sets: Sequence[Call]) -> tuple[Call, int]:
+    """All sets, several times if they are few, as one CUDA graph; and how many calls that is.
+
+    A capture that fails raises RuntimeError, after which no other may be tried in this process:
+    PyTorch's allocator can keep the broken one for under way.
+    """
+    repeats = max(1, GRAPH_CALLS // len(sets))
+    graph = torch.cuda.CUDAGraph()
+    torch.cuda.synchronize()
+    cause: Exception | None = None
+    try:
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
+            try:
+                for _ in range(repeats):
+                    for call in sets:
+                        call()
+            except Exception as error:
+                cause = error
+                raise
+    except Exception as error:
+        # Ending the capture fails too, and would say no more than that it had failed.
+        raise cause or error from error
+    return graph.replay, repeats * len(sets)
+
+
+@cache
+def _flush_buffer(device: int) -> Tensor:
+    """Twice the size of L2."""
+    size = 2 * torch.cuda.get_device_properties(device).L2_cache_size
+    return torch.empty(size, dtype=torch.uint8, device=f"cuda:{device}")
+
+
+@cache
+def _load(device: int) -> Tensor:
+    return torch.randn(4096, 4096, device=f"cuda:{device}", dtype=torch.bfloat16)
+
+
+_settled: set[int] = set()
+
+
+def _settle(device: int) -> None:
+    """Matrix products until the clocks are where load puts them: long the first time, later only
+    as long as bridges a pause."""
+    x = _load(device)
+    until = perf_counter() + (RESUME_MS if device in _settled else SETTLE_MS) / 1e3
+    _settled.add(device)
+    while perf_counter() < until:
+        x @ x
+        torch.cuda.synchronize()
+
+
+def host_us(call: Call, repeats: int = 10) -> float:
+    """Microseconds the host needs to enqueue one call on a GPU, the median of repeats."""
+    times = []
+    for _ in range(repeats):
+        torch.cuda.synchronize()
+        begin = perf_counter()
+        call()
+        times.append(1e6 * (perf_counter() - begin))
+    torch.cuda.synchronize()
+    return statistics.median(times)

@@ -1,0 +1,1 @@
+"""Kernels compiled, and programs run, for GPUs that are not there."""

@@ -1,0 +1,1 @@
+"""Who is compared: ours, and how others write the same."""

@@ -1,0 +1,247 @@
+"""Operations in eager PyTorch as public multimodal models are written: what ratios start from.
+
+The habits are those of SegFormer, CMNeXt and their descendants: one modality at a time in Python
+loops, softmax attention with the whole score matrix in memory, tokens and NCHW maps converted into
+each other around every convolution, score nets evaluated again for every primary modality, a
+channel norm written by hand, the decode head unfolded, and losses that loop over images and classes
+and ask the device whether a class is there. Where a public model gets a view for free (SegFormer's
+`transpose` + `view` in front of the depthwise convolution) so does this one: nothing is made slower
+than it is written elsewhere.
+
+The operations take and return what `equiseg_fast.ops` takes and returns; conversions to NCHW and
+back are therefore part of those that public models write in NCHW. `channels_last` makes of any of
+them what careful users run: the same calls on maps in channels-last memory. The whole model is
+`benchmarks/providers/baseline_model.py`.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import reduce, wraps
+from math import log
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from equiseg_fast.reference import statistics_dtype
+
+ScoreNet = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def wide(x: Tensor) -> Tensor:
+    return x.to(statistics_dtype(x))
+
+
+_memory_format = torch.contiguous_format
+
+
+def channels_last(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` of this module with its maps in channels-last memory, where tokens are a view.
+
+    Weights stay as they are; cuDNN converts those of dense convolutions at every call.
+    """
+
+    @wraps(function)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        global _memory_format
+        _memory_format = torch.channels_last
+        try:
+            return function(*args, **kwargs)
+        finally:
+            _memory_format = torch.contiguous_format
+
+    return run
+
+
+def in_memory_format(x: Tensor) -> Tensor:
+    """A map `[B, C, H, W]` in the memory format on trial: contiguous but under `channels_last`."""
+    return x.contiguous(memory_format=_memory_format)
+
+
+def to_nchw(x: Tensor, height: int, width: int) -> Tensor:
+    """Tokens `[B, L, C]` -> `[B, C, height, width]`, by default a copy, as at a stage's end."""
+    x = x.reshape(x.shape[0], height, width, -1).permute(0, 3, 1, 2)
+    return in_memory_format(x)
+
+
+def to_tokens(x: Tensor) -> Tensor:
+    return x.flatten(2).transpose(1, 2)
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Softmax attention with the score matrix `[B, H, Lq, Lk]`; arguments as `ops.attention`."""
+    q, k, v = (x.permute(0, 2, 1, 3) for x in (q, k, v))
+    scores = (q @ k.transpose(-2, -1)) * q.shape[-1] ** -0.5
+    return (scores.softmax(dim=-1) @ v).transpose(1, 2)
+
+
+def depthwise_conv_gelu(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """SegFormer's `DWConv` and the activation behind it, as `ops.depthwise_conv_gelu`."""
+    batch, _, channels = x.shape
+    y = x.transpose(1, 2).view(batch, channels, height, width)
+    y = F.conv2d(y, weight, bias, padding=1, groups=channels)
+    return F.gelu(to_tokens(y))
+
+
+def add_layer_norm(
+    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float = 1e-5
+) -> tuple[Tensor, Tensor]:
+    """A residual connection and the norm of what comes next, as `ops.add_layer_norm`."""
+    total = x + update
+    y = total
+    if x.device.type == "cpu":
+        # Half-precision gradients of the parameters would be added up in half precision, and wrong.
+        y, weight, bias = wide(total), wide(weight), wide(bias)
+    return total, F.layer_norm(y, weight.shape, weight, bias, eps).to(x.dtype)
+
+
+def _scored(x: Tensor, net: ScoreNet) -> Tensor:
+    """CMNeXt's self-gating of one modality: x `[B, C, H, W]` -> the same."""
+    dw_weight, dw_bias, pw_weight, pw_bias = net
+    y = F.conv2d(x, dw_weight[:, None], dw_bias, padding=1, groups=x.shape[1])
+    y = F.conv2d(y, pw_weight[None, :, None, None], pw_bias[None])
+    return y.sigmoid() * x + x
+
+
+def hub_of(primary: int, maps: Sequence[Tensor], nets: Sequence[ScoreNet]) -> Tensor:
+    """Score every other modality and take the maximum pair by pair, in NCHW."""
+    others = [_scored(x, nets[m]) for m, x in enumerate(maps) if m != primary]
+    return reduce(torch.max, others)
+
+
+def score_nets(*parameters: Tensor) -> list[ScoreNet]:
+    return list(zip(*(p.unbind() for p in parameters), strict=True))
+
+
+def query_hub(
+    x: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    pw_weight: Tensor,
+    pw_bias: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """One hub per primary, the others scored again each time; arguments as `ops.query_hub`."""
+    maps = [to_nchw(tokens, height, width) for tokens in x]
+    nets = score_nets(dw_weight, dw_bias, pw_weight, pw_bias)
+    return torch.stack([to_tokens(hub_of(i, maps, nets)) for i in range(len(maps))])
+
+
+def pooled(u: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    y = F.conv2d(u, weight, bias, padding=3, groups=u.shape[1])
+    y3 = F.avg_pool2d(y, 3, 1, 1, count_include_pad=False)
+    y7 = F.avg_pool2d(y, 7, 1, 3, count_include_pad=False)
+    y11 = F.avg_pool2d(y, 11, 1, 5, count_include_pad=False)
+    return y + y3 + y7 + y11
+
+
+def pooling_mixer(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+    """Convolution and three pools in NCHW, added up; arguments as `ops.pooling_mixer`."""
+    return to_tokens(pooled(to_nchw(x, height, width), weight, bias))
+
+
+def guided_gate(x: Tensor, logits: Tensor, rho: float = 0.5) -> tuple[Tensor, Tensor]:
+    """Softmax, then one modality after the other; arguments as `ops.guided_gate`."""
+    weights = logits.softmax(dim=0)
+    modalities = len(x)
+    branches = []
+    fused = torch.zeros_like(x[0], dtype=weights.dtype)
+    for tokens, weight in zip(x, weights, strict=True):
+        g = weight.unsqueeze(1)
+        branches.append((tokens * (1 + rho * (modalities * g - 1))).to(x.dtype))
+        fused = fused + g * tokens
+    return torch.stack(branches), fused.to(x.dtype)
+
+
+def _small_labels(labels: Tensor, height: int, width: int) -> Tensor:
+    """Nearest resizing the usual way, through a float image: `[B, H, W]` -> `[B, h * w]`."""
+    small = F.interpolate(labels[:, None].float(), size=(height, width), mode="nearest")
+    return small[:, 0].long().flatten(1)
+
+
+def class_prototypes(
+    x: Tensor, labels: Tensor, num_classes: int, height: int, width: int
+) -> tuple[Tensor, Tensor]:
+    """Boolean indexing per modality, image and class; arguments as `ops.class_prototypes`."""
+    small = _small_labels(labels, height, width)
+    rows = []
+    for tokens in wide(x):
+        for image, marks in zip(tokens, small, strict=True):
+            for c in range(num_classes):
+                mask = marks == c
+                if mask.sum() > 0:
+                    rows.append(image[mask].mean(dim=0))
+                else:
+                    rows.append(image.new_zeros(image.shape[-1]))
+    counts = [(marks == c).sum() for marks in small for c in range(num_classes)]
+    prototypes = torch.stack(rows).view(*x.shape[:2], num_classes, -1)
+    return prototypes, torch.stack(counts).view(-1, num_classes)
+
+
+def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
+    """Full-resolution logits, then cross-entropy; arguments as `ops.upsample_cross_entropy`."""
+    size = tuple(labels.shape[-2:])
+    full = F.interpolate(wide(logits), size=size, mode="bilinear", align_corners=False)
+    return F.cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="none")
+
+
+def ohem(loss: Tensor, labels: Tensor, thresh: float, ignore_index: int = 255) -> Tensor:
+    """Online hard example mining with boolean indexing, which waits for the device twice."""
+    flat = loss.flatten()
+    least = int((labels != ignore_index).sum()) // 16
+    hard = flat[flat > -log(thresh)]
+    if hard.numel() < least:
+        hard = flat.topk(least).values
+    return hard.mean()
+
+
+def mix_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    dw_weight: Tensor,
+    dw_bias: Tensor,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    height: int,
+    width: int,
+) -> Tensor:
+    """SegFormer's Mix-FFN; arguments as `ops.mix_ffn`."""
+    hidden = F.linear(x, fc1_weight, fc1_bias)
+    hidden = depthwise_conv_gelu(hidden, dw_weight, dw_bias, height, width)
+    return F.linear(hidden, fc2_weight, fc2_bias)
+
+
+def prototype_loss(
+    features: Sequence[Tensor],
+    labels: Tensor,
+    height: int,
+    width: int,
+    order: Sequence[int],
+    num_classes: int,
+    tau: float,
+) -> Tensor:
+    """Self-distillation of one stage: M features `[B, L, C]`, labels `[B, H, W]` -> scalar."""
+    small = _small_labels(labels, height, width)
+    teachers = order[: max(1, len(order) // 2)]
+    students = [m for m in order if m not in teachers]
+    total = wide(features[0].new_zeros(()))
+    for b, marks in enumerate(small):
+        masks = [marks == c for c in range(num_classes)]
+        masks = [mask for mask in masks if mask.sum() > 0]
+        if len(masks) < 2 or not students:
+            continue
+        means = {
+            m: torch.stack([wide(features[m][b])[mask].mean(dim=0) for mask in masks])
+            for m in order
+        }
+        with torch.no_grad():
+            target = torch.stack([means[m] for m in teachers]).mean(dim=0) / tau
+            target = target.softmax(dim=0)
+        loss = 0.0
+        for m in students:
+            student = (means[m] / tau).log_softmax(dim=0)
+            loss = loss + F.kl_div(student, target, reduction="none").sum(dim=0).mean()
+        total = total + loss / len(students)
+    return tau**2 * total / len(small)

@@ -1,0 +1,234 @@
+"""The numbers of README.md, written from the results in `benchmarks/results` and from nothing else.
+
+What stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` is replaced: `headline`, a
+sentence about the whole model on a CPU; `miniature`, the table of `benchmarks.miniature`; `cpu` and
+`gpu`, one table per folder of results. Until a folder of a GPU is there, `gpu` says that none was
+measured, and gives predictions called that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from benchmarks.cases.common import model_cost
+from benchmarks.cases.common.op import DTYPES
+from benchmarks.cases.common.problem import Shape
+from benchmarks.command.options import ROOT
+from benchmarks.command.table import milliseconds, significant, times
+from benchmarks.machines import gpus, roofline
+from benchmarks.measure import record
+from benchmarks.measure.record import Record
+from benchmarks.reporting.analysis import Contest, contests
+
+README = ROOT / "README.md"
+RESULTS = Path("benchmarks") / "results"
+HEADLINE = "cpu-2-cores"
+REGION = re.compile(r"(<!-- numbers: (\w+) -->\n)(.*?)(<!-- /numbers -->)", re.DOTALL)
+NUMBER_WORDS = ("no", "one", "two", "three", "four", "five", "six", "seven", "eight")
+MODES = {"fwd": "forward", "step": "training step"}
+PREDICTED = ("a100", "h100", "h200", "b200")
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Results of one machine. link: the folder as README.md names it."""
+
+    link: str
+    env: dict[str, Any]
+    records: list[Record]
+
+    @property
+    def gpu(self) -> bool:
+        return "capability" in self.env
+
+    @property
+    def machine(self) -> str:
+        where = (
+            self.env["device"]
+            if self.gpu
+            else f"{self.env['threads']} threads of {self.env['cpu']}"
+        )
+        return f"{where}, torch {self.env['torch']}"
+
+
+def folders(root: Path) -> list[Folder]:
+    """All results of runs below `root`, by name."""
+    return [
+        Folder(
+            str(path.parent.relative_to(root)),
+            json.loads((path.parent / "env.json").read_text()),
+            record.read_jsonl(path),
+        )
+        for path in sorted((root / RESULTS).glob("**/results.jsonl"))
+    ]
+
+
+def rewritten(text: str, found: Sequence[Folder]) -> str:
+    """README.md with its regions filled from these results. Raises ValueError on a region that
+    does not exist, or is not there."""
+    names = re.findall(r"<!-- numbers: (\w+) -->", text)
+    if sorted(names) != sorted(REGIONS) or len(REGION.findall(text)) != len(names):
+        raise ValueError(
+            f"README.md must have the regions {', '.join(sorted(REGIONS))}, each once and closed; "
+            f"got {', '.join(sorted(names)) or 'none'}"
+        )
+    return REGION.sub(lambda m: f"{m[1]}{REGIONS[m[2]](found)}\n{m[4]}", text)
+
+
+def headline(found: Sequence[Folder]) -> str:
+    """The whole model, one sentence."""
+    here = next((folder for folder in found if Path(folder.link).name == HEADLINE), None)
+    if here is None:
+        raise ValueError(f"{RESULTS} must have the folder {HEADLINE}")
+    by_op = {(c.ours.op, c.ours.mode): c for c in contests(here.records)}
+    forward, step = by_op["model", "fwd"], by_op["training", "step"]
+    for contest in (forward, step):
+        if not contest.settled:
+            raise ValueError(
+                f"{here.link} has no headline: {contest.label} has too few samples, a band that is "
+                "too wide, or was measured on a busy machine; run it again"
+            )
+    shape = forward.ours.shape
+    memory = step.ours.peak_mib / step.other.peak_mib
+    return (
+        f"On {_word(here.env['threads'])} CPU cores EQUISeg-{shape.variant.upper()} at "
+        f"{shape.height} x {shape.width} with {_word(shape.modalities)} modalities takes "
+        f"{milliseconds(forward.other.p50_us)} ms\nin public style and "
+        f"{milliseconds(forward.ours.p50_us)} ms here, a training step "
+        f"{milliseconds(step.other.p50_us)} and {milliseconds(step.ours.p50_us)} ms with "
+        f"{100 * memory:.0f} % of the memory\n([report]({here.link}/report.md)); every operation "
+        "is [below](#benchmarks)."
+    )
+
+
+def _word(number: int) -> str:
+    return NUMBER_WORDS[number] if number < len(NUMBER_WORDS) else str(number)
+
+
+def failures(found: Sequence[Folder]) -> str:
+    """What parts of EQUISeg are worth when sensors fail."""
+    from benchmarks.miniature import (
+        report as miniature,  # the data and their libraries, for this alone
+    )
+
+    return miniature.overview(
+        json.loads((ROOT / RESULTS / "miniature" / "results.json").read_text())
+    )
+
+
+def cpu(found: Sequence[Folder]) -> str:
+    return "\n\n".join(_section(folder) for folder in found if not folder.gpu)
+
+
+def gpu(found: Sequence[Folder]) -> str:
+    measured = [_section(folder) for folder in found if folder.gpu]
+    return "\n\n".join(measured) if measured else _predictions()
+
+
+def _section(folder: Folder) -> str:
+    """The table of a folder: of every operation the first shape with each number of modalities, of
+    whole networks of each variant; the others are in the report."""
+    first: dict[tuple[str, int, str], Shape] = {}
+    rows: dict[tuple[str, str], dict[str, Contest]] = {}
+    for contest in contests(folder.records):
+        shape = contest.ours.shape
+        # Training is the step of the model: one row.
+        op = "model" if contest.ours.op == "training" else contest.ours.op
+        variant = "" if shape.stage else shape.variant
+        if shape == first.setdefault((op, shape.modalities, variant), shape):
+            rows.setdefault((op, f"{shape.label} {contest.ours.dtype}"), {})[contest.ours.mode] = (
+                contest
+            )
+    suite = ", ".join(dict.fromkeys(r.suite for r in folder.records))
+    head = [f"{mode}: other | here | ratio" for mode in MODES]
+    return "\n".join(
+        [
+            f"{folder.machine}, suite {suite} ([report]({folder.link}/report.md)):",
+            "",
+            f"| | case | {' | '.join(head)} | MiB: other | here |",
+            f"|---|---|{'--:|' * (3 * len(MODES) + 2)}",
+            *(f"| {op} | {label} | {' | '.join(_cells(m))} |" for (op, label), m in rows.items()),
+        ]
+    )
+
+
+def _cells(modes: dict[str, Contest]) -> list[str]:
+    cells = []
+    for mode in MODES:
+        contest = modes.get(mode)
+        if contest is None:
+            cells += ["", "", ""]
+            continue
+        ratio = times(contest.ratio)
+        named = "" if contest.other.provider == "baseline" else f" {contest.other.provider}"
+        cells += [
+            f"{milliseconds(contest.other.p50_us)}{named}",
+            milliseconds(contest.ours.p50_us),
+            ratio if contest.clear else f"({ratio})",
+        ]
+    last = modes.get("step") or next(iter(modes.values()))
+    return [*cells, significant(last.other.peak_mib), significant(last.ours.peak_mib)]
+
+
+def _predictions() -> str:
+    """Floors of the whole model, from published peaks."""
+    titles = [gpus.by_name(name).title for name in PREDICTED]
+    lines = [
+        "No GPU has been measured yet. What follows are predictions, not measurements: the least",
+        "time in ms that bytes, FLOPs and exponentials of EQUISeg allow at published peaks, bf16",
+        "with four modalities at 1024 x 1024, batch 1 (`python -m benchmarks roofline`).",
+        "",
+        f"| predicted floor | {' | '.join(titles)} |",
+        f"|---|{'--:|' * len(titles)}",
+    ]
+    for variant in ("b0", "b2"):
+        for mode, what in MODES.items():
+            cells = [roofline.milliseconds(_floor(variant, mode, name)) for name in PREDICTED]
+            lines.append(f"| EQUISeg-{variant.upper()}, {what} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _floor(variant: str, mode: str, name: str) -> float:
+    shape = Shape(variant, 0, 1024, 1024, batch=1, modalities=4)
+    parts = model_cost.model_parts(shape, DTYPES["bf16"].itemsize, training=mode == "step")
+    return roofline.floor_of_parts(parts, mode, gpus.by_name(name).limits, "bf16").seconds
+
+
+REGIONS: dict[str, Callable[[Sequence[Folder]], str]] = {
+    "headline": headline,
+    "miniature": failures,
+    "cpu": cpu,
+    "gpu": gpu,
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m benchmarks readme`."""
+    parser.add_argument("--check", action="store_true", help="write nothing, exit with 1 if stale")
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Exit status 1 under --check if README.md is not what the results say."""
+    text = README.read_text()
+    fresh = rewritten(text, folders(ROOT))
+    if fresh == text:
+        console.print("README.md is what the results say")
+        return 0
+    if not args.check:
+        README.write_text(fresh)
+    for name in _stale(text, fresh):
+        console.print(f"{'stale' if args.check else 'written'}: {name}")
+    return 1 if args.check else 0
+
+
+def _stale(text: str, fresh: str) -> Iterable[str]:
+    pairs = zip(REGION.finditer(text), REGION.finditer(fresh), strict=True)
+    return [before[2] for before, after in pairs if before[3] != after[3]]
