@@ -1,9 +1,10 @@
-"""The numbers of README.md, written from the results in `benchmarks/results` and from nothing else.
+"""The numbers of README.md and of docs/, written from the results in `benchmarks/results` and from
+nothing else.
 
 What stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` is replaced: `headline`, a
-sentence about the whole model on a CPU; `miniature`, the table of `benchmarks.miniature`; `cpu` and
-`gpu`, one table per folder of results. Until a folder of a GPU is there, `gpu` says that none was
-measured, and gives predictions called that.
+sentence about the whole model on a CPU; `quick`, its table; `cpu` and `gpu`, a table for every other
+folder of results; `miniature`, the table of `benchmarks.miniature`. Until there are results of a
+GPU, `gpu` says that none was measured, and gives predictions called that.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from benchmarks.measure import record
 from benchmarks.measure.record import Record
 from benchmarks.reporting.analysis import Contest, contests
 
-README = ROOT / "README.md"
+PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 RESULTS = Path("benchmarks") / "results"
 HEADLINE = "cpu-2-cores"
 REGION = re.compile(r"(<!-- numbers: (\w+) -->\n)(.*?)(<!-- /numbers -->)", re.DOTALL)
@@ -39,7 +40,7 @@ PREDICTED = ("a100", "h100", "h200", "b200")
 
 @dataclass(frozen=True)
 class Folder:
-    """Results of one machine. link: the folder as README.md names it."""
+    """Results of one machine. link: the folder, from the root."""
 
     link: str
     env: dict[str, Any]
@@ -71,23 +72,32 @@ def folders(root: Path) -> list[Folder]:
     ]
 
 
-def rewritten(text: str, found: Sequence[Folder]) -> str:
-    """README.md with its regions filled from these results. Raises ValueError on a region that
-    does not exist, or is not there."""
+def rewritten(pages: Mapping[Path, str], found: Sequence[Folder]) -> dict[Path, str]:
+    """The pages with their regions filled from these results. Raises ValueError on a region that
+    does not exist, or is nowhere."""
+    text = "".join(pages.values())
     names = re.findall(r"<!-- numbers: (\w+) -->", text)
     if sorted(names) != sorted(REGIONS) or len(REGION.findall(text)) != len(names):
         raise ValueError(
-            f"README.md must have the regions {', '.join(sorted(REGIONS))}, each once and closed; "
-            f"got {', '.join(sorted(names)) or 'none'}"
+            f"README.md and docs/ must have the regions {', '.join(sorted(REGIONS))}, each once "
+            f"and closed; got {', '.join(sorted(names)) or 'none'}"
         )
-    return REGION.sub(lambda m: f"{m[1]}{REGIONS[m[2]](found)}\n{m[4]}", text)
+
+    def filled(path: Path, text: str) -> str:
+        above = "" if path.parent == ROOT else "../"
+
+        def region(match: re.Match[str]) -> str:
+            numbers = REGIONS[match[2]](found).replace("](benchmarks/", f"]({above}benchmarks/")
+            return f"{match[1]}{numbers}\n{match[4]}"
+
+        return REGION.sub(region, text)
+
+    return {path: filled(path, text) for path, text in pages.items()}
 
 
 def headline(found: Sequence[Folder]) -> str:
     """The whole model, one sentence."""
-    here = next((folder for folder in found if Path(folder.link).name == HEADLINE), None)
-    if here is None:
-        raise ValueError(f"{RESULTS} must have the folder {HEADLINE}")
+    here = _headline_folder(found)
     by_op = {(c.ours.op, c.ours.mode): c for c in contests(here.records)}
     forward, step = by_op["model", "fwd"], by_op["training", "step"]
     for contest in (forward, step):
@@ -104,9 +114,19 @@ def headline(found: Sequence[Folder]) -> str:
         f"{milliseconds(forward.other.p50_us)} ms\nin public style and "
         f"{milliseconds(forward.ours.p50_us)} ms here, a training step "
         f"{milliseconds(step.other.p50_us)} and {milliseconds(step.ours.p50_us)} ms with "
-        f"{100 * memory:.0f} % of the memory\n([report]({here.link}/report.md)); every operation "
-        "is [below](#benchmarks)."
+        f"{100 * memory:.0f} % of the memory\n([report]({here.link}/report.md)); by operation:"
     )
+
+
+def quick(found: Sequence[Folder]) -> str:
+    return _section(_headline_folder(found))
+
+
+def _headline_folder(found: Sequence[Folder]) -> Folder:
+    for folder in found:
+        if Path(folder.link).name == HEADLINE:
+            return folder
+    raise ValueError(f"{RESULTS} must have the folder {HEADLINE}")
 
 
 def _word(number: int) -> str:
@@ -125,7 +145,8 @@ def failures(found: Sequence[Folder]) -> str:
 
 
 def cpu(found: Sequence[Folder]) -> str:
-    return "\n\n".join(_section(folder) for folder in found if not folder.gpu)
+    others = (f for f in found if not f.gpu and Path(f.link).name != HEADLINE)
+    return "\n\n".join(map(_section, others))
 
 
 def gpu(found: Sequence[Folder]) -> str:
@@ -204,6 +225,7 @@ def _floor(variant: str, mode: str, name: str) -> float:
 
 REGIONS: dict[str, Callable[[Sequence[Folder]], str]] = {
     "headline": headline,
+    "quick": quick,
     "miniature": failures,
     "cpu": cpu,
     "gpu": gpu,
@@ -216,19 +238,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Exit status 1 under --check if README.md is not what the results say."""
-    text = README.read_text()
-    fresh = rewritten(text, folders(ROOT))
-    if fresh == text:
-        console.print("README.md is what the results say")
-        return 0
-    if not args.check:
-        README.write_text(fresh)
-    for name in _stale(text, fresh):
+    """Exit status 1 under --check if a page is not what the results say."""
+    pages = {path: path.read_text() for path in PAGES}
+    fresh = rewritten(pages, folders(ROOT))
+    names = stale(pages, fresh)
+    for name in names:
         console.print(f"{'stale' if args.check else 'written'}: {name}")
-    return 1 if args.check else 0
+    if not names:
+        console.print("README.md and docs/ are what the results say")
+    elif not args.check:
+        for path, text in fresh.items():
+            path.write_text(text)
+    return 1 if names and args.check else 0
 
 
-def _stale(text: str, fresh: str) -> Iterable[str]:
-    pairs = zip(REGION.finditer(text), REGION.finditer(fresh), strict=True)
+def stale(pages: Mapping[Path, str], fresh: Mapping[Path, str]) -> list[str]:
+    """The regions in which two versions of the pages differ."""
+    texts = ("".join(versions.values()) for versions in (pages, fresh))
+    pairs = zip(*map(REGION.finditer, texts), strict=True)
     return [before[2] for before, after in pairs if before[3] != after[3]]
