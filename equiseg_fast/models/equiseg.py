@@ -7,7 +7,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast import reference
 from equiseg_fast.nn import (
     CrossModalBlock,
     PrototypeLoss,
@@ -19,6 +18,7 @@ from equiseg_fast.nn._init import normal_
 from equiseg_fast.nn._plain import is_plain
 from equiseg_fast.ops import guided_gate, ohem, upsample_cross_entropy
 from equiseg_fast.ops._layout import to_map
+from equiseg_fast.ops._math import gate_weights, statistics_dtype
 
 from .config import EQUISegConfig, drop_path_rates
 from .inputs import (
@@ -375,7 +375,7 @@ class EQUISeg(Pretrained):
                 return branches, fused, weights
         logits = _equal_logits(f)
         unchanged, fused = guided_gate(f, logits, present=mask, rho=0.0)
-        weights = reference.gate_weights(logits, present=mask)
+        weights = gate_weights(logits, present=mask)
         return branches if gated else unchanged, fused, weights
 
     def _head(self, stages: Sequence[StageOutput]) -> Tensor:
@@ -401,4 +401,4 @@ def _embed(
 
 def _equal_logits(f: Tensor) -> Tensor:
     """Logits `[M, B, C]` that weigh all modalities of f `[M, B, L, C]` alike."""
-    return f.new_zeros((*f.shape[:2], f.shape[-1]), dtype=reference.statistics_dtype(f))
+    return f.new_zeros((*f.shape[:2], f.shape[-1]), dtype=statistics_dtype(f))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops import _checks
+from equiseg_fast.ops._layout import to_map, to_tokens
 from equiseg_fast.ops._registry import autocast_is_on
 
 from ._plain import is_plain
@@ -75,14 +76,14 @@ def check_same_form(name: str, x: Tensor, other_name: str, other: Tensor, lead: 
 
 
 def map_to_tokens(x: Tensor) -> Tensor:
-    """Map `[..., C, H, W]` -> tokens `[..., H * W, C]`; a view if its memory is channels-last."""
-    tokens = x.movedim(-3, -1).flatten(-3, -2)
+    """`to_tokens`, and a copy in their memory of what is a view of any other."""
+    tokens = to_tokens(x)
     return tokens if tokens.stride(-1) == 1 or tokens.shape[-1] == 1 else tokens.contiguous()
 
 
 def like(y: Tensor, x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens y in the form of the features x, of the same leading dimensions; always a view."""
-    return y if x.dim() == y.dim() else y.unflatten(-2, (height, width)).movedim(-1, -3)
+    """Tokens y in the form of the features x, of the same leading dimensions."""
+    return y if x.dim() == y.dim() else to_map(y, height, width)
 
 
 def check_channels(name: str, x: Tensor, dim: int) -> None:

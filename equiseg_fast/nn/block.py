@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from equiseg_fast.ops._checks import check_flags, check_present, check_sizes, rate
-from equiseg_fast.reference import has_others
+from equiseg_fast.ops._math import has_others
 
 from ._forms import as_tokens, check_belongs, check_channels, check_same_form, like
 from ._layer import Layer

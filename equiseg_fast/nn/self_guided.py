@@ -2,11 +2,9 @@
 
 from typing import Literal, overload
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast import reference
 from equiseg_fast.ops import class_prototypes, guided_gate
 from equiseg_fast.ops._checks import (
     check_flags,
@@ -16,6 +14,13 @@ from equiseg_fast.ops._checks import (
     check_sizes,
     number,
     positive,
+)
+from equiseg_fast.ops._math import (
+    all_present,
+    gate_descriptors,
+    gate_weights,
+    prototype_kl,
+    split_teachers,
 )
 from equiseg_fast.ops._registry import without_autocast
 
@@ -81,16 +86,16 @@ class SelfGuidedGate(Layer):
             size = (x.shape[-2], x.shape[-1])
             branches, fused = like(branches, x, *size), like(fused, x[0], *size)
         if return_weights:
-            return branches, fused, reference.gate_weights(logits, present=present)
+            return branches, fused, gate_weights(logits, present=present)
         return branches, fused
 
     def _logits(self, x: Tensor, present: Tensor | None) -> Tensor:
         parameters = plain_parameters(self.fc1, self.fc2)
         with without_autocast(x.device.type):
-            descriptors = reference.gate_descriptors(x, present=present)
+            descriptors = gate_descriptors(x, present=present)
             if parameters is not None:
                 w1, b1, w2, b2 = (p.to(descriptors.dtype) for p in parameters)
-                return reference.gate_logits(descriptors, w1, b1, w2, b2, tau=self.tau)
+                return F.linear(F.gelu(F.linear(descriptors, w1, b1)), w2, b2) / self.tau
         y = self.fc2(F.gelu(self.fc1(descriptors.to(x.dtype))))
         return y.to(descriptors.dtype) / self.tau
 
@@ -145,11 +150,8 @@ class PrototypeLoss(Layer):
         prototypes, counts = class_prototypes(
             x, labels, self.num_classes, height, width, ignore_index=self.ignore_index
         )
-        here = present
-        if here is None:
-            here = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
-        teacher = reference.split_teachers(here, order)
-        return reference.prototype_kl(prototypes, counts, teacher, present=present, tau=self.tau)
+        teacher = split_teachers(all_present(x) if present is None else present, order)
+        return prototype_kl(prototypes, counts, teacher, present=present, tau=self.tau)
 
     def extra_repr(self) -> str:
         return f"num_classes={self.num_classes}, tau={self.tau}, ignore_index={self.ignore_index}"

@@ -13,9 +13,10 @@ from .class_prototypes import class_prototypes
 from .depthwise_conv_gelu import depthwise_conv_gelu
 from .guided_gate import guided_gate
 from .mix_ffn import mix_ffn
+from .ohem import ohem
 from .pooling_mixer import pooling_mixer
 from .query_hub import query_hub
-from .upsample_cross_entropy import ohem, upsample_cross_entropy
+from .upsample_cross_entropy import upsample_cross_entropy
 
 __all__ = [
     "add_layer_norm",

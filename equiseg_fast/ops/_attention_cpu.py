@@ -7,8 +7,7 @@ Rapids blocks took 1.4 to 1.8 times as long at 512 pixels. Saves the inputs alon
 """
 
 from collections.abc import Iterator
-from functools import cached_property, partial
-from typing import Any
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -18,16 +17,16 @@ from equiseg_fast import reference
 
 from ._checks import has_values
 from ._layout import conv_weight_gradient, convolutions_lead, pointwise_conv, to_map, to_tokens
-from ._registry import Function, needs_grad, only_needed, reference_gradients, without_autocast
+from ._registry import differentiable, without_autocast
 
 _SCORE_BYTES = 4 * 2**20
 """Size of the scores of one block; the backward holds two such tensors."""
 
 _MIN_QUERIES = 1024
-"""With smaller blocks `scaled_dot_product_attention` is as fast, .."""
+"""With smaller blocks `scaled_dot_product_attention` is as fast."""
 
 _MIN_SCORES = 2**20
-""".. or with fewer scores in an image, over all heads."""
+"""With fewer scores in an image, over all heads, `scaled_dot_product_attention` is as fast."""
 
 _WIDTH = 8
 """Of the map that a block of queries makes; the convolutions are slow on very narrow ones."""
@@ -38,19 +37,19 @@ _LANES = 16
 
 def suits(q: Tensor, k: Tensor) -> bool:
     """Whether this is the fastest way for q `[B, Lq, H, D]` and k `[B, Lk, H, D]`."""
-    if q.dtype != torch.float32 or not (has_values(q) and has_values(k)):
-        return False
-    if not convolutions_lead():
+    if q.dtype != torch.float32 or torch.compiler.is_compiling() or not convolutions_lead():
         return False
     _, queries, heads, dim = q.shape
     if queries % _WIDTH or dim % _LANES or queries * heads * k.shape[1] < _MIN_SCORES:
         return False
-    return min(queries, _block(heads, k.shape[1])) >= _MIN_QUERIES
+    if min(queries, _block(heads, k.shape[1])) < _MIN_QUERIES:
+        return False
+    return has_values(q) and has_values(k)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
     """`softmax(scale * q k^T) v`, shapes as in `attention`, for what `suits`."""
-    return (_Attention.apply if needs_grad(q, k, v) else _forward)(q, k, v, scale)
+    return _BLOCKED(q, k, v, scale)
 
 
 def _padded(keys: int) -> int:
@@ -154,7 +153,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
 
 
 def _backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float
+    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float, *_: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     with without_autocast("cpu"):
@@ -170,24 +169,10 @@ def _backward(
     return dq, dk, dv
 
 
-class _Attention(Function):
-    """Autograd over blocks; double backward through the reference."""
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    return reference.attention(q, k, v, scale=scale)
 
-    @staticmethod
-    def forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return _forward(q, k, v, scale)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.scale = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        tensors, needs = ctx.saved_tensors, ctx.needs_input_grad[:3]
-        if torch.is_grad_enabled() or not has_values(grad_out):
-            function = partial(reference.attention, scale=ctx.scale)
-            grads = reference_gradients(lambda *a: (function(*a),), tensors, (grad_out,), needs)
-        else:
-            grads = _backward(grad_out, *tensors, ctx.scale)
-        return *only_needed(grads, needs), None
+_BLOCKED = differentiable(
+    _forward, _backward, _reference, name="BlockedAttention", tensors=3, loops=True
+)

@@ -13,10 +13,10 @@ _WIDTH = 8
 """Of the map that `linear` makes of tokens; the convolutions are slow on very narrow ones."""
 
 _MIN_PRODUCTS = 2**24
-"""Smaller products lose more by the detour over a convolution than they gain, .."""
+"""Smaller products lose more by the detour over a convolution than they gain."""
 
 _MIN_PRODUCTS_WITH_GRADIENTS = 2**25
-""".. and backward it takes two more."""
+"""The same with gradients, whose backward takes two more detours."""
 
 
 def _wide_vectors_are_for_convolutions() -> bool:
@@ -76,15 +76,15 @@ def separate(x: Tensor) -> Tensor:
 
 
 def to_map(x: Tensor, height: int, width: int) -> Tensor:
-    """Tokens `[B, L, C]` -> map `[B, C, height, width]` in channels-last memory, without a copy
+    """Tokens `[..., L, C]` -> map `[..., C, height, width]` in channels-last memory, without a copy
     if they are `separate`."""
-    x = separate(x)
-    return x.unflatten(1, (height, width)).permute(0, 3, 1, 2)
+    # The method of a tensor does the same, but asks for names of dimensions first.
+    return torch.unflatten(separate(x), -2, (height, width)).movedim(-1, -3)
 
 
 def to_tokens(x: Tensor) -> Tensor:
-    """Map `[B, C, H, W]` -> tokens `[B, H * W, C]`; no copy if its memory is channels-last."""
-    return x.permute(0, 2, 3, 1).flatten(1, 2)
+    """Map `[..., C, H, W]` -> tokens `[..., H * W, C]`; a view if its memory is channels-last."""
+    return x.movedim(-3, -1).flatten(-3, -2)
 
 
 def pointwise_conv(x: Tensor, weight: Tensor, bias: Tensor | None, groups: int = 1) -> Tensor:

@@ -1,7 +1,8 @@
-"""How an operation becomes known to PyTorch: schema, kernels, fake, and the autocast rule.
+"""How an operation becomes known to PyTorch: schema, kernels, fake, autograd and the autocast rule.
 
-`define` + `impl` + `register_fake` under one thin `autograd.Function` per operation: opaque to the
-compiler, clean under opcheck, and cheaper to call than the decorators built on top of them.
+`define` + `impl` + `register_fake` (`register`) under one thin `autograd.Function` per operation
+(`differentiable`): opaque to the compiler, clean under opcheck, and cheaper to call than the
+decorators built on top of them.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,11 +13,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.library import Library, register_fake
 
 from . import _backend
-from ._checks import is_transformed
+from ._checks import has_values, is_transformed
 
-_LIBRARY = torch.library.Library("equiseg_fast", "FRAGMENT")
+_LIBRARY = Library("equiseg_fast", "FRAGMENT")
+_COMPLIANT = (torch.Tag.pt2_compliant_tag,)
+_OPERATIONS = torch.ops.equiseg_fast
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What launches the kernels of each registered operation, by name: to be looked into, not called
@@ -28,15 +32,15 @@ def register(
     schema: str,
     *,
     kernels: str,
-    stock: Callable[..., Any],
+    torch: Callable[..., Any],
     fake: Callable[..., Any],
 ) -> Any:
     """Define `equiseg_fast::<name><schema>` and return its callable overload.
 
     kernels is the file of `equiseg_fast.kernels` whose function `name` launches ours; it serves
-    CUDA, and the CPU when Triton interprets. stock is the same computation in stock operators; it
-    serves the CPU otherwise, so that a model exported with the kernels inside still runs there.
-    fake returns empty tensors of exact shape, dtype, strides.
+    CUDA, and the CPU when Triton interprets. torch is the same computation in stock PyTorch
+    operators; it serves the CPU otherwise, so that a model exported with the kernels inside still
+    runs there. fake returns empty tensors of exact shape, dtype, strides.
     """
 
     @cache  # after the first call, for what it imports
@@ -49,14 +53,14 @@ def register(
         return launcher()(*args)
 
     def cpu(*args: Any) -> Any:
-        return (launcher() if _backend.INTERPRET else stock)(*args)
+        return (launcher() if _backend.INTERPRET else torch)(*args)
 
     LAUNCHERS[name] = triton
-    _LIBRARY.define(name + schema, tags=(torch.Tag.pt2_compliant_tag,))
+    _LIBRARY.define(name + schema, tags=_COMPLIANT)
     _LIBRARY.impl(name, triton, "CUDA")
     _LIBRARY.impl(name, cpu, "CPU")
-    torch.library.register_fake(f"equiseg_fast::{name}", fake, lib=_LIBRARY)
-    return getattr(torch.ops.equiseg_fast, name).default
+    register_fake(f"equiseg_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(_OPERATIONS, name).default
 
 
 _NO_FORWARD_MODE = (
@@ -195,41 +199,136 @@ def by_reference(*cotangents: Tensor | None) -> bool:
     if is_transformed():
         return True
     batched = torch._C._functorch.is_legacy_batchedtensor
-    return any(g is not None and batched(g) for g in cotangents)
+    for g in cotangents:
+        if g is not None and batched(g):
+            return True
+    return False
 
 
 def reference_gradients(
     function: Callable[..., Any],
-    inputs: Sequence[Tensor],
+    args: Sequence[Any],
     cotangents: Sequence[Tensor | None],
     needs: Sequence[bool],
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `function` at the inputs, where gradients are enabled as a graph that can be
-    differentiated again.
+    """Gradients of `function(*args)` at the first of the arguments, one for each of `needs`; where
+    gradients are enabled as a graph that can be differentiated again.
 
-    function takes the inputs and returns one tensor per cotangent; a cotangent may be None. Inputs
-    that `needs` no gradient get None. This is the double backward of every operation, its first
-    backward done over in the reference, and its backward under transforms.
+    function returns one tensor per cotangent; a cotangent may be None. Inputs that `needs` no
+    gradient get None, and so may what the given outputs do not depend on. This is the double
+    backward of every operation, its first backward done over in the reference, and its backward
+    under transforms.
     """
     given = [i for i, g in enumerate(cotangents) if g is not None]
     wanted = [i for i, needed in enumerate(needs) if needed]
 
     def outputs(*chosen: Tensor) -> tuple[Tensor, ...]:
         at = dict(zip(wanted, chosen, strict=True))
-        ys = function(*(at.get(i, x) for i, x in enumerate(inputs)))
-        return tuple(ys[i] for i in given)
+        ys = function(*(at.get(i, x) for i, x in enumerate(args)))
+        return (ys,) if isinstance(ys, Tensor) else tuple(ys[i] for i in given)
 
     again = torch.is_grad_enabled()
     # The inputs were cast when the operation was called.
-    with without_autocast(inputs[0].device.type), torch.enable_grad():
+    with without_autocast(args[0].device.type), torch.enable_grad():
         # Views stand for the inputs: if one input was computed from another, only the direct
         # dependence of the operation itself may be differentiated here.
-        views = [inputs[i].view_as(inputs[i]) for i in wanted]
+        views = [args[i].view_as(args[i]) for i in wanted]
         gs = tuple(cotangents[i] for i in given)
         if all(x.requires_grad for x in views):
-            found = torch.autograd.grad(outputs(*views), views, gs, create_graph=again)
+            found = torch.autograd.grad(
+                outputs(*views), views, gs, create_graph=again, allow_unused=True
+            )
         else:
             # The transform that the operation was called in has ended, as in `torch.func.vjp`.
             found = torch.func.vjp(outputs, *views)[1](gs)
     gradients = dict(zip(wanted, found, strict=True))
-    return tuple(gradients.get(i) for i in range(len(inputs)))
+    return tuple(gradients.get(i) for i in range(len(needs)))
+
+
+Saves = Callable[[Sequence[Any], Any], tuple[Sequence[Tensor | None], Sequence[Any]]]
+
+
+def differentiable(
+    forward: Callable[..., Any],
+    backward: Callable[..., Any],
+    reference: Callable[..., Any] | None,
+    *,
+    name: str,
+    tensors: int,
+    outputs: int = 1,
+    summands: int = 1,
+    saves: Saves | int | None = None,
+    without_gradients: Callable[..., Any] | None = None,
+    loops: bool = False,
+) -> Callable[..., Any]:
+    """`forward`, whose arguments are all given and by position, with gradients.
+
+    backward takes the cotangents (None for what has none, but never all), then what was saved, then
+        for each gradient whether it is needed, and returns the gradients, as many; of a single one
+        that is needed it is not told. What is not needed is dropped.
+    reference takes what was saved and returns the outputs; it serves where PyTorch has to
+        differentiate or transform the backward (`by_reference`). None if backward can do that
+        itself, and always does.
+    name: of the node in the graph, as profilers show it.
+    tensors: so many arguments, the first ones, may need a gradient. outputs: so many, the first
+        ones, are differentiable. summands: so many arguments, the first ones, are only added up,
+        which makes the first output; they share one gradient.
+    saves: so many arguments, the first ones, are tensors to save, `tensors` by default, and the
+        rest is kept as it is; or a function of the arguments and the result of forward that returns
+        both, the tensors that have gradients first.
+    without_gradients: instead of `forward` where nothing is recorded.
+    loops: backward loops over what the sizes or values of tensors say, which nothing can trace.
+    """
+    count = saves if isinstance(saves, int) else tensors
+    split = saves if callable(saves) else lambda inputs, _: (inputs[:count], inputs[count:])
+
+    class Differentiable(Function):
+        @staticmethod
+        def forward(*args: Any) -> Any:
+            return forward(*args)
+
+        @staticmethod
+        def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            saved, ctx.others = split(inputs, output)
+            ctx.save_for_backward(*saved)
+            ctx.set_materialize_grads(False)
+            if isinstance(output, tuple):
+                constants = output[outputs:]
+                if summands > 1 and not any(x.requires_grad for x in inputs[:summands]):
+                    constants = (output[0], *constants)
+                if constants:
+                    ctx.mark_non_differentiable(*constants)
+
+        @staticmethod
+        def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
+            needs = ctx.needs_input_grad
+            cotangents = cotangents[:outputs]
+            for g in cotangents:
+                if g is not None:
+                    break
+            else:
+                return (None,) * len(needs)
+            nothing = (None,) * (len(needs) - tensors)
+            needs = wanted = needs[:tensors]
+            if summands > 1:
+                wanted = (any(needs[:summands]), *needs[summands:])
+            saved: Sequence[Any] = (*ctx.saved_tensors, *ctx.others)
+            if reference is not None and (
+                by_reference(*cotangents) or (loops and not has_values(cotangents[0]))
+            ):
+                grads = reference_gradients(reference, saved, cotangents, wanted)
+            elif tensors == 1:
+                grads = (backward(*cotangents, *saved),)
+            else:
+                grads = backward(*cotangents, *saved, *wanted)
+            if summands > 1:
+                grads = (*(grads[0],) * summands, *grads[1:])
+            return (*only_needed(grads, needs), *nothing)
+
+    function: Any = type(name, (Differentiable,), {})
+    bare = without_gradients or forward
+
+    def call(*args: Any) -> Any:
+        return (function.apply if needs_grad(*args[:tensors]) else bare)(*args)
+
+    return call

@@ -1,5 +1,6 @@
 """Residual addition and the LayerNorm that follows it, in one pass over the features."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,13 +10,12 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
+from ._math import statistics_dtype
 from ._registry import (
-    Function,
     autocast_is_on,
-    by_reference,
+    differentiable,
     empty_gradients,
     needs_grad,
-    reference_gradients,
     register,
     without_autocast,
 )
@@ -69,11 +69,8 @@ def add_layer_norm(
     if chosen == "reference":
         return reference.add_layer_norm(x, update, weight, bias, eps)
     if chosen == "torch":
-        return _stock(x, update, weight, bias, eps)
-    if needs_grad(x, update, weight, bias):
-        total, normed, _, _ = _AddLayerNorm.apply(x, update, weight, bias, eps)
-    else:
-        total, normed, _, _ = _FORWARD(x, update, weight, bias, eps)
+        return _torch(x, update, weight, bias, eps)
+    total, normed, _, _ = _TRITON(x, update, weight, bias, eps)
     return total, normed
 
 
@@ -94,7 +91,7 @@ def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
 _backend.register_reasons("add_layer_norm", _reasons)
 
 
-def _stock(
+def _torch(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor]:
     total = (x + update).contiguous()
@@ -105,7 +102,7 @@ def _stock(
 
 
 def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    dtype, wide = x.dtype, reference.statistics_dtype(x)
+    dtype, wide = x.dtype, statistics_dtype(x)
     if dtype != wide and x.device.type == "cpu" and needs_grad(x, weight, bias):
         # In half precision the gradients of the parameters would be added up in half precision,
         # in which 256 and 1 are 256.
@@ -113,16 +110,16 @@ def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
     return F.layer_norm(x, weight.shape, weight, bias, eps).to(dtype)
 
 
-def _stock_forward(
+def _torch_forward(
     x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    total, normed = _stock(x, update, weight, bias, eps)
-    wide = total.to(reference.statistics_dtype(total))
+    total, normed = _torch(x, update, weight, bias, eps)
+    wide = total.to(statistics_dtype(total))
     var, mean = torch.var_mean(wide, dim=-1, correction=0)
     return total, normed, mean, (var + eps).rsqrt()
 
 
-def _stock_backward(
+def _torch_backward(
     grad_total: Tensor | None,
     grad_normed: Tensor,
     total: Tensor,
@@ -151,28 +148,22 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _fake_forward(
-    x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    statistics = reference.statistics_dtype(x)
+def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    statistics = statistics_dtype(x)
     mean, rstd = (x.new_empty(x.shape[:-1], dtype=statistics) for _ in range(2))
     return x.new_empty(x.shape), x.new_empty(x.shape), mean, rstd
 
 
 def _fake_backward(
-    grad_total: Tensor | None,
-    grad_normed: Tensor,
+    grad_total: object,
+    grad_normed: object,
     total: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    needs_dx: bool,
-    needs_dweight: bool,
-    needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (needs_dx, needs_dweight, needs_dbias)
-    dx, dweight, dbias = empty_gradients((total, weight, weight), needs)
-    return dx, dweight, dbias
+    mean: object,
+    rstd: object,
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    return empty_gradients((total, weight, weight), needs)
 
 
 _FORWARD = register(
@@ -180,7 +171,7 @@ _FORWARD = register(
     "(Tensor x, Tensor update, Tensor weight, Tensor bias, float eps) "
     "-> (Tensor total, Tensor normed, Tensor mean, Tensor rstd)",
     kernels="add_layer_norm",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -189,58 +180,40 @@ _BACKWARD = register(
     "Tensor rstd, bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     kernels="add_layer_norm",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _AddLayerNorm(Function):
-    """Autograd over the registered operations; saves total and the statistics of its rows.
+def _saves(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """total, which leads back to x and update itself, and the statistics of its rows."""
+    total, _, mean, rstd = output
+    return (total, *inputs[2:4], mean, rstd), inputs[4:]
 
-    Double backward through the reference, from total on: it leads back to x and update itself.
-    """
 
-    @staticmethod
-    def forward(
-        x: Tensor, update: Tensor, weight: Tensor, bias: Tensor, eps: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        return _FORWARD(x, update, weight, bias, eps)
+def _backward(
+    grad_total: Tensor | None,
+    grad_normed: Tensor | None,
+    total: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    *needs: bool,
+) -> tuple[Tensor | None, ...]:
+    if grad_normed is None:
+        return grad_total, None, None
+    return _BACKWARD(grad_total, grad_normed, total, weight, mean, rstd, *needs)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, update, weight, bias, ctx.eps = inputs
-        total, _, mean, rstd = output
-        constant = () if x.requires_grad or update.requires_grad else (total,)
-        ctx.mark_non_differentiable(mean, rstd, *constant)
-        ctx.save_for_backward(total, weight, bias, mean, rstd)
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(
-        ctx: Any, grad_total: Tensor | None, grad_normed: Tensor | None, *_: object
-    ) -> Any:
-        needs_x, needs_update, *needs = ctx.needs_input_grad[:4]
-        if grad_normed is None:
-            dx, dweight, dbias = grad_total, None, None
-        elif by_reference(grad_total, grad_normed):
-            total, weight, bias, _, _ = ctx.saved_tensors
-            dx, dweight, dbias = reference_gradients(
-                lambda *inputs: reference.add_layer_norm(
-                    inputs[0], total.new_zeros(()), *inputs[1:], ctx.eps
-                ),
-                (total, weight, bias),
-                (grad_total, grad_normed),
-                (needs_x or needs_update, *needs),
-            )
-        else:
-            total, weight, _, mean, rstd = ctx.saved_tensors
-            dx, dweight, dbias = _BACKWARD(
-                grad_total, grad_normed, total, weight, mean, rstd, needs_x or needs_update, *needs
-            )
-        return (
-            dx if needs_x else None,
-            dx if needs_update else None,
-            dweight if needs[0] else None,
-            dbias if needs[1] else None,
-            None,
-        )
+def _reference(
+    total: Tensor, weight: Tensor, bias: Tensor, mean: Tensor, rstd: Tensor, eps: float
+) -> tuple[Tensor, Tensor]:
+    return reference.add_layer_norm(total, total.new_zeros(()), weight, bias, eps)
+
+
+_TRITON = differentiable(
+    _FORWARD, _backward, _reference, name="AddLayerNorm", tensors=4, outputs=2, summands=2,
+    saves=_saves,
+)  # fmt: skip

@@ -1,6 +1,6 @@
 """Softmax attention for tall queries and short, spatially reduced keys."""
 
-from functools import partial
+from collections.abc import Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -11,13 +11,12 @@ from equiseg_fast import reference
 
 from . import _attention_cpu, _backend, _checks
 from ._layout import separate
+from ._math import statistics_dtype
 from ._registry import (
-    Function,
     autocast,
-    by_reference,
+    differentiable,
     empty_gradients,
     needs_grad,
-    only_needed,
     reference_gradients,
     register,
     without_autocast,
@@ -87,12 +86,11 @@ def attention(
     scale = q.shape[-1] ** -0.5 if scale is None else _checks.number("scale", scale)
     chosen = _backend.resolve("attention", backend, q.device, q, k, v)
     if chosen == "reference":
-        return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
+        return _reference(q, k, v, scale, return_lse)
     if chosen == "torch":
-        return _stock(q, k, v, scale, return_lse)
+        return _torch(q, k, v, scale, return_lse)
     allow_tf32 = q.dtype == torch.float32 and torch.backends.cuda.matmul.allow_tf32
-    apply = _Attention.apply if needs_grad(q, k, v) else _FORWARD
-    out, lse = apply(q, k, v, scale, allow_tf32)
+    out, lse = _TRITON(q, k, v, scale, allow_tf32)
     return (out, lse) if return_lse else out
 
 
@@ -143,30 +141,37 @@ def _reasons(q: Tensor, k: Tensor, v: Tensor, **_: object) -> _backend.Reasons:
 _backend.register_reasons("attention", _reasons)
 
 
-def _stock(
+def _torch(
     q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """The fastest composition of stock operators for the device and dtype."""
+    """The fastest composition of stock PyTorch operators for the device and dtype."""
     q, k, v = separate(q), separate(k), separate(v)
-    dtype, wide = q.dtype, reference.statistics_dtype(q)
+    dtype, wide = q.dtype, statistics_dtype(q)
     # On the CPU the backward of scaled_dot_product_attention gains nothing from 16-bit matrix
     # units, and scores in half precision are wrong by the rounding of their mean.
     if dtype != wide and (return_lse or (q.device.type == "cpu" and needs_grad(q, k, v))):
         with without_autocast(q.device.type):
-            result = _stock(q.to(wide), k.to(wide), v.to(wide), scale, return_lse)
+            result = _torch(q.to(wide), k.to(wide), v.to(wide), scale, return_lse)
         if isinstance(result, tuple):
             return result[0].to(dtype), result[1]
         return result.to(dtype)
     # Transforms know no scaled_dot_product_attention.
     if return_lse or _checks.is_transformed():
-        return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
+        return _with_scores(q, k, v, scale, return_lse)
     if _attention_cpu.suits(q, k):
         return _attention_cpu.attend(q, k, v, scale)
     out = _sdpa(q, k, v, scale)
     # The compiler has no double backward.
     if needs_grad(q, k, v) and not torch.compiler.is_compiling():
-        return _Twice.apply(out, q, k, v, scale)
+        return _TWICE(out, q, k, v, scale)
     return out
+
+
+def _with_scores(q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool) -> Any:
+    """By way of the score matrix."""
+    scores = torch.einsum("bqhd,bkhd->bhqk", q, k) * scale
+    out = torch.einsum("bhqk,bkhd->bqhd", scores.softmax(dim=-1), v)
+    return (out, scores.to(statistics_dtype(q)).logsumexp(dim=-1)) if return_lse else out
 
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
@@ -179,33 +184,6 @@ def _sdpa(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
         return out.transpose(1, 2).reshape(batch, -1, heads, dim)
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     return F.scaled_dot_product_attention(q, k, v, scale=scale).transpose(1, 2)
-
-
-class _Twice(Function):
-    """What scaled_dot_product_attention returned, differentiable twice, which it is not itself.
-
-    An ordinary backward is the one it recorded; a backward of which a graph is made leaves it out
-    and goes through the reference.
-    """
-
-    @staticmethod
-    def forward(out: Tensor, q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
-        return out.detach()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        _, q, k, v, ctx.scale = inputs
-        ctx.save_for_backward(q, k, v)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        if not torch.is_grad_enabled():
-            return grad_out, None, None, None, None
-        function = partial(reference.attention, scale=ctx.scale)
-        grads = reference_gradients(
-            lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,), ctx.needs_input_grad[1:4]
-        )
-        return None, *grads, None
 
 
 def _query_parts(q: Tensor) -> int:
@@ -223,16 +201,16 @@ def _query_parts(q: Tensor) -> int:
     return min(candidates, key=lambda n: (rows * n % threads != 0, n), default=1)
 
 
-def _stock_forward(
+def _torch_forward(
     q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
 ) -> tuple[Tensor, Tensor]:
-    wide = (x.to(reference.statistics_dtype(q)) for x in (q, k, v))
+    wide = (x.to(statistics_dtype(q)) for x in (q, k, v))
     with without_autocast(q.device.type):
-        out, lse = reference.attention(*wide, scale=scale, return_lse=True)
+        out, lse = _with_scores(*wide, scale, True)
     return out.to(q.dtype).contiguous(), lse
 
 
-def _stock_backward(
+def _torch_backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
     q: Tensor,
@@ -246,7 +224,7 @@ def _stock_backward(
     needs_dk: bool,
     needs_dv: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dtype = reference.statistics_dtype(q)
+    dtype = statistics_dtype(q)
     scores = torch.einsum("bqhd,bkhd->bhqk", q.to(dtype), k.to(dtype)) * scale
     weights = (scores - lse[..., None]).exp()
     grad = grad_out.to(dtype)
@@ -268,39 +246,23 @@ def _stock_backward(
     )
 
 
-def _fake_forward(
-    q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
-) -> tuple[Tensor, Tensor]:
-    batch, queries, heads, dim = q.shape
-    return (
-        q.new_empty((batch, queries, heads, dim)),
-        q.new_empty((batch, heads, queries), dtype=reference.statistics_dtype(q)),
-    )
+def _fake_forward(q: Tensor, *_: object) -> tuple[Tensor, Tensor]:
+    batch, queries, heads, _dim = q.shape
+    lse = q.new_empty((batch, heads, queries), dtype=statistics_dtype(q))
+    return q.new_empty(q.shape), lse
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    scale: float,
-    allow_tf32: bool,
-    needs_dq: bool,
-    needs_dk: bool,
-    needs_dv: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = empty_gradients((q, k, v), (needs_dq, needs_dk, needs_dv))
-    return dq, dk, dv
+    grad_out: object, grad_lse: object, q: Tensor, k: Tensor, v: Tensor, *others: Any
+) -> tuple[Tensor, ...]:
+    return empty_gradients((q, k, v), others[-3:])
 
 
 _FORWARD = register(
     "attention_fwd",
     "(Tensor q, Tensor k, Tensor v, float scale, bool allow_tf32) -> (Tensor out, Tensor lse)",
     kernels="attention",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -309,43 +271,54 @@ _BACKWARD = register(
     "float scale, bool allow_tf32, bool needs_dq, bool needs_dk, bool needs_dv) "
     "-> (Tensor dq, Tensor dk, Tensor dv)",
     kernels="attention",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _Attention(Function):
-    """Autograd over the two registered operations; double backward through the reference."""
+def _reference(q: Tensor, k: Tensor, v: Tensor, scale: float, return_lse: bool = False) -> Any:
+    return reference.attention(q, k, v, scale=scale, return_lse=return_lse)
 
-    @staticmethod
-    def forward(
-        q: Tensor, k: Tensor, v: Tensor, scale: float, allow_tf32: bool
-    ) -> tuple[Tensor, Tensor]:
-        return _FORWARD(q, k, v, scale, allow_tf32)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        q, k, v, ctx.scale, ctx.allow_tf32 = inputs
-        ctx.save_for_backward(q, k, v, *output)
-        ctx.set_materialize_grads(False)
+def _reference_of_saved(q: Tensor, k: Tensor, v: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
+    _out, _lse, scale, _allow_tf32 = others
+    return _reference(q, k, v, scale, return_lse=True)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> Any:
-        q, k, v, out, lse = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:3]
-        if grad_out is None and grad_lse is None:
-            return None, None, None, None, None
-        if grad_out is None:
-            grad_out = torch.zeros_like(out)
-        if by_reference(grad_out, grad_lse):
-            grads = reference_gradients(
-                partial(reference.attention, scale=ctx.scale, return_lse=True),
-                (q, k, v),
-                (grad_out, grad_lse),
-                needs,
-            )
-        else:
-            grads = _BACKWARD(
-                grad_out, grad_lse, q, k, v, out, lse, ctx.scale, ctx.allow_tf32, *needs
-            )
-        return *only_needed(grads, needs), None, None
+
+def _saves(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return (*inputs[:3], *output), inputs[3:]
+
+
+def _backward(
+    grad_out: Tensor | None, grad_lse: Tensor | None, *saved: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    if grad_out is None:
+        grad_out = torch.zeros_like(saved[3])
+    return _BACKWARD(grad_out, grad_lse, *saved)
+
+
+_TRITON = differentiable(
+    _FORWARD, _backward, _reference_of_saved, name="Attention", tensors=3, outputs=2, saves=_saves
+)
+
+
+# ---- scaled_dot_product_attention, differentiable twice, which it is not itself -----------------
+
+
+def _pass_on(out: Tensor, *_: Any) -> Tensor:
+    return out.detach()
+
+
+def _pass_back(grad_out: Tensor, *saved: Any) -> tuple[Tensor | None, ...]:
+    """The backward that scaled_dot_product_attention recorded goes on from its result; one of which
+    a graph is made leaves that out, and goes through the reference."""
+    q, k, v, scale, _, *needs = saved
+    if not torch.is_grad_enabled():
+        return grad_out, None, None, None
+    return None, *reference_gradients(_reference, (q, k, v, scale), (grad_out,), needs)
+
+
+_TWICE = differentiable(
+    _pass_on, _pass_back, None, name="AttentionTwice", tensors=4,
+    saves=lambda inputs, _: (inputs[1:4], inputs[4:]),
+)  # fmt: skip

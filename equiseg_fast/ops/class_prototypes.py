@@ -1,5 +1,6 @@
 """Class prototypes: the mean feature of every class, per image and modality."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -8,7 +9,8 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import Function, by_reference, needs_grad, register, without_autocast
+from ._math import statistics_dtype
+from ._registry import by_reference, differentiable, register, without_autocast
 
 MAX_CLASSES = 256
 
@@ -61,10 +63,7 @@ def class_prototypes(
                 x, labels, num_classes, height, width, ignore_index=ignore_index
             )
     small = labels[:, ::stride, ::stride]
-    stock = chosen == "torch"
-    if needs_grad(x):
-        return _ClassPrototypes.apply(x, small, num_classes, ignore_index, stock)
-    return (_stock_forward if stock else _FORWARD)(x, small, num_classes, ignore_index)
+    return (_TORCH if chosen == "torch" else _TRITON)(x, small, num_classes, ignore_index)
 
 
 def _reasons(
@@ -86,10 +85,10 @@ def _classes(labels: Tensor, num_classes: int, ignore_index: int) -> Tensor:
     return classes.masked_fill(none, num_classes)
 
 
-def _stock_forward(
+def _torch_forward(
     x: Tensor, labels: Tensor, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
-    dtype = reference.statistics_dtype(x)
+    dtype = statistics_dtype(x)
     classes = _classes(labels, num_classes, ignore_index)
     rows = x.shape[1] * (num_classes + 1)
     index = classes + torch.arange(0, rows, num_classes + 1, device=x.device)[:, None]
@@ -109,7 +108,7 @@ def _stock_forward(
     return sums / counts.clamp(min=1)[..., None], counts
 
 
-def _stock_backward(
+def _torch_backward(
     grad: Tensor, labels: Tensor, counts: Tensor, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     """One lookup per token. Differentiable in grad, so that it is the double backward as well."""
@@ -125,10 +124,10 @@ def _stock_backward(
 
 
 def _fake_forward(
-    x: Tensor, labels: Tensor, num_classes: int, ignore_index: int
+    x: Tensor, labels: object, num_classes: int, ignore_index: int
 ) -> tuple[Tensor, Tensor]:
     modalities, batch, _, channels = x.shape
-    dtype = reference.statistics_dtype(x)
+    dtype = statistics_dtype(x)
     return (
         x.new_empty((modalities, batch, num_classes, channels), dtype=dtype),
         x.new_empty((batch, num_classes), dtype=torch.int64),
@@ -136,7 +135,7 @@ def _fake_forward(
 
 
 def _fake_backward(
-    grad: Tensor, labels: Tensor, counts: Tensor, ignore_index: int, dtype: torch.dtype
+    grad: Tensor, labels: Tensor, counts: object, ignore_index: int, dtype: torch.dtype
 ) -> Tensor:
     modalities, batch, _, channels = grad.shape
     tokens = labels.shape[1] * labels.shape[2]
@@ -148,42 +147,29 @@ _FORWARD = register(
     "(Tensor x, Tensor labels, SymInt num_classes, int ignore_index) "
     "-> (Tensor prototypes, Tensor counts)",
     kernels="class_prototypes",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "class_prototypes_bwd",
     "(Tensor grad, Tensor labels, Tensor counts, int ignore_index, ScalarType dtype) -> Tensor dx",
     kernels="class_prototypes",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _ClassPrototypes(Function):
-    """Autograd over the registered operations, or (`stock`) over stock operators directly.
+def _saves(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    """The prototypes are linear in x: neither the backward nor its derivative needs x."""
+    x, labels, _, ignore_index = inputs
+    return (labels, output[1]), (ignore_index, x.dtype)
 
-    The prototypes are linear in x: neither the backward nor its derivative needs x.
-    """
 
-    @staticmethod
-    def forward(
-        x: Tensor, labels: Tensor, num_classes: int, ignore_index: int, stock: bool
-    ) -> tuple[Tensor, Tensor]:
-        return (_stock_forward if stock else _FORWARD)(x, labels, num_classes, ignore_index)
+def _backward(grad: Tensor, *saved: Any) -> Tensor:
+    return (_torch_backward if by_reference(grad) else _BACKWARD)(grad, *saved)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, labels, _, ctx.ignore_index, ctx.stock = inputs
-        ctx.dtype = x.dtype
-        ctx.mark_non_differentiable(output[1])
-        ctx.save_for_backward(labels, output[1])
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
-        if grad is None:
-            return None, None, None, None, None
-        labels, counts = ctx.saved_tensors
-        backward = _stock_backward if ctx.stock or by_reference(grad) else _BACKWARD
-        return backward(grad, labels, counts, ctx.ignore_index, ctx.dtype), None, None, None, None
+_TRITON, _TORCH = (
+    differentiable(*functions, None, name="ClassPrototypes", tensors=1, saves=_saves)
+    for functions in ((_FORWARD, _backward), (_torch_forward, _torch_backward))
+)

@@ -1,7 +1,5 @@
 """The middle of Mix-FFN: 3x3 depthwise convolution, bias and GELU on tokens."""
 
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,16 +8,7 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import separate, to_map, to_tokens
-from ._registry import (
-    Function,
-    autocast,
-    by_reference,
-    empty_gradients,
-    needs_grad,
-    only_needed,
-    reference_gradients,
-    register,
-)
+from ._registry import autocast, differentiable, empty_gradients, register
 
 
 def depthwise_conv_gelu(
@@ -63,11 +52,7 @@ def run(chosen: str, x: Tensor, weight: Tensor, bias: Tensor, height: int, width
     """`depthwise_conv_gelu` of what was checked, on the backend that was chosen."""
     if chosen == "reference":
         return reference.depthwise_conv_gelu(x, weight, bias, height, width)
-    if chosen == "torch":
-        return _stock_forward(x, weight, bias, height, width)
-    if needs_grad(x, weight, bias):
-        return _DepthwiseConvGelu.apply(x, weight, bias, height, width)
-    return _FORWARD(x, weight, bias, height, width)
+    return (_torch_forward if chosen == "torch" else _TRITON)(x, weight, bias, height, width)
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
@@ -81,14 +66,14 @@ def _convolution(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: in
     return F.conv2d(to_map(x, height, width), weight, bias, padding=1, groups=x.shape[-1])
 
 
-def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+def _torch_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     # GELU is up to 1.5 times faster on tokens, which are contiguous, than on a channels-last map.
     # Flat, its backward takes cotangents of any strides.
     u = to_tokens(_convolution(x, weight, bias, height, width))
     return torch.ops.aten._unsafe_view(F.gelu(u.flatten()), u.shape)
 
 
-def _stock_backward(
+def _torch_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -104,8 +89,8 @@ def _stock_backward(
     dx, dweight, dbias = x.new_empty(0), weight.new_empty(0), bias.new_empty(0)
     if needs_dx:
         # Faster than the gradient that oneDNN has for it.
-        turned = weight.flip(2, 3)
-        dx = to_tokens(F.conv2d(du, turned, padding=1, groups=x.shape[-1])).contiguous()
+        flipped = weight.flip(2, 3)
+        dx = to_tokens(F.conv2d(du, flipped, padding=1, groups=x.shape[-1])).contiguous()
     if needs_dweight or needs_dbias:
         one, zero = [1, 1], [0, 0]
         wanted = [False, needs_dweight, needs_dbias]
@@ -118,31 +103,21 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+def _fake_forward(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    height: int,
-    width: int,
-    needs_dx: bool,
-    needs_dweight: bool,
-    needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    needs = (needs_dx, needs_dweight, needs_dbias)
-    dx, dweight, dbias = empty_gradients((x, weight, bias), needs)
-    return dx, dweight, dbias
+    grad_out: Tensor, x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, *needs: bool
+) -> tuple[Tensor, ...]:
+    return empty_gradients((x, weight, bias), needs)
 
 
 _FORWARD = register(
     "depthwise_conv_gelu_fwd",
     "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
     kernels="depthwise_conv_gelu",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -151,34 +126,11 @@ _BACKWARD = register(
     "bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     kernels="depthwise_conv_gelu",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _DepthwiseConvGelu(Function):
-    """Autograd over the registered operations; saves the inputs alone. Double backward through the
-    reference."""
-
-    @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-        return _FORWARD(x, weight, bias, height, width)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.height, ctx.width = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        height, width, needs = ctx.height, ctx.width, ctx.needs_input_grad[:3]
-        if by_reference(grad_out):
-            grads = reference_gradients(
-                lambda *inputs: (reference.depthwise_conv_gelu(*inputs, height, width),),
-                ctx.saved_tensors,
-                (grad_out,),
-                needs,
-            )
-        else:
-            grads = _BACKWARD(grad_out, *ctx.saved_tensors, height, width, *needs)
-        return *only_needed(grads, needs), None, None
+_TRITON = differentiable(
+    _FORWARD, _BACKWARD, reference.depthwise_conv_gelu, name="DepthwiseConvGelu", tensors=3
+)

@@ -1,23 +1,13 @@
 """The gate of the self-guided module: reweight the branches and fuse them in one pass."""
 
-from functools import partial
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import (
-    Function,
-    as_result,
-    by_reference,
-    needs_grad,
-    only_needed,
-    reference_gradients,
-    register,
-)
+from ._math import gate_weights, statistics_dtype
+from ._registry import as_result, differentiable, empty_gradients, register
 
 MAX_MODALITIES = 8
 
@@ -48,7 +38,7 @@ def guided_gate(
     (arXiv 2509.24505).
     """
     _checks.check_tensor("x", x, _checks.FLOATING, "[M, B, L, C]")
-    _checks.check_tensor("logits", logits, (reference.statistics_dtype(x),), "[M, B, C]")
+    _checks.check_tensor("logits", logits, (statistics_dtype(x),), "[M, B, C]")
     modalities, batch, _, channels = x.shape
     if modalities < 1 or channels < 1:
         raise ValueError(f"x must have at least one modality and channel; got {list(x.shape)}")
@@ -58,11 +48,8 @@ def guided_gate(
     rho = _checks.number("rho", rho)
     chosen = _backend.resolve("guided_gate", backend, x.device, x)
     if chosen == "reference":
-        return reference.guided_gate(x, logits, present=present, rho=rho)
-    stock = chosen == "torch"
-    if needs_grad(x, logits):
-        return _GuidedGate.apply(x, logits, present, rho, stock)
-    return (_stock_forward if stock else _FORWARD)(x, logits, present, rho)
+        return _reference(x, logits, present, rho)
+    return (_TORCH if chosen == "torch" else _TRITON)(x, logits, present, rho)
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
@@ -79,12 +66,12 @@ def _weights(
     logits: Tensor, present: Tensor | None, rho: float
 ) -> tuple[Tensor, Tensor, Tensor | float]:
     """g, the factor of the branches, and its derivative by g; they broadcast over x."""
-    g = reference.gate_weights(logits, present=present)[:, :, None]
+    g = gate_weights(logits, present=present)[:, :, None]
     number = len(logits) if present is None else present.sum(dim=0)[:, None, None].to(g.dtype)
     return g, 1 + rho * (number * g - 1), rho * number
 
 
-def _stock_forward(
+def _torch_forward(
     x: Tensor, logits: Tensor, present: Tensor | None, rho: float
 ) -> tuple[Tensor, Tensor]:
     """No temporary of the size of x, which costs more than the arithmetic."""
@@ -100,7 +87,7 @@ def _stock_forward(
     return branches, as_result(fused, x.dtype)
 
 
-def _stock_backward(
+def _torch_backward(
     grad_branches: Tensor | None,
     grad_fused: Tensor | None,
     x: Tensor,
@@ -130,33 +117,27 @@ def _stock_backward(
     return dx, dlogits
 
 
-def _fake_forward(
-    x: Tensor, logits: Tensor, present: Tensor | None, rho: float
-) -> tuple[Tensor, Tensor]:
+def _fake_forward(x: Tensor, *_: object) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[1:])
 
 
 def _fake_backward(
-    grad_branches: Tensor | None,
-    grad_fused: Tensor | None,
+    grad_branches: object,
+    grad_fused: object,
     x: Tensor,
     logits: Tensor,
-    present: Tensor | None,
+    present: object,
     rho: float,
-    needs_dx: bool,
-    needs_dlogits: bool,
-) -> tuple[Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if needs_dx else (0,)),
-        logits.new_empty(logits.shape if needs_dlogits else (0,)),
-    )
+    *needs: bool,
+) -> tuple[Tensor, ...]:
+    return empty_gradients((x, logits), needs)
 
 
 _FORWARD = register(
     "guided_gate_fwd",
     "(Tensor x, Tensor logits, Tensor? present, float rho) -> (Tensor branches, Tensor fused)",
     kernels="guided_gate",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -164,41 +145,18 @@ _BACKWARD = register(
     "(Tensor? grad_branches, Tensor? grad_fused, Tensor x, Tensor logits, Tensor? present, "
     "float rho, bool needs_dx, bool needs_dlogits) -> (Tensor dx, Tensor dlogits)",
     kernels="guided_gate",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _GuidedGate(Function):
-    """Autograd over the registered operations, or (`stock`) over stock operators directly; saves
-    only its inputs. Double backward through the reference."""
+def _reference(
+    x: Tensor, logits: Tensor, present: Tensor | None, rho: float
+) -> tuple[Tensor, Tensor]:
+    return reference.guided_gate(x, logits, present=present, rho=rho)
 
-    @staticmethod
-    def forward(
-        x: Tensor, logits: Tensor, present: Tensor | None, rho: float, stock: bool
-    ) -> tuple[Tensor, Tensor]:
-        return (_stock_forward if stock else _FORWARD)(x, logits, present, rho)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        x, logits, present, ctx.rho, ctx.stock = inputs
-        ctx.save_for_backward(x, logits, present)
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    def backward(ctx: Any, grad_branches: Tensor | None, grad_fused: Tensor | None) -> Any:
-        x, logits, present = ctx.saved_tensors
-        if grad_branches is None and grad_fused is None:
-            return None, None, None, None, None
-        if by_reference(grad_branches, grad_fused):
-            grads = reference_gradients(
-                partial(reference.guided_gate, present=present, rho=ctx.rho),
-                (x, logits),
-                (grad_branches, grad_fused),
-                ctx.needs_input_grad[:2],
-            )
-        else:
-            grads = (_stock_backward if ctx.stock else _BACKWARD)(
-                grad_branches, grad_fused, x, logits, present, ctx.rho, *ctx.needs_input_grad[:2]
-            )
-        return *only_needed(grads, ctx.needs_input_grad[:2]), None, None, None
+_TRITON, _TORCH = (
+    differentiable(*functions, _reference, name="GuidedGate", tensors=2, outputs=2, saves=3)
+    for functions in ((_FORWARD, _BACKWARD), (_torch_forward, _torch_backward))
+)

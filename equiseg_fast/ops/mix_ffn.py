@@ -1,8 +1,6 @@
 """Mix-FFN: linear, 3x3 depthwise convolution, GELU, linear, without the wide tensors in between."""
 
 from collections.abc import Iterator
-from functools import partial
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +17,8 @@ from ._layout import (
     to_tokens,
     worth_convolving,
 )
-from ._registry import Function, autocast, needs_grad, reference_gradients, without_autocast
+from ._math import statistics_dtype
+from ._registry import autocast, differentiable, needs_grad, without_autocast
 from .depthwise_conv_gelu import run as run_depthwise
 
 _HIDDEN_BYTES = 6 * 2**20
@@ -73,12 +72,11 @@ def mix_ffn(
     chosen = _backend.resolve("mix_ffn", backend, x.device, x)
     if chosen == "reference":
         return reference.mix_ffn(x, *parameters, height, width)
-    training = needs_grad(x, *parameters)
     # Bands would only hide from a compiler what belongs together.
     if chosen == "torch" and not torch.compiler.is_compiling():
+        training = needs_grad(x, *parameters)
         if _is_large(x, parameters[0].shape[0], training) and _checks.has_values(x):
-            banded = _MixFFN.apply if training else _forward
-            return banded(x, *parameters, height, width)
+            return _BANDED(x, *parameters, height, width)
     fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight, fc2_bias = parameters
     with without_autocast(x.device.type):
         hidden = linear(x, fc1_weight, fc1_bias)
@@ -227,21 +225,22 @@ def _backward(
     dw_weight: Tensor,
     dw_bias: Tensor,
     fc2_weight: Tensor,
+    fc2_bias: Tensor,
     height: int,
     width: int,
-    needs: tuple[bool, ...],
+    *needs: bool,
 ) -> tuple[Tensor | None, ...]:
     """Gradients of x and the six parameters; None for those not needed."""
     parameters = (fc1_weight, fc1_bias, dw_weight, dw_bias, fc2_weight)
     # Sums over bands are added up in fp32 at least.
-    wide = reference.statistics_dtype(x)
+    wide = statistics_dtype(x)
     sums = [p.new_zeros(p.shape, dtype=wide) if n else None
             for p, n in zip(parameters, needs[1:], strict=False)]  # fmt: skip
     d_fc1, d_fc1_bias, d_dw, d_dw_bias, d_fc2 = sums
     d_fc2_bias = grad_out.sum((0, 1), dtype=wide) if needs[6] else None
     dx = x.new_empty(x.shape) if needs[0] else None
     fc1_back, fc2_back = (w.t().contiguous() for w in (fc1_weight, fc2_weight))
-    turned = dw_weight.flip(2, 3)
+    flipped = dw_weight.flip(2, 3)
     row_bytes = width * fc1_weight.shape[0] * x.element_size()
     needs_dhidden = any(needs[:3])
     with without_autocast("cpu"):
@@ -260,7 +259,7 @@ def _backward(
             if d_dw_bias is not None:
                 d_dw_bias += _rows(du, rows, near.start).sum((0, 2, 3), dtype=wide)
             if needs_dhidden:
-                dhidden = _rows(_depthwise(du, turned, None), rows, near.start)
+                dhidden = _rows(_depthwise(du, flipped, None), rows, near.start)
                 if d_fc1_bias is not None:
                     d_fc1_bias += dhidden.sum((0, 2, 3), dtype=wide)
                 if d_fc1 is not None:
@@ -277,25 +276,6 @@ def _backward(
     return dx, *(None if g is None else g.to(x.dtype) for g in grads)
 
 
-class _MixFFN(Function):
-    """Autograd over bands on the CPU; saves the inputs alone; double backward as the reference."""
-
-    forward = staticmethod(_forward)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        *tensors, ctx.height, ctx.width = inputs
-        ctx.save_for_backward(*tensors)
-
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        needs = ctx.needs_input_grad[:7]
-        if torch.is_grad_enabled() or not _checks.has_values(grad_out):
-            function = partial(reference.mix_ffn, height=ctx.height, width=ctx.width)
-            grads = reference_gradients(
-                lambda *a: (function(*a),), ctx.saved_tensors, (grad_out,), needs
-            )
-        else:
-            *tensors, _ = ctx.saved_tensors
-            grads = _backward(grad_out, *tensors, ctx.height, ctx.width, needs)
-        return *grads, None, None
+_BANDED = differentiable(
+    _forward, _backward, reference.mix_ffn, name="MixFFN", tensors=7, loops=True
+)

@@ -1,6 +1,6 @@
 """The token mixing of the parallel pooling mixer: 7x7 depthwise convolution plus three pools."""
 
-from functools import partial
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,14 +11,12 @@ from equiseg_fast import reference
 
 from . import _backend, _checks
 from ._layout import to_map, to_tokens
+from ._math import statistics_dtype
 from ._registry import (
-    Function,
     as_result,
     autocast,
-    by_reference,
-    needs_grad,
-    only_needed,
-    reference_gradients,
+    differentiable,
+    empty_gradients,
     register,
     without_autocast,
 )
@@ -70,10 +68,7 @@ def pooling_mixer(
         y = _convolution(to_map(x, height, width), weight, bias)
         pools = (F.avg_pool2d(y, k, 1, k // 2, count_include_pad=False) for k in _POOLS)
         return to_tokens(sum(pools, start=y))
-    if needs_grad(x, weight, bias):
-        return _PoolingMixer.apply(x, weight, bias, height, width, chosen == "torch")
-    forward = _stock_forward if chosen == "torch" else _FORWARD
-    return forward(x, weight, bias, height, width)
+    return (_TORCH if chosen == "torch" else _TRITON)(x, weight, bias, height, width)
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
@@ -121,7 +116,7 @@ def _add_pools(y: Tensor, transposed: bool = False) -> Tensor:
     return out
 
 
-def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+def _torch_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
     batch = x.shape[0]
     if batch == 0:
         return x.new_empty(x.shape)
@@ -135,14 +130,14 @@ def _stock_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: 
 
 
 def _mix(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
-    dtype = reference.statistics_dtype(x)
+    dtype = statistics_dtype(x)
     with without_autocast(x.device.type):
         y = to_map(x.to(dtype), height, width)
         y = _add_pools(_convolution(y, weight.to(dtype), bias.to(dtype)))
     return as_result(to_tokens(y), x.dtype)
 
 
-def _stock_backward(
+def _torch_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -159,12 +154,12 @@ def _stock_backward(
             weight.new_zeros(weight.shape) if needs_dweight else dweight,
             weight.new_zeros(weight.shape[0]) if needs_dbias else dbias,
         )
-    dtype, channels = reference.statistics_dtype(x), x.shape[-1]
+    dtype, channels = statistics_dtype(x), x.shape[-1]
     with without_autocast(x.device.type):
         dy = _add_pools(to_map(grad_out.to(dtype), height, width), transposed=True)
         if needs_dx:
-            turned = weight.to(dtype).flip(2, 3)
-            dx = to_tokens(_convolution(dy, turned, None)).to(x.dtype).contiguous()
+            flipped = weight.to(dtype).flip(2, 3)
+            dx = to_tokens(_convolution(dy, flipped, None)).to(x.dtype).contiguous()
         if needs_dweight:
             # Of its three gradients the other two are faster by themselves.
             dweight = torch.ops.aten.convolution_backward(
@@ -176,32 +171,21 @@ def _stock_backward(
     return dx, dweight, dbias
 
 
-def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int) -> Tensor:
+def _fake_forward(x: Tensor, *_: object) -> Tensor:
     return x.new_empty(x.shape)
 
 
 def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    height: int,
-    width: int,
-    needs_dx: bool,
-    needs_dweight: bool,
-    needs_dbias: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if needs_dx else (0,)),
-        weight.new_empty(weight.shape if needs_dweight else (0,)),
-        weight.new_empty((x.shape[-1] if needs_dbias else 0,)),
-    )
+    grad_out: Tensor, x: Tensor, weight: Tensor, height: int, width: int, *needs: bool
+) -> tuple[Tensor, ...]:
+    return empty_gradients((x, weight, weight[:, 0, 0, 0]), needs)
 
 
 _FORWARD = register(
     "pooling_mixer_fwd",
     "(Tensor x, Tensor weight, Tensor bias, SymInt height, SymInt width) -> Tensor",
     kernels="pooling_mixer",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -210,37 +194,20 @@ _BACKWARD = register(
     "bool needs_dx, bool needs_dweight, bool needs_dbias) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     kernels="pooling_mixer",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _PoolingMixer(Function):
-    """Autograd over the two registered operations, or with `stock` over what stands in for them
-    on the CPU; double backward through the reference."""
-
-    @staticmethod
-    def forward(
-        x: Tensor, weight: Tensor, bias: Tensor, height: int, width: int, stock: bool
-    ) -> Tensor:
-        return (_stock_forward if stock else _FORWARD)(x, weight, bias, height, width)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, weight, bias, ctx.height, ctx.width, ctx.stock = inputs
+def _with_gradients(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    def without_bias(grad_out: Tensor, x: Tensor, weight: Tensor, _: Tensor, *others: Any) -> Any:
         # The value of bias is not needed; the double backward asks where its gradient belongs.
-        ctx.save_for_backward(x, weight, bias)
+        return backward(grad_out, x, weight, *others)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor) -> Any:
-        x, weight, bias = ctx.saved_tensors
-        needed = ctx.needs_input_grad[:3]
-        if by_reference(grad_out):
-            mixer = partial(reference.pooling_mixer, height=ctx.height, width=ctx.width)
-            grads = reference_gradients(
-                lambda *a: (mixer(*a),), (x, weight, bias), (grad_out,), needed
-            )
-        else:
-            backward = _stock_backward if ctx.stock else _BACKWARD
-            grads = backward(grad_out, x, weight, ctx.height, ctx.width, *needed)
-        return *only_needed(grads, needed), None, None, None
+    return differentiable(
+        forward, without_bias, reference.pooling_mixer, name="PoolingMixer", tensors=3
+    )
+
+
+_TRITON = _with_gradients(_FORWARD, _BACKWARD)
+_TORCH = _with_gradients(_torch_forward, _torch_backward)

@@ -1,6 +1,7 @@
 """Self-query hub of all primaries at once: score, self-gate, leave-one-out maximum."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,14 +11,12 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
+from ._math import all_present, has_others, statistics_dtype
 from ._registry import (
-    Function,
     as_result,
     autocast,
-    by_reference,
-    needs_grad,
-    only_needed,
-    reference_gradients,
+    differentiable,
+    empty_gradients,
     register,
     without_autocast,
 )
@@ -76,12 +75,7 @@ def query_hub(
     chosen = _backend.resolve("query_hub", backend, x.device, x)
     if chosen == "reference":
         return reference.query_hub(*nets, height, width, present=present)
-    fused = chosen == "triton"
-    if needs_grad(*nets):
-        return _QueryHub.apply(*nets, present, height, width, fused)[0]
-    weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
-    forward = _FORWARD if fused else _stock_forward
-    return forward(x, weight, bias, present, height, width, False)[0]
+    return (_TORCH if chosen == "torch" else _TRITON)(*nets, present, height, width)[0]
 
 
 def _reasons(x: Tensor, *_: object, **__: object) -> _backend.Reasons:
@@ -102,7 +96,7 @@ def _merge(
     A depthwise convolution followed by a 1x1 convolution is linear. In fp32: products of a narrow
     and a wide tensor are wide.
     """
-    factor = pw_weight.to(reference.statistics_dtype(pw_weight))
+    factor = pw_weight.to(statistics_dtype(pw_weight))
     taps = dw_weight.flatten(2).transpose(1, 2) * factor[:, None]
     return taps.contiguous(), (dw_bias * factor).sum(1) + pw_bias
 
@@ -118,7 +112,7 @@ def _split(
     return d_dw.to(dtype), (column * factor).to(dtype), d_pw.to(dtype), dbias.to(dtype)
 
 
-# ---- stock operators ----------------------------------------------------------------------------
+# ---- stock PyTorch operators --------------------------------------------------------------------
 
 
 def _masked(x: Tensor, keep: Tensor | None, value: float) -> Tensor:
@@ -135,8 +129,7 @@ def _others(x: Tensor, present: Tensor | None) -> Tensor | None:
     """Which primaries have anything to choose from, `[M, B]`; None if all have."""
     if present is None and x.shape[0] > 1:
         return None
-    present = x.new_ones(x.shape[:2], dtype=torch.bool) if present is None else present
-    return reference.has_others(present)
+    return has_others(all_present(x) if present is None else present)
 
 
 def _overlap(shift: int, size: int) -> slice:
@@ -224,7 +217,7 @@ def _tournament(modalities: int) -> tuple[tuple[tuple[int, int], ...], tuple[int
 _TOURNAMENTS = {m: _tournament(m) for m in range(1, MAX_MODALITIES + 1)}
 
 
-def _stock_forward(
+def _tournament_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -257,7 +250,7 @@ def _stock_forward(
     return as_result(out, x.dtype), score, x.new_zeros(0, dtype=torch.uint8)
 
 
-def _stock_backward(
+def _tournament_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -297,7 +290,7 @@ def _stock_backward(
 # ---- registered operations ----------------------------------------------------------------------
 
 
-def _cpu_forward(
+def _torch_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -306,7 +299,7 @@ def _cpu_forward(
     width: int,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    out, score, _ = _stock_forward(x, weight, bias, present, height, width, False)
+    out, score, _ = _tournament_forward(x, weight, bias, present, height, width, False)
     if not save:
         return out.contiguous(), score.new_empty(0), x.new_empty(0, dtype=torch.uint8)
     t = _gate(x, score, present)
@@ -317,7 +310,7 @@ def _cpu_forward(
     return out.contiguous(), score, (winner + 16 * runner_up).to(torch.uint8).contiguous()
 
 
-def _cpu_backward(
+def _torch_backward(
     grad_out: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -340,13 +333,7 @@ def _cpu_backward(
 
 
 def _fake_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    present: Tensor | None,
-    height: int,
-    width: int,
-    save: bool,
+    x: Tensor, weight: Tensor, bias: object, present: object, height: int, width: int, save: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
     return (
         x.new_empty(x.shape),
@@ -355,23 +342,9 @@ def _fake_forward(
     )
 
 
-def _fake_backward(
-    grad_out: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    present: Tensor | None,
-    score: Tensor,
-    winner: Tensor,
-    height: int,
-    width: int,
-    needs_dx: bool,
-    needs_dw: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    return (
-        x.new_empty(x.shape if needs_dx else (0,)),
-        weight.new_empty(weight.shape if needs_dw else (0,)),
-        weight.new_empty(x.shape[:1] if needs_dw else (0,)),
-    )
+def _fake_backward(grad_out: object, x: Tensor, weight: Tensor, *others: Any) -> tuple[Tensor, ...]:
+    *_, needs_dx, needs_dw = others
+    return empty_gradients((x, weight, weight[:, 0, 0]), (needs_dx, needs_dw, needs_dw))
 
 
 _FORWARD = register(
@@ -379,7 +352,7 @@ _FORWARD = register(
     "(Tensor x, Tensor weight, Tensor bias, Tensor? present, SymInt height, SymInt width, "
     "bool save) -> (Tensor out, Tensor score, Tensor winner)",
     kernels="query_hub",
-    stock=_cpu_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
@@ -388,61 +361,42 @@ _BACKWARD = register(
     "SymInt height, SymInt width, bool needs_dx, bool needs_dw) "
     "-> (Tensor dx, Tensor dweight, Tensor dbias)",
     kernels="query_hub",
-    stock=_cpu_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _QueryHub(Function):
-    """Autograd over the merging of the score nets and the rest; double backward through the
-    reference.
+def _reference(*saved: Any) -> Tensor:
+    *inputs, present, _score, _winner, _weight, height, width = saved
+    return reference.query_hub(*inputs, height, width, present=present)
 
-    The registered operation remembers who won the maximum; stock operators find out again.
-    """
 
-    @staticmethod
-    def forward(
-        x: Tensor,
-        dw_weight: Tensor,
-        dw_bias: Tensor,
-        pw_weight: Tensor,
-        pw_bias: Tensor,
-        present: Tensor | None,
-        height: int,
-        width: int,
-        fused: bool,
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        weight, bias = _merge(dw_weight, dw_bias, pw_weight, pw_bias)
-        forward = _FORWARD if fused else _stock_forward
-        return *forward(x, weight, bias, present, height, width, True), weight
+def _saves(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return (*inputs[:6], *output[1:]), inputs[6:]
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        *tensors, ctx.height, ctx.width, ctx.fused = inputs
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(*tensors, *output[1:])
-        ctx.set_materialize_grads(False)
 
-    @staticmethod
-    def backward(ctx: Any, grad_out: Tensor | None, *_: None) -> Any:
-        if grad_out is None:
-            return (None,) * 9
-        x, *nets, present, score, winner, weight = ctx.saved_tensors
-        needs = ctx.needs_input_grad[:5]
-        if by_reference(grad_out):
-            sizes = {"height": ctx.height, "width": ctx.width}
-            grads = reference_gradients(
-                lambda *inputs: (reference.query_hub(*inputs, **sizes, present=present),),
-                (x, *nets),
-                (grad_out,),
-                needs,
-            )
-        else:
-            needs_dw = any(needs[1:])
-            backward = _BACKWARD if ctx.fused else _stock_backward
-            dx, *merged = backward(
-                grad_out, x, weight, present, score, winner, ctx.height, ctx.width, needs[0],
-                needs_dw,
-            )  # fmt: skip
-            grads = (dx, *(_split(*merged, *nets[:3]) if needs_dw else (None,) * 4))
-        return *only_needed(grads, needs), None, None, None, None
+def _with_score_nets(forward: Callable[..., Any], backward: Callable[..., Any]) -> Any:
+    """The merging of the score nets and the rest of the operation, with gradients."""
+
+    def merged(x: Tensor, *others: Any, save: bool = True) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        *nets, present, height, width = others
+        weight, bias = _merge(*nets)
+        return *forward(x, weight, bias, present, height, width, save), weight
+
+    def split(grad_out: Tensor, x: Tensor, *others: Any) -> tuple[Tensor | None, ...]:
+        *nets, _pw_bias, present, score, winner, weight, height, width = others[:-5]
+        needs_dx, needs_dw = others[-5], any(others[-4:])
+        dx, dweight, dbias = backward(
+            grad_out, x, weight, present, score, winner, height, width, needs_dx, needs_dw
+        )
+        return dx, *(_split(dweight, dbias, *nets) if needs_dw else (None,) * 4)
+
+    return differentiable(
+        merged, split, _reference, name="QueryHub", tensors=5, saves=_saves,
+        without_gradients=partial(merged, save=False),
+    )  # fmt: skip
+
+
+_TRITON = _with_score_nets(_FORWARD, _BACKWARD)
+# The registered operation remembers who won the maximum; the tournament finds out again.
+_TORCH = _with_score_nets(_tournament_forward, _tournament_backward)

@@ -1,7 +1,7 @@
-"""Cross-entropy of upsampled logits, per pixel, and the mean of its hard pixels."""
+"""Cross-entropy of upsampled logits, per pixel."""
 
+from collections.abc import Sequence
 from functools import partial
-from math import log
 from typing import Any
 
 import torch
@@ -11,14 +11,8 @@ from torch import Tensor
 from equiseg_fast import reference
 
 from . import _backend, _checks
-from ._registry import (
-    Function,
-    by_reference,
-    needs_grad,
-    reference_gradients,
-    register,
-    without_autocast,
-)
+from ._math import statistics_dtype
+from ._registry import differentiable, register, without_autocast
 
 MAX_CLASSES = 256
 _CHUNK = 32
@@ -51,55 +45,14 @@ def upsample_cross_entropy(
     _checks.check_ignore_index(ignore_index)
     chosen = _backend.resolve("upsample_cross_entropy", backend, logits.device, logits, labels)
     if chosen == "triton":
-        if needs_grad(logits):
-            return _UpsampleCrossEntropy.apply(logits, labels, ignore_index)[0]
-        return _FORWARD(logits, labels, ignore_index)[0]
+        return _TRITON(logits, labels, ignore_index)[0]
     _checks.check_label_values(labels, logits.shape[1], ignore_index)
     with without_autocast(logits.device.type):
-        if chosen == "torch" and logits.device.type == "cpu" and not torch.compiler.is_compiling():
-            apply = _Chunked.apply if needs_grad(logits) else _chunked_forward
-            return apply(logits, labels, ignore_index)
-        return reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
-
-
-def ohem(loss: Tensor, valid: Tensor, *, thresh: float = 0.7, min_kept_ratio: int = 16) -> Tensor:
-    """Online hard example mining: the mean of the hard pixels.
-
-    loss: floating, any shape, the loss of every pixel. valid: bool of the same shape, the pixels
-        that count. thresh: in (0, 1], hard pixels have a predicted probability below it.
-    min_kept_ratio: at least one in so many valid pixels is kept.
-
-    Returns a scalar in the dtype of loss: the mean over the valid pixels whose loss exceeds
-    `-log(thresh)`; if those are fewer than `#valid // min_kept_ratio`, over that many with the
-    largest loss; 0 without any selected pixel. A valid pixel of NaN is always among them. Sums are
-    in fp32 (fp64 for fp64). Nothing waits for the device and no shape depends on data. Raises
-    TypeError or ValueError naming the argument. Source: the segmentation loss of CMNeXt (arXiv
-    2303.01480).
-    """
-    _checks.check_tensor("loss", loss, _checks.FLOATING, "[...]")
-    _checks.check_tensor("valid", valid, (torch.bool,), "[...]")
-    _checks.check_shape("valid", valid, tuple(loss.shape), "that of loss")
-    _checks.check_same_device(loss=loss, valid=valid)
-    thresh = _checks.number("thresh", thresh)
-    if not 0.0 < thresh <= 1.0:
-        raise ValueError(f"thresh must be in (0, 1]; got {thresh}")
-    _checks.check_sizes(min_kept_ratio=min_kept_ratio)
-    if not _checks.has_values(valid):
-        return reference.ohem(loss, valid, thresh=thresh, min_kept_ratio=min_kept_ratio)
-    return _ohem_cpu(loss.flatten(), valid.flatten(), -log(thresh), min_kept_ratio)
-
-
-def _ohem_cpu(loss: Tensor, valid: Tensor, bound: float, min_kept_ratio: int) -> Tensor:
-    """Ranks only where the hard pixels are too few, which trained networks alone have."""
-    least = int(valid.count_nonzero()) // min_kept_ratio
-    hard = valid & ~(loss <= bound)
-    kept = int(hard.count_nonzero())
-    if kept >= least:
-        chosen = torch.where(hard, loss, 0.0)
-    else:
-        ranked = loss.detach().masked_fill(~valid, float("-inf"))
-        chosen, kept = loss[ranked.topk(least, sorted=False).indices], least
-    return (chosen.sum(dtype=reference.statistics_dtype(loss)) / max(kept, 1)).to(loss.dtype)
+        if chosen == "reference":
+            return _reference(logits, labels, ignore_index)
+        if logits.device.type == "cpu" and not torch.compiler.is_compiling():
+            return _CHUNKED(logits, labels, ignore_index)
+        return _cross_entropy(_upsampled(logits, labels), labels, ignore_index)
 
 
 def _check(logits: Tensor, labels: Tensor) -> None:
@@ -131,7 +84,17 @@ def _reasons(logits: Tensor, labels: Tensor, **_: object) -> _backend.Reasons:
 _backend.register_reasons("upsample_cross_entropy", _reasons)
 
 
-# ---- stock operators ----------------------------------------------------------------------------
+# ---- stock PyTorch operators --------------------------------------------------------------------
+
+
+def _upsampled(logits: Tensor, labels: Tensor) -> Tensor:
+    size = (labels.shape[1], labels.shape[2])
+    wide = logits.to(statistics_dtype(logits))
+    return F.interpolate(wide, size=size, mode="bilinear", align_corners=False)
+
+
+def _cross_entropy(full: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return F.cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="none")
 
 
 class _Upsampling:
@@ -143,7 +106,7 @@ class _Upsampling:
     """
 
     def __init__(self, logits: Tensor, size: tuple[int, int]) -> None:
-        dtype = reference.statistics_dtype(logits)
+        dtype = statistics_dtype(logits)
         self.samples = logits.to(dtype).permute(0, 3, 1, 2).contiguous()
         self.height, self.width = size
         rows, unit = logits.shape[2], 2 * self.height
@@ -190,7 +153,7 @@ def _targets(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor,
 
 
 def _chunked_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    loss = logits.new_empty(labels.shape, dtype=reference.statistics_dtype(logits))
+    loss = logits.new_empty(labels.shape, dtype=statistics_dtype(logits))
     if not loss.numel():
         return loss
     upsampling = _Upsampling(logits, (labels.shape[1], labels.shape[2]))
@@ -221,42 +184,25 @@ def _chunked_gradient(grad: Tensor, logits: Tensor, labels: Tensor, ignore_index
     return total.permute(0, 2, 3, 1).to(logits.dtype)
 
 
-def _reference_backward(
-    grad: Tensor, logits: Tensor, labels: Tensor, ignore_index: int
-) -> Tensor | None:
-    function = partial(reference.upsample_cross_entropy, ignore_index=ignore_index)
-    return reference_gradients(lambda x: (function(x, labels),), (logits,), (grad,), (True,))[0]
+def _reference(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    return reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
 
 
-class _Chunked(Function):
-    """Saves the logits alone and computes the softmax again, chunk by chunk."""
-
-    @staticmethod
-    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-        return _chunked_forward(logits, labels, ignore_index)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        logits, labels, ctx.ignore_index = inputs
-        ctx.save_for_backward(logits, labels)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Any:
-        backward = _reference_backward if by_reference(grad) else _chunked_backward
-        return backward(grad, *ctx.saved_tensors, ctx.ignore_index), None, None
+_CHUNKED = differentiable(
+    _chunked_forward, _chunked_backward, _reference, name="ChunkedCrossEntropy", tensors=1,
+    saves=2,
+)  # fmt: skip
 
 
 # ---- registered operations ----------------------------------------------------------------------
 
 
-def _stock_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    size = (labels.shape[1], labels.shape[2])
-    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    loss = reference.upsample_cross_entropy(logits, labels, ignore_index=ignore_index)
-    return loss.contiguous(), full.logsumexp(dim=1)
+def _torch_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    full = _upsampled(logits, labels)
+    return _cross_entropy(full, labels, ignore_index).contiguous(), full.logsumexp(dim=1)
 
 
-def _stock_backward(
+def _torch_backward(
     grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
 ) -> Tensor:
     return _channels_last(logits).copy_(_chunked_backward(grad, logits, labels, ignore_index))
@@ -267,14 +213,12 @@ def _channels_last(logits: Tensor) -> Tensor:
     return logits.new_empty((batch, h, w, classes)).permute(0, 3, 1, 2)
 
 
-def _fake_forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+def _fake_forward(logits: Tensor, labels: Tensor, _: int) -> tuple[Tensor, Tensor]:
     loss, lse = (logits.new_empty(labels.shape, dtype=torch.float32) for _ in range(2))
     return loss, lse
 
 
-def _fake_backward(
-    grad: Tensor, logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int
-) -> Tensor:
+def _fake_backward(grad: object, logits: Tensor, *_: object) -> Tensor:
     return _channels_last(logits)
 
 
@@ -282,37 +226,26 @@ _FORWARD = register(
     "upsample_cross_entropy_fwd",
     "(Tensor logits, Tensor labels, int ignore_index) -> (Tensor loss, Tensor lse)",
     kernels="upsample_cross_entropy",
-    stock=_stock_forward,
+    torch=_torch_forward,
     fake=_fake_forward,
 )
 _BACKWARD = register(
     "upsample_cross_entropy_bwd",
     "(Tensor grad, Tensor logits, Tensor labels, Tensor lse, int ignore_index) -> Tensor",
     kernels="upsample_cross_entropy",
-    stock=_stock_backward,
+    torch=_torch_backward,
     fake=_fake_backward,
 )
 
 
-class _UpsampleCrossEntropy(Function):
-    """Autograd over the two registered operations; double backward through the reference."""
+def _saves(inputs: Sequence[Any], output: Sequence[Tensor]) -> tuple[Sequence[Any], Sequence[Any]]:
+    return (*inputs[:2], output[1]), inputs[2:]
 
-    @staticmethod
-    def forward(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-        return _FORWARD(logits, labels, ignore_index)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-        logits, labels, ctx.ignore_index = inputs
-        ctx.save_for_backward(logits, labels, output[1])
-        ctx.mark_non_differentiable(output[1])
-        ctx.set_materialize_grads(False)
+def _reference_of_saved(logits: Tensor, labels: Tensor, lse: Tensor, ignore_index: int) -> Tensor:
+    return _reference(logits, labels, ignore_index)
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor | None, _: Tensor | None) -> Any:
-        logits, labels, lse = ctx.saved_tensors
-        if grad is None:
-            return None, None, None
-        if by_reference(grad):
-            return _reference_backward(grad, logits, labels, ctx.ignore_index), None, None
-        return _BACKWARD(grad, logits, labels, lse, ctx.ignore_index), None, None
+
+_TRITON = differentiable(
+    _FORWARD, _BACKWARD, _reference_of_saved, name="UpsampleCrossEntropy", tensors=1, saves=_saves
+)
