@@ -268,7 +268,7 @@ def test_pytest_times_what_is_right_and_fails_what_is_wrong(tmp_path: Path) -> N
         assert row.peak_mib > 0
         assert row.budget <= 1
     groups = {b["group"] for b in json.loads(path.read_text())["benchmarks"]}
-    assert "norm b0 s2 64x96 B1 M3 fp32 step" in groups
+    assert "add_layer_norm b0 s2 64x96 B1 M3 fp32 step" in groups
     env = read_environment(path)
     assert {row.env_id for row in rows.values()} == {env["env_id"]}
     assert "node" not in json.loads(path.read_text())["machine_info"]
