@@ -2,9 +2,9 @@
 nothing else.
 
 What stands between `<!-- numbers: NAME -->` and `<!-- /numbers -->` is replaced: `headline`, a
-sentence about the whole model on a CPU; `quick`, its table; `cpu` and `gpu`, a table for every other
-folder of results; `miniature`, the table of `benchmarks.miniature`. Until there are results of a
-GPU, `gpu` says that none was measured, and gives predictions called that.
+sentence about the whole model on a CPU; `quick`, its table; `cpu` and `gpu`, a table for every
+other folder of results; `miniature`, the table of `benchmarks.miniature`. Until there are results
+of a GPU, `gpu` says that none was measured, and gives predictions called that.
 """
 
 from __future__ import annotations

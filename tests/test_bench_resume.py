@@ -33,9 +33,8 @@ CASE = Case(
     ("baseline", "torch"),
 )  # fmt: skip
 RUN = (
-    "run", "--suite", "rehearsal", "--device", "cpu", "--op", "add_layer_norm,guided_gate",
-    "--threads", "1",
-    "--provider", "baseline,torch",
+    "run", "--suite", "rehearsal", "--device", "cpu", "--threads", "1",
+    "--op", "add_layer_norm,guided_gate", "--provider", "baseline,torch",
 )  # fmt: skip
 Spoil = Callable[[Callable[[], Any]], Callable[[], Any]]
 
@@ -204,7 +203,7 @@ def test_largest_first(capsys: pytest.CaptureFixture[str]) -> None:
         "--suite",
         "core",
         "--op",
-        "add_layer_norm,attention",
+        "attention,add_layer_norm",
         "--dry-run",
         "--largest-first",
     ]

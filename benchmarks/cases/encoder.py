@@ -181,18 +181,16 @@ def _build_accelerated(
 OPS = (
     Op(
         "encoder",
-        "",
         build,
         cost,
         "Mix Transformer, features of the last stage",
-        extra_providers=("baseline_cl", "transformers"),
+        rivals=("baseline_cl", "transformers"),
         stages=(0,),
         scope="encoder",
     ),
     *(
         Op(
             f"accelerate_{name}",
-            "",
             build_one,
             cost,
             f"{whose}, accelerated, features of the last stage",

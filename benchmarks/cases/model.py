@@ -11,8 +11,9 @@ import torch
 
 from benchmarks.cases.common import data, model_cost
 from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.network import enliven, network_problem
-from benchmarks.cases.common.op import NUM_CLASSES, Op
+from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.providers.baseline_model import EagerBaseline
 from equiseg_fast.models import EQUISeg
@@ -82,22 +83,20 @@ def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
 OPS = (
     Op(
         "model",
-        "",
         partial(build, training=False),
         partial(cost, training=False),
         "EQUISeg inference",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         modes=("fwd",),
         stages=(0,),
         scope="model",
     ),
     Op(
         "training",
-        "",
         partial(build, training=True),
         partial(cost, training=True),
         "EQUISeg loss and gradients of all parameters",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),
         stages=(0,),
         scope="model",

@@ -78,11 +78,10 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 OPS = (
     Op(
         "stage",
-        "",
         build,
         cost,
         "one stage of the Mix Transformer",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         scope="stage",
     ),
 )

@@ -23,7 +23,7 @@ from benchmarks.cases import (
     upsample_cross_entropy,
 )
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import NUM_CLASSES
+from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.problem import Shape
 from equiseg_fast.models import EQUISegConfig
 from equiseg_fast.models.config import SR_RATIOS, VARIANTS
