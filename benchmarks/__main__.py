@@ -42,6 +42,7 @@ from benchmarks.command.options import choose_device, to_path, to_threads
 from benchmarks.machines import calibrate, predictions, roofline, tune
 from benchmarks.measure import host, profiling
 from benchmarks.measure import record as records_of
+from benchmarks.measure.launches import cost_of
 from benchmarks.measure.plan import (
     Case,
     Options,
@@ -309,7 +310,7 @@ def _run(args: argparse.Namespace, console: Console) -> int:
 
 def _bytes(case: Case) -> float:
     itemsize = DTYPES[case.dtype].itemsize
-    return case.op.cost(case.shape, itemsize).fwd_bytes if case.op.cost else 0.0
+    return cost_of(case.op, case.shape, itemsize).fwd_bytes
 
 
 def _closing(phases: Phases, out: Path) -> str:

@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.network import enliven, network_problem
 from benchmarks.cases.common.op import NUM_CLASSES, Op
 from benchmarks.cases.common.problem import Problem, Shape
@@ -74,17 +73,12 @@ def build(
     )
 
 
-def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
-    """The parts of the model one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=training))
-
-
 OPS = (
     Op(
         "model",
         "",
         partial(build, training=False),
-        partial(cost, training=False),
+        None,
         "EQUISeg inference",
         extra_providers=("baseline_cl",),
         modes=("fwd",),
@@ -95,7 +89,7 @@ OPS = (
         "training",
         "",
         partial(build, training=True),
-        partial(cost, training=True),
+        None,
         "EQUISeg loss and gradients of all parameters",
         extra_providers=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),

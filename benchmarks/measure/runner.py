@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.cases.common.cost import Limits, total
 from benchmarks.cases.common.op import DTYPES, unavailable
 from benchmarks.cases.common.problem import Problem, Unsupported
-from benchmarks.measure import memory, parity, timing
+from benchmarks.measure import launches, memory, parity, timing
 from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.record import UNTIMED, Record
 from benchmarks.measure.resume import Again, Journal, is_sticky
@@ -134,8 +134,8 @@ class Prepared:
         """The rotating sets of inputs: the one that was checked, and on a GPU more."""
         case, seed = self.case, self.runner.options.seed
         assert self.problem is not None
-        cost = case.op.cost(case.shape, DTYPES[case.dtype].itemsize) if case.op.cost else None
-        sets = timing.input_sets(cost.fwd_bytes, self.runner.device) if cost else 1
+        cost = launches.cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize)
+        sets = timing.input_sets(cost.fwd_bytes, self.runner.device)
         return [self.problem, *(self._build(seed + 1000 * i) for i in range(1, sets))]
 
     def calls(self, mode: str, providers: Iterable[str]) -> dict[str, list[timing.Call]]:
@@ -245,9 +245,7 @@ class Prepared:
         row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
         row.min_us = measured.min_us
         row.cpu_us, row.cpu_share = measured.cpu_us, measured.cpu_share
-        if case.op.cost is None:
-            return
-        works = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)
+        works = launches.cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize).of(mode)
         work, seconds = total(works), measured.p50_us / 1e6
         row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
         if limits is not None:

@@ -28,9 +28,10 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.measure import launches as meta
 from benchmarks.measure.launches import kernel_stems
 from benchmarks.measure.resume import said
-from benchmarks.offline import meta, resources
+from benchmarks.offline import resources
 from equiseg_fast import use_backend
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS

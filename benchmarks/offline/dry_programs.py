@@ -14,11 +14,12 @@ import torch
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Shape
+from benchmarks.measure import launches as meta
+from benchmarks.measure.launches import META
 from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.timing import call_in_mode
-from benchmarks.offline import exercise, meta
+from benchmarks.offline import exercise
 from benchmarks.offline.dry_device import on_meta
-from benchmarks.offline.meta import META
 from equiseg_fast import EQUISeg, ops
 
 Program = Callable[[], None]

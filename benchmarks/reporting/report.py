@@ -253,7 +253,9 @@ def _operation(op: str, rows: Sequence[Record]) -> list[document.Block]:
     if declared is not None and declared.function:
         blocks.append(Text(f"Minimum: {declared.formula}."))
     elif declared is not None:
-        parts = "that of its parts, one after the other (`benchmarks/model_cost.py`)"
+        parts = (
+            "that of its calls, one after the other, as counted (`benchmarks/measure/launches.py`)"
+        )
         blocks.append(Text(f"{declared.formula}. Minimum: {parts}."))
     blocks.append(_table(rows))
     if why := skipped(rows):
@@ -320,7 +322,7 @@ def _launches(rows: Sequence[Row]) -> Section:
     text = (
         "What one forward of EQUISeg-B0 with four modalities gives to a GPU, whatever the size of "
         "the images: launches of our kernels plus calls of stock operators that are more than a "
-        "view. Counted, not measured (`benchmarks/launches.py`)."
+        "view. Counted, not measured (`benchmarks/measure/launches.py`)."
     )
     columns = ("stage", "part", "provider", "our kernels", "stock operators", "all")
     cells = [

@@ -39,9 +39,10 @@ class Op:
 
     name: in tables. function: the public function that `explain` knows, "" where there is none.
     build: (shape, dtype, device, seed) -> `Problem`, or `Unsupported`. cost: (shape, bytes per
-    element) -> `Cost`, None where there is no formula. formula: bytes and FLOPs of the forward, in
-    words. extra_providers: besides those that all have. modes, stages: those that make sense.
-    scope: a key of `SCOPES`. refuses: shape -> why no provider can do it, empty if some can.
+    element) -> `Cost`, None where it is counted (`launches.cost_of`). formula: bytes and FLOPs of
+    the forward, in words. extra_providers: besides those that all have. modes, stages: those that
+    make sense. scope: a key of `SCOPES`. refuses: shape -> why no provider can do it, empty if
+    some can.
     """
 
     name: str
