@@ -44,9 +44,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Outputs, Shape
 from benchmarks.command import outputs
-from benchmarks.command.options import choose_device, names, to_path
+from benchmarks.command.options import choose_device, kernel_stems, names, to_path
 from benchmarks.command.table import FittedTable
-from benchmarks.measure.launches import kernel_stems
 from benchmarks.measure.record import environment
 from benchmarks.measure.timing import call_in_mode
 from equiseg_fast import EQUISeg, use_backend

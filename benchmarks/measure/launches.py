@@ -31,7 +31,7 @@ from benchmarks.cases.common import network
 from benchmarks.cases.common.cost import Cost, Work
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Problem, Shape
-from benchmarks.command.options import ROOT
+from benchmarks.command.options import kernel_stems
 from benchmarks.measure import kernel_work
 from benchmarks.measure.kernel_work import Kernel, tensors_in
 from benchmarks.providers import baseline_model
@@ -40,7 +40,6 @@ from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
 
 META = torch.device("meta")
-KERNELS = ROOT / "kernels"
 
 # What CUDA's autocast computes in half precision and in fp32, by the names of the functions.
 TO_HALF = {
@@ -279,11 +278,6 @@ def _operation(func: Any, args: Sequence[Any], out: Any) -> Work:
     return formula(sizes, x.element_size()).of(way)[0]
 
 
-def kernel_stems() -> list[str]:
-    """The kernel files, each of which has `offline_entries(arch)`."""
-    return sorted(p.stem for p in KERNELS.glob("*.py") if not p.stem.startswith("_"))
-
-
 @contextmanager
 def _launching(
     instead: Callable[[Callable[..., None]], Callable[..., None]],
@@ -326,6 +320,16 @@ def _problem(op: Op, shape: Shape, dtype: torch.dtype) -> Problem:
         return op.build(shape, dtype, META, 0)
 
 
+def run_case(op: Op, shape: Shape, dtype: torch.dtype, provider: str, backward: bool) -> None:
+    """Call a provider on tensors of "meta"; backward: also for all gradients."""
+    problem = _problem(op, shape, dtype)
+    outputs = problem.calls[provider]()
+    if backward:
+        outputs = tuple(x for x in outputs if x.requires_grad)
+        cotangents = [torch.empty_like(x) for x in outputs]
+        torch.autograd.grad(outputs, list(problem.leaves.values()), cotangents)
+
+
 @cache
 def count(
     op: Op, shape: Shape, dtype: torch.dtype, provider: str, graph: bool,
@@ -336,16 +340,15 @@ def count(
     graph: whether one is recorded, with the backward to all leaves behind it. facts: as for
     `counting`; None counts our operations as one call each, with the cost of their cases.
     """
-    problem = _problem(op, shape, dtype)
-    counter = counting(facts) if facts else counting_operations(problem.root)
+    root = _problem(op, shape, dtype).root
     autocast = None if op.scope == "operation" else dtype
-    with on_meta(autocast), torch.set_grad_enabled(graph), counter as counted:
-        outputs = problem.calls[provider]()
-        if graph:
-            outputs = tuple(x for x in outputs if x.requires_grad)
-            cotangents = [torch.empty_like(x) for x in outputs]
-            torch.autograd.grad(outputs, list(problem.leaves.values()), cotangents)
-    return counted.calls
+    with (
+        on_meta(autocast),
+        torch.set_grad_enabled(graph),
+        counting(facts) if facts else counting_operations(root) as counter,
+    ):
+        run_case(op, shape, dtype, provider, graph)
+    return counter.calls
 
 
 def cost_of(op: Op, shape: Shape, itemsize: int) -> Cost:
