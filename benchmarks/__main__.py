@@ -167,6 +167,7 @@ def _parser() -> argparse.ArgumentParser:
         (visit, "visit", "all that a few minutes on a GPU machine should bring home"),
         (dry, "dry", "bind and compile for a GPU that is not there, or fill a cache of binaries"),
         (tune, "tune", "search faster launch configurations on a GPU"),
+        (calibrate, "calibrate", "what this device can do at most"),
         (roofline, "roofline", "predicted floors on a GPU, without having one"),
         (predictions, "predict", "what a GPU should take for everything that is timed there"),
         (miniature, "miniature", "what the parts of EQUISeg are worth when sensors fail"),
@@ -179,14 +180,6 @@ def _parser() -> argparse.ArgumentParser:
     compiled = commands.add_parser("resources", help="what every kernel needs, without a GPU")
     resources.add_arguments(compiled)
     compiled.set_defaults(run=lambda args, console: resources.main(args))
-
-    calibration = commands.add_parser("calibrate", help="what this device can do at most")
-    calibrate.add_arguments(calibration)
-    calibration.set_defaults(
-        run=lambda args, console: calibrate.main(
-            args, console, choose_device(args.device, needed=not args.dry_run)
-        )
-    )
 
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)

@@ -279,7 +279,7 @@ def _operation(func: Any, args: Sequence[Any], out: Any) -> Work:
 
 
 @contextmanager
-def _launching(
+def launching(
     instead: Callable[[Callable[..., None]], Callable[..., None]],
     facts: tuple[int, int] | None = None,
 ) -> Iterator[None]:
@@ -302,7 +302,7 @@ def counting(facts: tuple[int, int] | None = None) -> Iterator[KernelCounter]:
     (90, 132); None for the choices of the interpreter.
     """
     counter = KernelCounter()
-    with _launching(lambda _: counter.launch, facts), as_on_gpu("triton"), counter:
+    with launching(lambda _: counter.launch, facts), as_on_gpu("triton"), counter:
         yield counter
 
 
@@ -378,7 +378,7 @@ def recorded() -> Iterator[list[str]]:
             seen.append(text)
         launch(kernel, *args, **options)
 
-    with _launching(lambda launch: partial(noted, launch)):
+    with launching(lambda launch: partial(noted, launch)):
         yield seen
 
 
