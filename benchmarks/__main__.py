@@ -121,17 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=module.main)
         if name == "run":
             command.set_defaults(run=partial(run.main, started=STARTED))
-        if name == "calibrate":
-            command.set_defaults(run=_calibrate)
         if name == "resources":
             command.set_defaults(run=lambda args, console: resources.main(args))
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
     return parser
-
-
-def _calibrate(args: argparse.Namespace, console: Console) -> int:
-    return calibrate.main(args, console, choose_device(args.device, needed=not args.dry_run))
 
 
 def _list(args: argparse.Namespace, console: Console) -> int:

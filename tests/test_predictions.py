@@ -15,10 +15,9 @@ from benchmarks.machines import efficiency, judgement, predictions
 from benchmarks.machines.efficiency import ASSUMPTIONS, GAP, KINDS, SEEN, rates
 from benchmarks.machines.predictions import Prediction
 from benchmarks.measure.kernel_work import Kernel
-from benchmarks.measure.launches import KernelCounter, counting
+from benchmarks.measure.launches import META, KernelCounter, counting, on_meta
 from benchmarks.measure.plan import Case
 from benchmarks.measure.record import Record
-from benchmarks.offline.meta import META, on_meta
 from equiseg_fast import EQUISeg
 
 pytestmark = pytest.mark.skipif(

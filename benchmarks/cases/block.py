@@ -9,8 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import model_cost
-from benchmarks.cases.common.cost import Cost
 from benchmarks.cases.common.network import enliven, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
@@ -80,16 +78,11 @@ def build(
     )
 
 
-def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
-    """The parts one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.block_parts(shape, itemsize, training=training))
-
-
 OPS = (
     Op(
         "block",
         partial(build, training=False),
-        partial(cost, training=False),
+        None,
         "cross-modal block and gate, inference",
         rivals=("baseline_cl",),
         modes=("fwd",),
@@ -99,7 +92,7 @@ OPS = (
     Op(
         "block_training",
         partial(build, training=True),
-        partial(cost, training=True),
+        None,
         "cross-modal block and gate, gradients of all inputs and parameters",
         rivals=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),

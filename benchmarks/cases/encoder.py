@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.network import enliven, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
@@ -80,11 +79,6 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         output_names=("features",),
         ignored=(images,),
     )
-
-
-def cost(shape: Shape, itemsize: int) -> Cost:
-    """The parts of the encoder one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
 
 
 class _Attention(nn.Module):
@@ -182,7 +176,7 @@ OPS = (
     Op(
         "encoder",
         build,
-        cost,
+        None,
         "Mix Transformer, features of the last stage",
         rivals=("baseline_cl", "transformers"),
         stages=(0,),
@@ -192,7 +186,7 @@ OPS = (
         Op(
             f"accelerate_{name}",
             build_one,
-            cost,
+            None,
             f"{whose}, accelerated, features of the last stage",
             stages=(0,),
             scope="accelerated",

@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.network import enliven, network_problem
 from benchmarks.cases.common.op import Op
@@ -75,16 +74,11 @@ def build(
     )
 
 
-def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
-    """The parts of the model one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=training))
-
-
 OPS = (
     Op(
         "model",
         partial(build, training=False),
-        partial(cost, training=False),
+        None,
         "EQUISeg inference",
         rivals=("baseline_cl",),
         modes=("fwd",),
@@ -94,7 +88,7 @@ OPS = (
     Op(
         "training",
         partial(build, training=True),
-        partial(cost, training=True),
+        None,
         "EQUISeg loss and gradients of all parameters",
         rivals=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),

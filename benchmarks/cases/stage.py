@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.network import enliven, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape
@@ -70,16 +69,11 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )
 
 
-def cost(shape: Shape, itemsize: int) -> Cost:
-    """The parts one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.stage_parts(shape, itemsize))
-
-
 OPS = (
     Op(
         "stage",
         build,
-        cost,
+        None,
         "one stage of the Mix Transformer",
         rivals=("baseline_cl",),
         scope="stage",

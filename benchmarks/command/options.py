@@ -34,6 +34,12 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def kernel_stems() -> list[str]:
+    """The files of kernels, each of which has `offline_entries(arch)`. (Here because who compiles
+    them must not import equiseg_fast before it has said that nothing is interpreted.)"""
+    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_"))
+
+
 def verdict_arguments(parser: argparse.ArgumentParser) -> None:
     """When a difference counts, for `compare` and `against`."""
     parser.add_argument(

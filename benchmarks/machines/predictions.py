@@ -19,11 +19,8 @@ import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import torch
 
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
@@ -32,10 +29,9 @@ from benchmarks.command import outputs
 from benchmarks.command.options import ROOT, to_path
 from benchmarks.machines import efficiency, gpus
 from benchmarks.measure.kernel_work import Kernel
-from benchmarks.measure.launches import Call, counting
+from benchmarks.measure.launches import Call, count
 from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.record import Key
-from benchmarks.offline.meta import META, on_meta
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -97,28 +93,14 @@ def modes_of(case: Case) -> list[str]:
     return [m for m in MODES if m in case.modes or (m in halves and m in case.op.modes)]
 
 
-@cache
 def counted(case: Case, provider: str, facts: tuple[int, int]) -> dict[str, list[Call]]:
-    """The calls of one provider in every mode, once for all GPUs that look alike to our launchers.
-    facts: see `counting`."""
-    half = DTYPES[case.dtype] if case.op.scope != "operation" else None
-    with on_meta():
-        problem = case.op.build(case.shape, DTYPES[case.dtype], META, 0)
-    call, leaves, calls = problem.calls[provider], list(problem.leaves.values()), {}
-    with on_meta(None if half == torch.float32 else half):
-        if "fwd" in case.modes:
-            with torch.no_grad(), counting(facts) as counter:
-                call()
-            calls["fwd"] = counter.calls
-        if "step" in case.modes:
-            with counting(facts) as counter:
-                outputs = [x for x in call() if x.requires_grad]
-                cotangents = [torch.empty_like(x) for x in outputs]
-                torch.autograd.grad(outputs, leaves, cotangents)
-            calls["step"] = counter.calls
-            for mode, phase in (("fwd_train", "fwd"), ("bwd", "bwd")):
-                calls[mode] = [x for x in counter.calls if x.phase == phase]
-    return {mode: calls[mode] for mode in modes_of(case)}
+    """The calls of one provider in every mode. facts: see `launches.counting`."""
+    found = {}
+    for mode in modes_of(case):
+        calls = count(case.op, case.shape, DTYPES[case.dtype], provider, mode != "fwd", facts)
+        phase = {"fwd_train": "fwd", "bwd": "bwd"}.get(mode)
+        found[mode] = [call for call in calls if phase in (None, call.phase)]
+    return found
 
 
 def facts_of(gpu: str) -> tuple[int, int]:

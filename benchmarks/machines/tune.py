@@ -33,6 +33,7 @@ from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.command import outputs
 from benchmarks.command.options import choose_device, names, to_path
 from benchmarks.measure import parity, timing
+from benchmarks.measure.launches import cost_of
 from benchmarks.measure.record import environment
 from benchmarks.measure.resume import AGAIN, is_sticky, said
 from equiseg_fast.kernels import _tuned
@@ -102,8 +103,8 @@ class Search:
         self.label = f"{op.name} {shape.label} {dtype}"
         self.device = device
         self.table = table
-        cost = op.cost(shape, DTYPES[dtype].itemsize) if op.cost else None
-        count = timing.input_sets(cost.fwd_bytes, device) if cost else 1
+        cost = cost_of(op, shape, DTYPES[dtype].itemsize)
+        count = timing.input_sets(cost.fwd_bytes, device)
         self.problems: list[Problem] = [
             op.build(shape, DTYPES[dtype], device, 1000 * i) for i in range(count)
         ]

@@ -46,6 +46,7 @@ def network_problem(
     network that the reference and the oracle run, if it is another. others: further providers.
     ignored, fields: of `Problem`; leaves are ignored anyway.
     """
+    owner = getattr(network, "__self__", network)  # of a method
     reference = _on_backend("reference", lambda: run(plain or network))
     calls = {
         "baseline": baseline,
@@ -65,6 +66,7 @@ def network_problem(
         cast=lambda wanted: (_cast_to(device, wanted, reference), list(leaves.values())),
         agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
         ignored=(*ignored, *leaves.values()),
+        root=owner if isinstance(owner, nn.Module) else None,
         **fields,
     )
 
