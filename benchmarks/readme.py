@@ -82,7 +82,7 @@ def rewritten(pages: Mapping[Path, str], found: Sequence[Folder]) -> dict[Path, 
         )
 
     def filled(path: Path, text: str) -> str:
-        above = "" if path.parent == ROOT else "../"
+        above = "../" if path.parent.name == "docs" else ""
 
         def region(match: re.Match[str]) -> str:
             numbers = REGIONS[match[2]](found).replace("](benchmarks/", f"]({above}benchmarks/")

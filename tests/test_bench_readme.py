@@ -1,4 +1,4 @@
-"""The numbers of README.md are those of the committed results, and its commands exist."""
+"""The numbers of README.md and docs/ are those of the committed results, and the commands exist."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from benchmarks import readme
 from benchmarks.__main__ import _parser, main
 from benchmarks.machines import gpus, roofline
 from benchmarks.measure.record import Record
-from benchmarks.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
+from benchmarks.readme import PAGES, REGION, Folder, cpu, folders, gpu, rewritten, stale
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = {"variant": "b0", "stage": 1, "height": 512, "width": 512, "batch": 1, "modalities": 4}
@@ -32,16 +32,19 @@ def on_a_gpu(records: list[Record]) -> Folder:
     return Folder("benchmarks/results/h200", env, records)
 
 
-def test_readme_is_what_the_results_say() -> None:
-    text = README.read_text()
-    assert rewritten(text, folders(ROOT)) == text, "run `python -m benchmarks readme`"
+def pages() -> dict[Path, str]:
+    return {path: path.read_text() for path in PAGES}
+
+
+def test_pages_are_what_the_results_say() -> None:
+    assert rewritten(pages(), folders(ROOT)) == pages(), "run `python -m benchmarks readme`"
 
 
 def test_headline_by_hand() -> None:
     path = ROOT / "benchmarks" / "results" / "cpu-2-cores" / "results.jsonl"
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     found = {(r["op"], r["mode"], r["provider"]): r for r in rows}
-    text = " ".join(README.read_text().split())
+    text = " ".join((ROOT / "README.md").read_text().split())
     ours, eager = (found["training", "step", p] for p in ("torch", "baseline"))
     share = round(100 * ours["peak_mib"] / eager["peak_mib"])
     for op, mode, format_ in (
@@ -103,49 +106,56 @@ def test_without_a_gpu_there_are_predictions_called_that() -> None:
     ],
 )
 def test_regions_must_be_there(change) -> None:
-    with pytest.raises(ValueError, match="must have the regions cpu, gpu, headline, miniature"):
-        rewritten(change(README.read_text()), folders(ROOT))
+    changed = {path: change(text) if path == PAGES[0] else text for path, text in pages().items()}
+    with pytest.raises(ValueError, match="have the regions cpu, gpu, headline, miniature, quick"):
+        rewritten(changed, folders(ROOT))
 
 
 def test_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    text = README.read_text()
-    stale = REGION.sub(lambda m: f"{m[1]}old\n{m[4]}" if m[2] == "gpu" else m[0], text)
-    path = tmp_path / "README.md"
-    path.write_text(stale)
-    monkeypatch.setattr(readme, "README", path)
+    (tmp_path / "docs").mkdir()
+    copies = {tmp_path / path.relative_to(ROOT): text for path, text in pages().items()}
+    old = {"gpu", "miniature"}  # in README and in docs
+    outdated = {
+        path: REGION.sub(lambda m: f"{m[1]}old\n{m[4]}" if m[2] in old else m[0], text)
+        for path, text in copies.items()
+    }
+    for path, text in outdated.items():
+        path.write_text(text)
+    monkeypatch.setattr(readme, "PAGES", tuple(copies))
     assert main(["readme", "--check"]) == 1
-    assert capsys.readouterr().out == "stale: gpu\n"
-    assert path.read_text() == stale
+    assert capsys.readouterr().out.splitlines() == ["stale: gpu", "stale: miniature"]
+    assert {path: path.read_text() for path in copies} == outdated
     assert main(["readme"]) == 0
-    assert path.read_text() == text
+    assert {path: path.read_text() for path in copies} == copies
     assert main(["readme", "--check"]) == 0
 
 
 def test_other_results_are_other_numbers() -> None:
     found = folders(ROOT)
     times = ("p20_us", "p50_us", "p80_us", "min_us", "cpu_us")
-    slower = [
-        replace(r, **{name: 3 * getattr(r, name) for name in times})
-        if r.provider == "torch" and r.p50_us
-        else r
-        for r in found[0].records
-    ]
-    changed = rewritten(README.read_text(), [replace(found[0], records=slower), *found[1:]])
-    stale = [
-        before[2]
-        for before, after in zip(
-            REGION.finditer(README.read_text()), REGION.finditer(changed), strict=True
-        )
-        if before[3] != after[3]
-    ]
-    assert stale == ["headline", "cpu"]
+
+    def slowed(*which: int) -> list[str]:
+        changed = list(found)
+        for i in which:
+            rows = [
+                replace(r, **{name: 3 * getattr(r, name) for name in times})
+                if r.provider == "torch" and r.p50_us
+                else r
+                for r in found[i].records
+            ]
+            changed[i] = replace(found[i], records=rows)
+        return stale(pages(), rewritten(pages(), changed))
+
+    assert slowed(0) == ["headline", "quick"]
+    assert slowed(1) == ["cpu"]
+    assert slowed(0, 1) == ["headline", "quick", "cpu"]
 
 
-def test_commands_of_the_readme_are_understood() -> None:
-    section = README.read_text().split("## Benchmarks")[1].split("\n## ")[0]
-    commands = re.findall(r"^\| `((?!python)[a-z].*?)` \|", section, flags=re.MULTILINE)
+def test_commands_of_the_page_are_understood() -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    commands = re.findall(r"^\| `((?!python)[a-z].*?)` \|", text, flags=re.MULTILINE)
     parser = _parser()
     names = [parser.parse_args(shlex.split(command)) and command.split()[0] for command in commands]
     choices = next(action.choices for action in parser._actions if action.choices)

@@ -1,4 +1,5 @@
-"""The README's Python blocks run, so do its commands for training, and CI takes its own from it."""
+"""README and docs: their Python runs, so do the commands for training, links lead somewhere, and CI
+takes its own commands from README.md."""
 
 import re
 import shlex
@@ -10,33 +11,46 @@ import pytest
 import yaml
 from PIL import Image
 
-README = (Path(__file__).resolve().parent.parent / "README.md").read_text()
-PARTS = re.findall(r"(.*?)```python\n(.*?)```", README, flags=re.DOTALL)
-BLOCKS = [block for _, block in PARTS]
-OWN_SENSORS = README.partition("## Train on your own sensors")[2].partition("\n## ")[0]
-COMMANDS = re.findall(r"```bash\n(.*?)```", OWN_SENSORS, flags=re.DOTALL)
+ROOT = Path(__file__).resolve().parent.parent
+README = ROOT / "README.md"
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text()
+    for path in (
+        README,
+        ROOT / "CONTRIBUTING.md",
+        ROOT / "CHANGELOG.md",
+        *sorted((ROOT / "docs").glob("*.md")),
+    )
+}
+PARTS = [
+    (page, before, block)
+    for page, text in PAGES.items()
+    for before, block in re.findall(r"(.*?)```python\n(.*?)```", text, flags=re.DOTALL)
+]
+TRAINING = PAGES["docs/training.md"]
+COMMANDS = re.findall(r"```bash\n(.*?)```", TRAINING, flags=re.DOTALL)
 
 SMALL = {
     "train": "--model.variant nano --steps 2 --crop 32,64 --batch_size 2 --workers 0 --device cpu",
     "evaluate": "--protocols masked --limit 1 --sheet 1 --device cpu",
     "predict": "--workers 0 --device cpu",
 }
-"""What makes the commands of the README quick on images of 32 x 64."""
+"""What makes the commands for training quick on images of 32 x 64."""
 
 
-@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.strip().splitlines()[1][:40])
-def test_python_block_runs(block: str) -> None:
-    exec(compile(block, "README.md", "exec"), {})
-
-
-@pytest.mark.parametrize(("before", "block"), PARTS, ids=range(len(PARTS)))
-def test_what_a_block_needs_is_named_before_it(before: str, block: str) -> None:
-    """The first installation brings no more than `[bench]`."""
+@pytest.mark.parametrize(
+    ("page", "before", "block"), PARTS, ids=[f"{page}-{i}" for i, (page, *_) in enumerate(PARTS)]
+)
+def test_python_block_runs(page: str, before: str, block: str) -> None:
+    """With nothing but `[bench]`, the first installation, if nothing else was named before it."""
     assert ("transformers" in block) == ("[hf]" in before)
+    exec(compile(block, page, "exec"), {})
 
 
-def test_there_is_something_to_run() -> None:
-    assert len(BLOCKS) >= 4
+def test_there_is_something_to_run_in_a_readme_that_is_short() -> None:
+    assert len([page for page, *_ in PARTS if page == "README.md"]) == 3
+    assert len(PARTS) >= 8
+    assert len(PAGES["README.md"].splitlines()) <= 200
 
 
 @pytest.mark.parametrize(
@@ -47,11 +61,25 @@ def test_there_is_something_to_run() -> None:
     ],
 )
 def test_command_stands_alone_on_its_line(command: str) -> None:
-    assert command in README.splitlines()
+    assert command in PAGES["README.md"].splitlines()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_and_files_exist(page: str) -> None:
+    text = PAGES[page]
+    for target in re.findall(r"\]\((?!https?:)(.*?)\)", text):
+        path, _, heading = target.partition("#")
+        linked = (ROOT / page).parent / path if path else ROOT / page
+        assert linked.exists(), target
+        if heading:
+            titles = re.findall(r"^#+ (.*)$", linked.read_text(), flags=re.MULTILINE)
+            assert heading in [title.lower().replace(" ", "-") for title in titles], target
+    for named in re.findall(r"`((?:tests|examples|docs|kernels|benchmarks)/[\w/.]+\.\w+)`", text):
+        assert (ROOT / named).exists(), named
 
 
 def run(line: str, more: str = "") -> None:
-    """A command of the README, in this process, with options that make it quick."""
+    """A command of the page, in this process, with options that make it quick."""
     python, _, module, *arguments = shlex.split(line)
     assert python == "python"
     options = shlex.split(SMALL[module.removeprefix("equiseg_fast.")] + more)
@@ -59,14 +87,14 @@ def run(line: str, more: str = "") -> None:
 
 
 def test_training_on_own_sensors(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The layout, the YAML and the commands that the README shows."""
+    """The layout, the YAML and the commands that the page shows."""
     monkeypatch.chdir(tmp_path)
-    (text,) = re.findall(r"```yaml\n(.*?)```", OWN_SENSORS, flags=re.DOTALL)
-    (name,) = re.findall(r"Describe them in `(.*?)`", OWN_SENSORS)
+    (text,) = re.findall(r"```yaml\n(.*?)```", TRAINING, flags=re.DOTALL)
+    (name,) = re.findall(r"Describe them in `(.*?)`", TRAINING)
     Path(name).write_text(text)
     classes = yaml.safe_load(text)["data"]["classes"]
     random = np.random.default_rng(0)
-    layout = list(map(Path, re.findall(r"data/\S+\.\w+", OWN_SENSORS)))
+    layout = list(map(Path, re.findall(r"data/\S+\.\w+", TRAINING)))
     assert len(layout) == 6
     for path in layout:
         path.parent.mkdir(parents=True)
