@@ -18,22 +18,26 @@ end.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
+import functools
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from benchmarks import outputs
@@ -56,23 +60,25 @@ class Resources:
 
     `path` is the instruction family of the matrix products and `products` how many of them there
     are in the program text; `slots` the machine instructions per thread and score in the hot loop,
-    None where it was not found. `fingerprint` stands for the source and the options: with the same
+    None where it was not found. `fingerprint` stands for the code and the options: with the same
     Triton the same fingerprint compiles to the same code.
     """
 
-    kernel: str
-    label: str
-    dots: str
     arch: int
+    label: str
+    dots: str = "none"
     registers: int = 0
     stack: int = 0
     shared: int = 0
     path: str = "none"
     products: int = 0
     slots: float | None = None
-    seconds: float = 0.0
     error: str = ""
     fingerprint: str = ""
+
+    @property
+    def kernel(self) -> str:
+        return self.label.split()[0]
 
     def problems(self) -> list[str]:
         """Why this entry must not be shipped; empty if it may."""
@@ -148,25 +154,54 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def fingerprint(entry: Any) -> str:
-    """A hash of the kernel's source, with all functions it calls, and of what it is compiled with.
+_CONSTANTS = (bool, int, float, str, tuple, list)
 
-    Lines that move within a file change nothing. Only in a process that does not interpret.
+
+@functools.cache
+def code(kernel: Any) -> tuple[str, ...]:
+    """What a JIT function is compiled from: its code, then that of the functions it calls and the
+    constants it uses, in the order of their use.
+
+    Not its text: comments, docstrings and line breaks compile to nothing. Nor what comes with
+    Triton: a table is of one version.
     """
-    from triton.runtime.jit import JITFunction
+    found: list[str] = []
+    functions = set()
 
-    for module in (entry.kernel.__module__, "equiseg_fast.kernels._common"):
-        for value in vars(sys.modules[module]).values():
-            if isinstance(value, JITFunction):
-                value.starting_line_number = 0  # it is part of the key
+    def look(name: str, value: Any) -> None:
+        function = getattr(value, "fn", None)
+        if isinstance(function, FunctionType):
+            if function in functions or function.__module__.startswith("triton."):
+                return
+            functions.add(function)
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            if ast.get_docstring(tree.body[0]) is not None:
+                del tree.body[0].body[0]
+            found.append(ast.unparse(tree))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name):
+                    look(node.id, function.__globals__.get(node.id))
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owner = function.__globals__.get(node.value.id)
+                    look(ast.unparse(node), getattr(owner, node.attr, None))
+        elif isinstance(value, _CONSTANTS) or type(value).__name__ == "constexpr":
+            found.append(f"{name} = {value!r}")
+
+    look("", kernel)
+    return tuple(found)
+
+
+def fingerprint(entry: Any) -> str:
+    """A hash of all that the machine code of an `OfflineEntry` depends on, but for the version of
+    Triton."""
     parts = (
-        entry.kernel.cache_key,
+        code(entry.kernel),
         sorted(entry.types.items()),
         sorted(entry.aligned),
         sorted(entry.constexprs.items()),
         entry.num_warps,
         entry.num_stages,
-        *(() if entry.max_registers is None else (entry.max_registers,)),
+        entry.max_registers,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -180,8 +215,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = cpu_seconds()
-    known = {"kernel": entry.name, "label": entry.label, "dots": entry.dots, "arch": arch}
+    known = {"arch": arch, "label": entry.label, "dots": entry.dots}
     known["fingerprint"] = fingerprint(entry)
     position = {name: i for i, name in enumerate(entry.types)}
     source = ASTSource(
@@ -219,7 +253,6 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         path=path,
         products=products,
         slots=None if slots is None else round(slots, 2),
-        seconds=round(cpu_seconds() - start, 2),
     )
 
 
@@ -267,7 +300,7 @@ def read(table: str | Path) -> list[Resources]:
 
 def not_in_table(table: Path) -> list[str]:
     """Entries of today's sources that `table` (a resources.json) does not have as they are, and
-    those of the table that are no more."""
+    those of the table that no longer exist."""
     known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
     with children(1, "") as pool:
         today = {
@@ -346,10 +379,15 @@ def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]
 
 
 def write(results: Sequence[Resources], folder: Path) -> None:
-    """`resources.json` in `folder`, which is created if missing: one entry a line."""
-    lines = ",\n".join(json.dumps(asdict(r)) for r in results)
+    """`resources.json` in `folder`, which is created if missing: one entry a line, without what has
+    its default."""
+    lines = ",\n".join(json.dumps(_unusual(r)) for r in results)
     text = f'{{"triton": "{_triton_version()}", "entries": [\n{lines}\n]}}\n'
     outputs.write(folder / "resources.json", text)
+
+
+def _unusual(r: Resources) -> dict[str, Any]:
+    return {f.name: v for f in fields(r) if (v := getattr(r, f.name)) != f.default}
 
 
 def architectures(text: str) -> tuple[int, ...]:
