@@ -6,7 +6,7 @@ costs.
 Registers, stack (spilled bytes), shared memory, the tensor-core instruction and, on sm_80 and
 sm_90, the machine instructions per score in the hot loop, for everything that a launcher can choose
 (`offline_entries` of each kernel file). Writes `resources.json`; what a table of the same Triton in
-that folder has of today's source is kept, not compiled again. The exit status is 1 if an entry does
+that folder has of today's code is kept, not compiled again. The exit status is 1 if an entry does
 not compile, spills, needs more shared memory than the architecture has, or misses the tensor-core
 instruction of the architecture.
 
@@ -43,15 +43,18 @@ from typing import Any
 from benchmarks import outputs
 
 KIB = 1024
-ARCHS = (80, 89, 90, 100, 120)
 KERNELS = Path(__file__).parent.parent / "kernels"
-
-SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
-TENSOR_CORE = {
-    80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"
-}  # fmt: skip
 _PTX_NAMES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _ISSUE_ARCHS = (80, 90)
+
+
+def known_archs() -> tuple[int, ...]:
+    """Of the table in `kernels/_arch.py`."""
+    # Not imported at the top: a child imports this module before `_start_child` has cleared its
+    # environment, which equiseg_fast reads when it is imported.
+    from equiseg_fast.kernels._arch import ARCHITECTURES
+
+    return tuple(row.number for row in ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -82,18 +85,21 @@ class Resources:
 
     def problems(self) -> list[str]:
         """Why this entry must not be shipped; empty if it may."""
+        from equiseg_fast.kernels._arch import architecture
+
         if self.error:
             return [self.error]
+        gpu = architecture(self.arch)
         found = []
         if self.stack > 0:
             found.append(f"spills {self.stack} bytes")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            limit = SHARED_LIMIT[self.arch] // KIB
+        if self.shared > gpu.shared_limit:
             found.append(
-                f"needs {self.shared / KIB:.1f} KiB of shared memory, sm_{self.arch} has {limit}"
+                f"needs {self.shared / KIB:.1f} KiB of shared memory, "
+                f"sm_{self.arch} has {gpu.shared_limit // KIB}"
             )
         own = {"ieee": "fma", "none": "none", "mma.sync": "mma.sync"}
-        expected = own.get(self.dots, TENSOR_CORE[self.arch])
+        expected = own.get(self.dots, gpu.tensor_core)
         if self.path != expected:
             found.append(f"multiplies with {self.path}, expected {expected}")
         return found
@@ -306,7 +312,7 @@ def not_in_table(table: Path) -> list[str]:
         today = {
             (arch, label, now)
             for stem in kernel_stems()
-            for arch in ARCHS
+            for arch in known_archs()
             for label, now in pool.submit(_fingerprints, stem, arch).result().items()
         }
     return [f"sm_{arch} {label}" for arch, label, _ in sorted(known ^ today)]
@@ -325,7 +331,7 @@ def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
 
 
 def run(
-    archs: Iterable[int] = ARCHS,
+    archs: Iterable[int] | None = None,
     kernel: str = "",
     out: str | Path | None = None,
     stems: Sequence[str] | None = None,
@@ -334,14 +340,14 @@ def run(
 ) -> list[Resources]:
     """Compile every entry whose label matches the regular expression `kernel`.
 
-    `stems` names the kernel files to take, all by default. Writes tables to the folder `out` if
-    there is one, without compiling what they have already.
+    `archs` are all that are known by default, `stems` (the kernel files) too. Writes tables to the
+    folder `out` if there is one, without compiling what they have already.
     """
     known = {} if out is None else _known(Path(out))
     results = []
     with tempfile.TemporaryDirectory() as cache, children(workers, cache) as pool:
         jobs = []
-        for arch in archs:
+        for arch in archs or known_archs():
             for stem in stems or kernel_stems():
                 for label, now in pool.submit(_fingerprints, stem, arch).result().items():
                     if (arch, label, now) in known:
@@ -391,11 +397,11 @@ def _unusual(r: Resources) -> dict[str, Any]:
 
 
 def architectures(text: str) -> tuple[int, ...]:
-    """`80,90` as numbers of `ARCHS`."""
+    """`80,90` as numbers of `known_archs`."""
     wanted = text.split(",")
-    if unknown := [a for a in wanted if a not in map(str, ARCHS)]:
+    if unknown := [a for a in wanted if a not in map(str, known_archs())]:
         raise argparse.ArgumentTypeError(
-            f"must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}"
+            f"must be among {', '.join(map(str, known_archs()))}; got {unknown[0]}"
         )
     return tuple(map(int, wanted))
 
@@ -405,8 +411,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         type=architectures,
-        default=ARCHS,
-        help=f"architectures, comma separated, of {', '.join(map(str, ARCHS))} (default: all)",
+        default=known_archs(),
+        help=f"architectures, comma separated, of {', '.join(map(str, known_archs()))} (default: "
+        "all)",
     )
     parser.add_argument(
         "--kernel", default="", help="only entries whose label matches this regular expression"

@@ -1,7 +1,7 @@
 """What every kernel file shares: launching, the facts about a device, and small jit helpers.
 
-Nothing here knows an operation. Kernel files import this module and `_configs`, and nothing else of
-the package.
+Nothing here knows an operation. Kernel files import this module, `_arch` and `_tuned`, and nothing
+else of the package.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from equiseg_fast.kernels._arch import INTERPRETER
 
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 """True when kernels run in Triton's interpreter. Read once: `triton.jit` decides at decoration."""
@@ -61,10 +63,10 @@ def launch(
 
 @functools.cache
 def device_facts(device: torch.device) -> tuple[int, int]:
-    """(architecture, multiprocessors) of the device of a tensor, for example (90, 132); (0, 8)
-    when interpreting."""
+    """(architecture, number of SMs) of the device of a tensor, for example (90, 132); (0, 8) when
+    interpreting."""
     if INTERPRET or device.type != "cuda":
-        return 0, 8
+        return INTERPRETER, 8
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
@@ -209,7 +211,7 @@ def load_tile(
 ):
     """The tile `p[o_row, o_col]` with unit column stride, zero where a wanted mask is false.
 
-    A mask that is not wanted is not applied at all: an all-true mask still costs predicates in a
+    An unwanted mask is not applied at all: one that is true everywhere still costs predicates in a
     hot loop.
     """
     p_tile = p + o_row[:, None] * stride + o_col[None, :]
@@ -222,6 +224,10 @@ def load_tile(
     else:
         b = tl.load(p_tile)
     return b
+
+
+SUMS_TILE = {"BLOCK_N": 128, "BLOCK_C": 32}
+"""Partial sums and channels that a program of `sum_partials_kernel` adds at a time."""
 
 
 @triton.jit(do_not_specialize=["n"])

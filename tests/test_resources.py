@@ -14,17 +14,11 @@ from pathlib import Path
 import pytest
 
 from benchmarks import resources
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import architecture
 
 needs_triton = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="compiling needs triton"
 )
-
-CONFIGS = {
-    "fwd": _configs.attention_fwd_config,
-    "dkdv": _configs.attention_dkdv_config,
-    "dq": _configs.attention_dq_config,
-}
 
 TABLE = Path(__file__).parent.parent / "benchmarks" / "results" / "resources" / "resources.json"
 HOT = r"attention_(fwd|bwd_dkdv|bwd_dq) bf16 D64 "
@@ -83,12 +77,12 @@ class TestCompiled:
 
     def test_may_be_shipped(self, table: list[resources.Resources]) -> None:
         """Compiles, no spills, within shared memory, on the tensor cores of the architecture."""
-        assert {r.arch for r in table} == set(resources.ARCHS)
+        assert {r.arch for r in table} == set(resources.known_archs())
         assert {f"sm_{r.arch} {r.label}": r.problems() for r in table if r.problems()} == {}
         # sm_86 runs what sm_80 runs, with the shared memory of sm_89.
-        assert max(r.shared for r in table if r.arch == 80) <= resources.SHARED_LIMIT[89]
+        assert max(r.shared for r in table if r.arch == 80) <= architecture(89).shared_limit
 
-    @pytest.mark.parametrize("arch", resources.ARCHS)
+    @pytest.mark.parametrize("arch", resources.known_archs())
     def test_odd_widths_are_there(self, table: list[resources.Resources], arch: int) -> None:
         """Of every kernel, in half precision and in fp32; what has no entry may spill unseen."""
         found = [r for r in table if r.arch == arch]
@@ -312,67 +306,3 @@ class TestTool:
         listed, last = capsys.readouterr().out.splitlines()
         assert listed.startswith("sm_90 add_layer_norm_fwd bf16 C64 ")
         assert last == "1 entries; nothing was compiled"
-
-
-class TestConfigs:
-    @pytest.mark.parametrize("choose", CONFIGS.values(), ids=CONFIGS)
-    @pytest.mark.parametrize("arch", [_configs.INTERPRETER, 80, 86, 89, 90, 100, 103, 120])
-    def test_tiles_are_powers_of_two(self, choose, arch: int) -> None:
-        widths = (*_configs.HEAD_DIMS, 1, 33, 40, 127)
-        for precision, head_dim in itertools.product(_configs.PRECISIONS, widths):
-            config = choose(arch, precision, head_dim)
-            assert config == choose(arch, precision, head_dim)
-            for size in (config.block_m, config.block_n, config.num_warps):
-                assert size.bit_count() == 1, config
-            # tl.dot wants 16 at least on every side.
-            assert min(config.block_m, config.block_n) >= 16, config
-            assert 1 <= config.num_stages <= 4
-
-    @pytest.mark.parametrize("head_dim", range(1, 129))
-    def test_head_dims_are_padded_to_the_next_tile(self, head_dim: int) -> None:
-        padded = _configs.padded_head_dim(head_dim)
-        assert padded in _configs.HEAD_DIMS
-        assert padded >= head_dim
-        assert padded == 16 or padded < 2 * head_dim
-
-    @pytest.mark.parametrize("head_dim", [0, 129])
-    def test_head_dims_out_of_range(self, head_dim: int) -> None:
-        with pytest.raises(ValueError, match=f"between 1 and 128, got {head_dim}"):
-            _configs.padded_head_dim(head_dim)
-
-    @pytest.mark.parametrize("arch", resources.ARCHS)
-    def test_odd_widths_have_smaller_tiles(self, arch: int) -> None:
-        """And whole ones the same whatever was done for odd ones."""
-        for whole, odd in ((64, 63), (128, 127)):
-            tiles = [_configs.query_hub_dx_config(arch, 2, c) for c in (whole, odd)]
-            assert tiles[1].block_l * tiles[1].block_c < tiles[0].block_l * tiles[0].block_c
-            rows = [_configs.norm_bwd_config(arch, 2, c) for c in (whole, odd)]
-            assert rows[1].block_l < rows[0].block_l
-        assert _configs.attention_width(40) == 40
-        assert _configs.attention_width(48) == 64
-        for precision in _configs.PRECISIONS:
-            assert _configs.attention_fwd_config(arch, precision, 33).lean
-
-    def test_precision_class(self) -> None:
-        assert _configs.precision_class(2, allow_tf32=True) == _configs.HALF
-        assert _configs.precision_class(4, allow_tf32=True) == _configs.TF32
-        assert _configs.precision_class(4, allow_tf32=False) == _configs.IEEE
-
-    @pytest.mark.parametrize("processors", [1, 8, 132])
-    @pytest.mark.parametrize("programs", [1, 2, 16, 64, 131, 132, 133, 1000])
-    @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7, 64, 100, 1024, 4099])
-    def test_splits_cover_all_queries(self, programs: int, blocks: int, processors: int) -> None:
-        splits, chunk = _configs.query_splits(programs, blocks, processors)
-        assert (splits, chunk) == _configs.query_splits(programs, blocks, processors)
-        assert 1 <= splits <= 64
-        assert (splits - 1) * chunk < blocks <= splits * chunk
-
-    def test_splits_fill_the_device(self) -> None:
-        """Stage 1 of MiT at 1024 x 1024, batch 2, 4 modalities: 64 programs, 1024 query blocks."""
-        splits, _ = _configs.query_splits(64, 1024, 132)
-        assert splits > 1
-        waves = 64 * splits / 132
-        assert waves / -(-64 * splits // 132) > 0.9
-
-    def test_no_splits_without_need(self) -> None:
-        assert _configs.query_splits(132 * 8, 1024, 132)[0] == 1
