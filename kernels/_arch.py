@@ -136,7 +136,11 @@ class Tile:
         return {name: value for name, value in found.items() if value is not None}
 
     def blocks(self) -> dict[str, int]:
-        """The constexprs for the sizes of the tile."""
+        """The constexprs for the sizes of the tile. Callers must not modify the dictionary."""
+        return self._blocks
+
+    @functools.cached_property  # every launch asks
+    def _blocks(self) -> dict[str, int]:
         return {n.upper(): v for n, v in self.settings().items() if n.startswith("block_")}
 
     def launch(self) -> dict[str, int]:

@@ -72,7 +72,7 @@ def device_facts(device: torch.device) -> tuple[int, int]:
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. That of Triton also takes values of kernels, ten times as slowly."""
+    """a / b, rounded up. Triton's own also takes values inside kernels and is ten times slower."""
     return -(-a // b)
 
 
@@ -88,7 +88,7 @@ def empty_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a contiguous copy if its last stride is not 1, which all kernels assume, or if only
-    its place in memory keeps rows of whole vectors from being read as vectors.
+    its alignment keeps rows of whole vectors from being loaded as vectors.
 
     Another kernel would be compiled for that, which takes more registers than there are and is
     slower than copying.
@@ -159,13 +159,14 @@ def offline_entry(
     dots: str = "none",
     scores: int = 0,
     max_registers: int | None = None,
+    floats: Collection[str] = (),
     aligned: Collection[str] | None = None,
 ) -> OfflineEntry:
-    """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
+    """The entry of a kernel that takes pointers, floats (fp32), integers and constexprs.
 
-    `pointers` maps arguments to dtypes and may name more than the kernel has. `aligned` names the
-    pointers and integers that are multiples of 16: all that the kernel specialises by default, none
-    (or few) with odd widths.
+    `pointers` maps arguments to dtypes; it and `floats` may name more than the kernel has. What
+    neither names is an integer. `aligned` names the pointers and integers that are multiples of 16:
+    all that the kernel specialises by default, none (or few) with odd widths.
     """
     types = {}
     for parameter in kernel.params:
@@ -175,7 +176,7 @@ def offline_entry(
         elif name in pointers:
             types[name] = "*" + pointers[name]
         else:
-            types[name] = "fp32" if name.startswith("scale") else "i32"
+            types[name] = "fp32" if name in floats else "i32"
     wanted = {name for name, kind in types.items() if kind == "constexpr"}
     if wanted != set(constexprs):
         # On a GPU the launch would fail in the same way; the interpreter does not look.

@@ -81,7 +81,7 @@ def _current() -> _Choices:
 
 remembered = functools.lru_cache(256)
 """For functions of numbers that run before every launch, with other numbers only where a shape is
-another. Nobody may change what they return."""
+another. Callers must not modify what they return."""
 
 
 def tunable(choose: _Choose) -> _Choose:

@@ -107,10 +107,10 @@ def _load_channels(p, o_c, C, PAD_C: tl.constexpr):
 @triton.jit(do_not_specialize=["L"])
 def _add_layer_norm_fwd_kernel(
     p_x, p_update, p_w, p_b, p_total, p_normed, p_mean, p_rstd,
-    stride_x, stride_u, L, C, scale_c, scale_eps,
+    stride_x, stride_u, L, C, inverse_c, eps,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, PAD_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows,); scale_c is 1 / C, scale_eps is eps itself."""
+    """Grid (blocks of rows,); inverse_c is 1 / C."""
     i_l = tl.program_id(0).to(tl.int64) * BLOCK_L
     o_l, o_c = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_C)
     m_l = o_l < L - i_l
@@ -129,7 +129,7 @@ def _add_layer_norm_fwd_kernel(
     b_d = b_t - b_mean[:, None]
     if PAD_C:
         b_d = tl.where((o_c < C)[None, :], b_d, 0.0)
-    b_rstd = tl.math.rsqrt(tl.sum(b_d * b_d, 1) * scale_c + scale_eps)
+    b_rstd = tl.math.rsqrt(tl.sum(b_d * b_d, 1) * inverse_c + eps)
     tl.store(p_mean + i_l + o_l, b_mean, mask=m_l)
     tl.store(p_rstd + i_l + o_l, b_rstd, mask=m_l)
     b_y = b_d * b_rstd[:, None] * _load_channels(p_w, o_c, C, PAD_C)
@@ -140,11 +140,11 @@ def _add_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["L", "chunk"])
 def _add_layer_norm_bwd_kernel(
     p_dtotal, p_dnormed, p_total, p_w, p_mean, p_rstd, p_dx, p_sums,
-    stride_dt, stride_dn, L, C, chunk, scale_c,
+    stride_dt, stride_dn, L, C, chunk, inverse_c,
     HAS_DTOTAL: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, PAD_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of rows,), sums [chunks, 2, C] (weight, bias); scale_c is 1 / C."""
+    """Grid (chunks of rows,), sums [chunks, 2, C] (weight, bias); inverse_c is 1 / C."""
     i_s = tl.program_id(0).to(tl.int64)
     i_start = i_s * chunk
     rows = tl.minimum(L - i_start, chunk).to(tl.int32)
@@ -179,8 +179,8 @@ def _add_layer_norm_bwd_kernel(
             if HAS_DTOTAL:
                 # In flight while the sums over channels are taken.
                 b_dt = tl.load(p_dtotal + o_dt, mask=m, other=0.0)
-            b_first = tl.sum(b_g, 1) * scale_c
-            b_second = tl.sum(b_g * b_xhat, 1) * scale_c
+            b_first = tl.sum(b_g, 1) * inverse_c
+            b_second = tl.sum(b_g * b_xhat, 1) * inverse_c
             b_dx = (b_g - b_first[:, None] - b_xhat * b_second[:, None]) * b_rstd[:, None]
             if HAS_DTOTAL:
                 b_dx += b_dt.to(tl.float32)
@@ -312,6 +312,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     """
     names = ("x", "update", "w", "b", "total", "normed", "dtotal", "dnormed", "dx", "dw", "db")
     statistics = dict.fromkeys(("p_mean", "p_rstd", "p_sums"), "fp32")
+    floats = ("eps", "inverse_c")
     flags = ("HAS_DTOTAL", "NEEDS_DX", "NEEDS_SUMS")
     for dtype, itemsize, widths, aligned in _OFFLINE:
         types = {f"p_{name}": dtype for name in names} | statistics
@@ -320,7 +321,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             tile = norm_fwd_config(arch, channels)
             yield offline_entry(
                 _add_layer_norm_fwd_kernel, case, types, _constexprs(tile, channels),
-                **tile.launch(), aligned=aligned,
+                **tile.launch(), floats=floats, aligned=aligned,
             )  # fmt: skip
             tile = norm_bwd_config(arch, itemsize, channels)
             for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
@@ -328,7 +329,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     _add_layer_norm_bwd_kernel, f"{case} without {left_out}" if left_out else case,
                     types,
                     _constexprs(tile, channels) | {flag: flag != left_out for flag in flags},
-                    **tile.launch(), max_registers=BWD_REGISTERS, aligned=aligned,
+                    **tile.launch(), max_registers=BWD_REGISTERS, floats=floats, aligned=aligned,
                 )  # fmt: skip
         blocks = {"TAPS": 1, **SUMS_TILE}
         yield offline_entry(

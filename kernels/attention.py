@@ -667,8 +667,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
                     _constexprs(kernel, head_dim, precision, tile), **tile.launch(),
-                    dots=_dots(kernel, arch, precision, tile), aligned=aligned,
-                    scores=tile.block_m * tile.block_n,
+                    dots=_dots(kernel, arch, precision, tile), scores=tile.block_m * tile.block_n,
+                    floats=("scale", "scale_log2"), aligned=aligned,
                 )  # fmt: skip
             if precision == TF32:
                 continue  # what follows has no products

@@ -86,7 +86,7 @@ CLASS_MEANS_TILE = {"BLOCK_S": 16, "BLOCK": 128}
 
 @tunable
 def class_gather_config(arch: int, channels: int) -> Tile:
-    """Tiles of the kernel that hands the gradients of prototypes to their tokens."""
+    """Tiles of the kernel that gives every token the gradient of the prototype of its class."""
     if arch == INTERPRETER:
         return Tile(block_l=128, block_c=64, num_warps=4)
     block_c = channel_block(channels, largest=128)
@@ -177,7 +177,7 @@ def _class_means_kernel(
 ):  # fmt: skip
     """Sums [chunks, size] and counts [chunks, classes] to means, size = M * classes * C.
 
-    Here classes = B * K: those of every image are its own.
+    Here classes = B * K: every image has its own.
     """
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_class = o // C % classes

@@ -15,7 +15,7 @@ would compute du at all columns of a tap: that costs more instructions than two 
 
 Rolling rows. A program walks down a strip of BLOCK_W columns and BLOCK_C channels. Every row is
 loaded once (and shifted by a column to the left and right: the cache serves two of three loads) and
-added to three rows of u, of which only the two unfinished ones are kept. The next row is on its way
+added to three rows of u, of which only the two unfinished ones are kept. The next row is in flight
 while one is computed, since registers for nine taps leave few warps to hide its latency. The
 backward keeps two rows of x instead, as the gradient of the weight needs them.
 

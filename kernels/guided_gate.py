@@ -117,13 +117,13 @@ def _tile_position(n_l, n_c, chunk, BLOCK_C: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "B", "L", "chunk"])
 def _guided_gate_fwd_kernel(
     p_x, p_logits, p_present, p_branches, p_fused,
-    stride_xm, stride_xb, stride_xl, M, B, L, C, chunk, scale_rho,
+    stride_xm, stride_xb, stride_xl, M, B, L, C, chunk, rho,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HAS_PRESENT: tl.constexpr,
 ):  # fmt: skip
     i_b, _, i_start, o_c = _tile_position(tl.cdiv(L, chunk), tl.cdiv(C, BLOCK_C), chunk, BLOCK_C)
     o_m, o_l = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_L)
     m_m, b_number, b_g = _gate_weights(p_logits, p_present, i_b, B, C, M, o_m, o_c, HAS_PRESENT)
-    b_factor = 1.0 + scale_rho * (b_number * b_g - 1.0)
+    b_factor = 1.0 + rho * (b_number * b_g - 1.0)
     m_c = (o_c < C)[None, None, :]
     o_x = (o_m * stride_xm)[:, None, None] + (o_l * stride_xl)[None, :, None] + o_c[None, None, :]
     o_branch = (o_m * B * L * C)[:, None, None] + (o_l * C)[None, :, None] + o_c[None, None, :]
@@ -149,7 +149,7 @@ def _guided_gate_fwd_kernel(
 def _guided_gate_bwd_kernel(
     p_x, p_logits, p_present, p_dbranches, p_dfused, p_dx, p_partial,
     stride_xm, stride_xb, stride_xl, stride_gm, stride_gb, stride_gl, stride_fb, stride_fl,
-    M, B, L, C, chunk, scale_rho,
+    M, B, L, C, chunk, rho,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HAS_PRESENT: tl.constexpr,
     HAS_DBRANCHES: tl.constexpr, HAS_DFUSED: tl.constexpr,
     NEEDS_DX: tl.constexpr, NEEDS_DLOGITS: tl.constexpr,
@@ -158,8 +158,8 @@ def _guided_gate_bwd_kernel(
     i_b, i_s, i_start, o_c = _tile_position(tl.cdiv(L, chunk), tl.cdiv(C, BLOCK_C), chunk, BLOCK_C)
     o_m, o_l = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_L)
     m_m, b_number, b_g = _gate_weights(p_logits, p_present, i_b, B, C, M, o_m, o_c, HAS_PRESENT)
-    b_factor = 1.0 + scale_rho * (b_number * b_g - 1.0)
-    b_gain = scale_rho * b_number
+    b_factor = 1.0 + rho * (b_number * b_g - 1.0)
+    b_gain = rho * b_number
     m_c = (o_c < C)[None, None, :]
     o_lc = o_c[None, None, :]
     o_x = (o_m * stride_xm)[:, None, None] + (o_l * stride_xl)[None, :, None] + o_lc
@@ -342,8 +342,9 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         tile = guided_gate_fwd_config(arch, itemsize, modalities, channels)
         constexprs = _constexprs(tile, modalities, has_present)
         yield offline_entry(
-            _guided_gate_fwd_kernel, case, pointers, constexprs, **tile.launch(), aligned=aligned
-        )
+            _guided_gate_fwd_kernel, case, pointers, constexprs, **tile.launch(), floats=("rho",),
+            aligned=aligned,
+        )  # fmt: skip
         tile = guided_gate_bwd_config(arch, modalities, channels)
         constexprs = _constexprs(tile, modalities, has_present)
         shown = (dtype, modalities, channels, has_present) == ("bf16", 4, 64, False)
@@ -351,7 +352,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             kind = f"{case} without {left_out}" if left_out else case
             wanted = constexprs | {flag: flag != left_out for flag in flags}
             yield offline_entry(
-                _guided_gate_bwd_kernel, kind, pointers, wanted, **tile.launch(), aligned=aligned,
+                _guided_gate_bwd_kernel, kind, pointers, wanted, **tile.launch(), floats=("rho",),
+                aligned=aligned,
             )  # fmt: skip
     for modalities, has_present, aligned in (
         *itertools.product((1, 2, 4, 8), (False, True), (None,)), (8, True, ()),

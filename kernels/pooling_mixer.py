@@ -11,7 +11,7 @@ would compute y again on a border of 5 pixels around every tile, 49 multiplicati
 than two passes over memory. Outside the image y does not exist, it is not the convolution of the
 padding, so the two operators cannot be merged into one filter either.
 
-Both walk down a strip of rows with sums in the making in registers: a new row adds its share to
+Both walk down a strip of rows with partial sums in registers: a new row adds its share to
 every output row it reaches, the oldest of them is complete and stored. A pool sums a row over
 nested windows of 3, 7, 11 columns, then rows: 10 + 21 additions where windows have 9 + 49 + 121
 pixels. No running sum ever subtracts, hence no cancellation, and a NaN stays in its windows.
@@ -75,7 +75,7 @@ def pooling_mixer_conv_config(arch: int, channels: int) -> Tile:
 
 @tunable
 def pooling_mixer_pool_config(arch: int, channels: int) -> Tile:
-    """Tiles of the pools: 24 sums in the making; four elements a thread make loads of 16 bytes."""
+    """Tiles of the pools: 24 partial sums; four elements a thread make loads of 16 bytes."""
     return _mixer_tile(arch, channels, 512)
 
 
@@ -99,7 +99,7 @@ _STRIP_OVERHEAD = 8
 
 @remembered
 def pooling_mixer_rows(arch: int, columns: int, height: int, half: int, num_sms: int) -> int:
-    """The rows of a strip of an image of `height` rows, where `columns` programs work abreast.
+    """The rows of a strip of an image of `height` rows, where `columns` programs run side by side.
 
     A strip also walks through the `half` rows before and after it: long strips waste less, short
     ones fill the device. The estimate is waves times (rows walked + fixed cost of a program).
@@ -234,7 +234,7 @@ def _weighted_sum(b_tiles, b_weights):
 
 @triton.jit
 def _add_row(b_sums, b_row, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The sums in the making after a row that reaches those from FIRST to LAST, which is new."""
+    """The partial sums after a row that reaches those from FIRST to LAST, which is new."""
     b_result = b_sums[:FIRST]
     for j in tl.static_range(FIRST, LAST):
         b_result += (b_sums[j] + b_row,)

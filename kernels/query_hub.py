@@ -9,7 +9,7 @@ convolution followed by a 1x1 convolution to one channel, is linear: it comes me
 
 One pass serves every primary: out_i is the largest t, or the second largest where i itself holds
 the largest. A byte per token and channel (winner in the low half, runner-up in the high half, 15
-for nobody) is the whole memory of the maximum. Comparisons see fp32 values before rounding, in
+for none) is all that is kept of the maximum. Comparisons see fp32 values before rounding, in
 ascending order of the modalities and strictly: a tie belongs to the lowest one. NaN counts as the
 largest, so that it propagates.
 
@@ -121,7 +121,7 @@ def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Tile:
     if arch == INTERPRETER:
         return Tile(block_l=128, block_c=128, num_warps=4)
     block_c = channel_block(channels)
-    # For sm_80 and its like the compiler spills even with half of the other tiles.
+    # Before sm_90 the compiler spills even with half of the other tiles.
     halves = 2 if is_odd(channels) and architecture(arch).number < 90 else 1
     return Tile(
         block_l=_elements(channels) // halves // block_c,

@@ -392,5 +392,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     kernel, f"{dtype} {labels} K{tile.block_k} M{tile.block_m}", pointers,
                     tile.blocks(), **tile.launch(), scores=tile.block_m * tile.block_k,
-                    aligned=aligned,
+                    floats=("scale_y", "scale_x"), aligned=aligned,
                 )  # fmt: skip

@@ -110,6 +110,20 @@ class TestFile:
         with pytest.raises(ValueError, match=r"t\.json is none \(FileNotFoundError: No such"):
             _tuned.read(tmp_path / "t.json")
 
+    def test_without_triton(self, tmp_path: Path) -> None:
+        """Only kernels know what may be tuned."""
+        path = write(tmp_path / "t.json", ENTRY)
+        code = (
+            "import sys; sys.modules['triton'] = None;"
+            "import pathlib; from equiseg_fast.kernels import _tuned;"
+            f"_tuned.read(pathlib.Path({str(path)!r}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=_environment(), text=True, capture_output=True
+        )
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ValueError: t.json is of no use without triton: ")
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
