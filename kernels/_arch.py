@@ -23,13 +23,16 @@ INTERPRETER = 0
 
 KIB = 1024
 
+LEAST_PRODUCT = 16
+"""Terms of a sum of products on tensor cores, and rows of mma.sync; Triton refuses fewer."""
+
 
 @dataclass(frozen=True)
 class Architecture:
     """What is the same for all GPUs from `sm_<since>` up to the next row; `number` is compiled for.
 
     `tensor_core` is the instruction family of matrix products, `shared_limit` the bytes of shared
-    memory that a program can have.
+    memory that a program can have on any of them.
 
     `spills_for_occupancy`: where kernels need many registers, the compiler spills rather than lower
     occupancy, unless it is told how many they may take. It does so with 1536 threads per SM instead
@@ -54,21 +57,18 @@ class Architecture:
 
     @property
     def least_rows(self) -> int:
-        """Rows of the smallest product of the tensor cores; of fewer, mma.sync computes it."""
+        """The fewest rows of a product by `tensor_core`; smaller ones are left to mma.sync."""
         return LEAST_PRODUCT if self.tensor_core == "mma.sync" else 64
 
 
 ARCHITECTURES = (
-    Architecture(80, 80, "mma.sync", 163 * KIB, False),
-    Architecture(89, 86, "mma.sync", 99 * KIB, True),
-    Architecture(90, 90, "wgmma", 227 * KIB, False),
-    Architecture(100, 100, "tcgen05", 227 * KIB, True),
-    Architecture(120, 120, "mma.sync", 99 * KIB, True),
+    Architecture(80, 80, "mma.sync", 163 * KIB, False),  # A100
+    Architecture(89, 86, "mma.sync", 99 * KIB, True),  # GeForce RTX 30 and 40, A10, L40S
+    Architecture(90, 90, "wgmma", 227 * KIB, False),  # H100, H200
+    Architecture(100, 100, "tcgen05", 227 * KIB, True),  # B200, B300
+    Architecture(120, 120, "mma.sync", 99 * KIB, True),  # GeForce RTX 50
 )
 """In ascending order."""
-
-LEAST_PRODUCT = 16
-"""Terms of a sum of products on tensor cores, and rows of mma.sync; Triton refuses fewer."""
 
 
 @functools.cache

@@ -638,9 +638,9 @@ _OFFLINE = (
 
 
 def _dots(kernel: Any, arch: int, precision: str, tile: Tile) -> str:
-    """What multiplies: fewer than 64 rows, the keys for dK and dV, are too few for wgmma."""
+    """What multiplies: few rows (for dK and dV the keys) are left to mma.sync."""
     rows = tile.block_n if kernel is _attention_bwd_dkdv_kernel else tile.block_m
-    if rows < 64 and precision != IEEE and not architecture(arch).operands_in_registers:
+    if precision != IEEE and rows < architecture(arch).least_rows:
         return "mma.sync"
     return precision
 
