@@ -1,7 +1,7 @@
 """What every kernel file shares: launching, the facts about a device, and small jit helpers.
 
-Nothing here knows an operation. Kernel files import this module and `_configs`, and nothing else of
-the package.
+Nothing here knows an operation. Kernel files import this module, `_arch` and `_tuned`, and nothing
+else of the package.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
+
+from equiseg_fast.kernels._arch import INTERPRETER
 
 INTERPRET: bool = bool(triton.knobs.runtime.interpret)
 """True when kernels run in Triton's interpreter. Read once: `triton.jit` decides at decoration."""
@@ -61,16 +63,16 @@ def launch(
 
 @functools.cache
 def device_facts(device: torch.device) -> tuple[int, int]:
-    """(architecture, multiprocessors) of the device of a tensor, for example (90, 132); (0, 8)
-    when interpreting."""
+    """(architecture, number of SMs) of the device of a tensor, for example (90, 132); (0, 8) when
+    interpreting."""
     if INTERPRET or device.type != "cuda":
-        return 0, 8
+        return INTERPRETER, 8
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def cdiv(a: int, b: int) -> int:
-    """a / b, rounded up. That of Triton also takes values of kernels, ten times as slowly."""
+    """a / b, rounded up. Triton's own also takes values inside kernels and is ten times slower."""
     return -(-a // b)
 
 
@@ -86,7 +88,7 @@ def empty_gradient(x: torch.Tensor, needed: bool) -> torch.Tensor:
 
 def last_dim_contiguous(x: torch.Tensor) -> torch.Tensor:
     """`x`, or a contiguous copy if its last stride is not 1, which all kernels assume, or if only
-    its place in memory keeps rows of whole vectors from being read as vectors.
+    its alignment keeps rows of whole vectors from being loaded as vectors.
 
     Another kernel would be compiled for that, which takes more registers than there are and is
     slower than copying.
@@ -157,13 +159,14 @@ def offline_entry(
     dots: str = "none",
     scores: int = 0,
     max_registers: int | None = None,
+    floats: Collection[str] = (),
     aligned: Collection[str] | None = None,
 ) -> OfflineEntry:
-    """The entry of a kernel that takes pointers, scales (`scale*`, fp32), integers and constexprs.
+    """The entry of a kernel that takes pointers, floats (fp32), integers and constexprs.
 
-    `pointers` maps arguments to dtypes and may name more than the kernel has. `aligned` names the
-    pointers and integers that are multiples of 16: all that the kernel specialises by default, none
-    (or few) with odd widths.
+    `pointers` maps arguments to dtypes; it and `floats` may name more than the kernel has. What
+    neither names is an integer. `aligned` names the pointers and integers that are multiples of 16:
+    all that the kernel specialises by default, none (or few) with odd widths.
     """
     types = {}
     for parameter in kernel.params:
@@ -173,7 +176,7 @@ def offline_entry(
         elif name in pointers:
             types[name] = "*" + pointers[name]
         else:
-            types[name] = "fp32" if name.startswith("scale") else "i32"
+            types[name] = "fp32" if name in floats else "i32"
     wanted = {name for name, kind in types.items() if kind == "constexpr"}
     if wanted != set(constexprs):
         # On a GPU the launch would fail in the same way; the interpreter does not look.
@@ -209,7 +212,7 @@ def load_tile(
 ):
     """The tile `p[o_row, o_col]` with unit column stride, zero where a wanted mask is false.
 
-    A mask that is not wanted is not applied at all: an all-true mask still costs predicates in a
+    An unwanted mask is not applied at all: one that is true everywhere still costs predicates in a
     hot loop.
     """
     p_tile = p + o_row[:, None] * stride + o_col[None, :]
@@ -222,6 +225,10 @@ def load_tile(
     else:
         b = tl.load(p_tile)
     return b
+
+
+SUMS_TILE = {"BLOCK_N": 128, "BLOCK_C": 32}
+"""Partial sums and channels that a program of `sum_partials_kernel` adds at a time."""
 
 
 @triton.jit(do_not_specialize=["n"])

@@ -1,10 +1,10 @@
 """Launch configurations that a search found to be faster, from a file; none unless asked for.
 
-Pure Python, no Triton. Such a file replaces choices of the functions in `_configs` for some of
-their arguments: architecture, precision, channels, but never the size of an image or a batch, so
-that what it says holds for all of them. `python -m benchmarks tune` writes one; people read it
-before they use it, by naming it in the environment variable EQUISEG_FAST_TUNED or with `use`. The
-same file and the same input give the same bits.
+Pure Python, no Triton. Such a file replaces choices of the `*_config` functions of the kernel files
+for some of their arguments: architecture, precision, channels, but never the size of an image or a
+batch, so that what it says holds for all of them. `python -m benchmarks tune` writes one; people
+read it before they use it, by naming it in the environment variable EQUISEG_FAST_TUNED or with
+`use`. The same file and the same input give the same bits.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import importlib
 import inspect
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
+
+from equiseg_fast.kernels._arch import INTERPRETER, ITEMSIZES, PRECISIONS, Tile
 
 VARIABLE = "EQUISEG_FAST_TUNED"
 SCHEMA = 1
@@ -28,24 +30,38 @@ LARGEST_TILE = 2**20
 """Elements; Triton has none that are larger."""
 
 Key = tuple[str, tuple[Any, ...]]
-"""Name of a function in `_configs` and its arguments."""
-Table = Mapping[Key, Any]
-_Choose = TypeVar("_Choose", bound=Callable[..., Any])
+"""Name of a `*_config` function and its arguments."""
+Table = Mapping[Key, Tile]
+_Choose = TypeVar("_Choose", bound=Callable[..., Tile])
 
-_functions: dict[str, Callable[..., Any]] = {}
+ARGUMENTS: dict[str, tuple[str, Callable[[Any], bool]]] = {
+    "arch": (
+        "0 for the interpreter, or 10 * major + minor of a compute capability from 8.0 on",
+        lambda x: x == INTERPRETER or x >= 80,
+    ),
+    "precision": (f"one of {', '.join(PRECISIONS)}", lambda x: x in PRECISIONS),
+    "itemsize": (" or ".join(map(str, ITEMSIZES)), lambda x: x in ITEMSIZES),
+    **dict.fromkeys(
+        ("channels", "classes", "num_classes", "modalities"),
+        ("a positive integer", lambda x: x > 0),
+    ),
+}
+"""What arguments of the functions may be, in words and as a test; `attention` adds its own."""
+
+_functions: dict[str, Callable[..., Tile]] = {}
 _least: dict[str, Callable[..., Mapping[str, int]]] = {}
 
 
 class _Choices:
     """A table, and what was chosen while it was in use: most calls repeat an earlier one.
 
-    What is chosen depends on the table also where it says nothing, as functions in `_configs` call
-    one another. The size of an image or a batch is no argument, so there are few different calls.
+    What is chosen depends on the table also where it says nothing, as the functions call one
+    another. The size of an image or a batch is no argument, so there are few different calls.
     """
 
     def __init__(self, table: Table) -> None:
         self.table = table
-        self.made: dict[Key, Any] = {}
+        self.made: dict[Key, Tile] = {}
 
 
 # Of the process, not of a context: the backward of a GPU runs on a thread of its own.
@@ -65,11 +81,14 @@ def _current() -> _Choices:
 
 remembered = functools.lru_cache(256)
 """For functions of numbers that run before every launch, with other numbers only where a shape is
-another. Nobody may change what they return."""
+another. Callers must not modify what they return."""
 
 
 def tunable(choose: _Choose) -> _Choose:
-    """Let the table in use decide first; `choose` takes its arguments by position."""
+    """Let the table in use decide first; `choose` takes its arguments by position.
+
+    Raises ValueError for an argument that is none of `ARGUMENTS`, such as an itemsize of 1.
+    """
     name = choose.__name__
     _functions[name] = choose
 
@@ -78,6 +97,7 @@ def tunable(choose: _Choose) -> _Choose:
         choices, key = _current(), (name, arguments)
         config = choices.made.get(key)
         if config is None:
+            check_arguments(name, arguments)
             config = choices.table.get(key)
             if config is None:
                 config = choose(*arguments)
@@ -100,7 +120,16 @@ def at_least(least: Callable[..., Mapping[str, int]]) -> Callable[[_Choose], _Ch
     return named
 
 
-def default(key: Key) -> Any:
+def check_arguments(function: str, arguments: Sequence[Any]) -> None:
+    """Raises ValueError naming the argument that is not what it has to be."""
+    names = inspect.signature(_functions[function]).parameters
+    for name, value in zip(names, arguments, strict=False):
+        allowed, fits = ARGUMENTS[name]
+        if type(value) is not (str if name == "precision" else int) or not fits(value):
+            raise ValueError(f"{name} of {function} must be {allowed}; got {value!r}")
+
+
+def default(key: Key) -> Tile:
     """What is launched without any table."""
     name, arguments = key
     with use({}):  # functions call one another, also while the file that decides is being read
@@ -130,27 +159,27 @@ def check(key: Key, config: Any) -> None:
     with this configuration and is right with it."""
     name, arguments = key
     what = f"{name}{list(arguments)}"
-    expected = _functions[name].__annotations__["return"]
-    if type(config).__name__ != expected:
-        raise TypeError(f"{what} must be a {expected}; got {config!r}")
+    known = default(key).settings()
+    if type(config) is not Tile or not config.settings().keys() <= known.keys():
+        raise TypeError(f"{what} must be a tile with {', '.join(known)}; got {config!r}")
     least = _least[name](*arguments) if name in _least else {}
     tile = 1
-    for field in fields(config):
-        name, value = field.name, getattr(config, field.name)
+    for field in known:
+        value = getattr(config, field)
         whole = type(value) is int and value > 0
-        if field.type == "bool":
+        if type(known[field]) is bool:
             allowed, fits = "a bool", type(value) is bool
-        elif name == "num_warps":
+        elif field == "num_warps":
             allowed, fits = f"one of {', '.join(map(str, WARPS))}", whole and value in WARPS
-        elif name.startswith("block_"):
+        elif field.startswith("block_"):
             allowed, fits = "a power of two", whole and value.bit_count() == 1
             tile *= value if fits else 1
         else:
             allowed, fits = "a positive integer", whole
         if not fits:
-            raise ValueError(f"{what}: {name} must be {allowed}; got {value!r}")
-        if name in least and value < least[name]:
-            raise ValueError(f"{what}: {name} must be at least {least[name]}; got {value}")
+            raise ValueError(f"{what}: {field} must be {allowed}; got {value!r}")
+        if field in least and value < least[field]:
+            raise ValueError(f"{what}: {field} must be at least {least[field]}; got {value}")
     if tile > LARGEST_TILE:
         raise ValueError(f"{what}: blocks must hold at most {LARGEST_TILE} elements; got {tile}")
 
@@ -158,12 +187,14 @@ def check(key: Key, config: Any) -> None:
 _check_once = functools.lru_cache(check)
 
 
-def read(path: Path) -> dict[Key, Any]:
+def read(path: Path) -> dict[Key, Tile]:
     """The table of a file. Raises ValueError naming the file, and the entry and field that are
-    wrong."""
-    table: dict[Key, Any] = {}
+    wrong, or that triton is not there."""
+    table: dict[Key, Tile] = {}
     places: dict[Key, int] = {}
-    for i, entry in enumerate(content(path)["configs"], start=1):
+    entries = content(path)["configs"]
+    _import_kernels(path)
+    for i, entry in enumerate(entries, start=1):
         try:
             key, config = _entry(entry)
             if key in table:
@@ -201,9 +232,16 @@ def _member(of: Any, name: str, kind: type, what: str) -> Any:
     return of[name]
 
 
-def _entry(entry: Any) -> tuple[Key, Any]:
-    # Only what is imported has said that it is tunable.
-    configs = importlib.import_module("equiseg_fast.kernels._configs")
+def _import_kernels(path: Path) -> None:
+    """Only what is imported has said that it is tunable."""
+    try:
+        for file in sorted(Path(__file__).parent.glob("[!_]*.py")):
+            importlib.import_module(f"equiseg_fast.kernels.{file.stem}")
+    except ImportError as error:
+        raise ValueError(f"{path.name} is of no use without triton: {error}") from error
+
+
+def _entry(entry: Any) -> tuple[Key, Tile]:
     name = _member(entry, "function", str, "it")
     arguments = _member(entry, "arguments", list, "it")
     changes = _member(entry, "config", dict, "it")
@@ -212,12 +250,10 @@ def _entry(entry: Any) -> tuple[Key, Any]:
     wanted = list(inspect.signature(_functions[name]).parameters)
     if len(arguments) != len(wanted):
         raise ValueError(f"arguments of {name} must be {wanted}; got {arguments}")
-    for argument, value in zip(wanted, arguments, strict=True):
-        if allowed := configs.argument_problem(argument, value):
-            raise ValueError(f"{argument} of {name} must be {allowed}; got {value!r}")
+    check_arguments(name, arguments)
     key = name, tuple(arguments)
     chosen = default(key)
-    known = [field.name for field in fields(chosen)]
+    known = chosen.settings()
     if unknown := [field for field in changes if field not in known]:
         raise ValueError(f"{name} has {', '.join(known)}; got {unknown[0]!r}")
     config = replace(chosen, **changes)

@@ -37,8 +37,9 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import Tile, is_odd, power_of_two, token_chunks
 from equiseg_fast.kernels._common import (
+    SUMS_TILE,
     OfflineEntry,
     cdiv,
     device_facts,
@@ -50,7 +51,38 @@ from equiseg_fast.kernels._common import (
     strides,
     sum_partials_kernel,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import at_least, remembered, tunable
+
+
+def _row_tile(channels: int, elements: int, num_warps: int) -> Tile:
+    """Whole rows; a row of more than `elements` gets more warps instead of more per thread."""
+    block_c = max(16, power_of_two(channels))
+    wide = max(1, block_c // elements)
+    return Tile(block_l=max(1, elements // block_c), block_c=block_c, num_warps=num_warps * wide)
+
+
+@tunable
+@at_least(lambda arch, channels: {"block_c": channels})
+def norm_fwd_config(arch: int, channels: int) -> Tile:
+    """Rows that a program adds and normalises: 16 elements of either input per thread, on any
+    architecture."""
+    return _row_tile(channels, 4096, 8)
+
+
+BWD_REGISTERS = 128
+"""Per thread of the backward. With four warps the SMs hold all programs that `token_chunks` makes
+at once; left alone the compiler takes more, or, for sm_100, spills rather than take more than
+96."""
+
+
+@tunable
+@at_least(lambda arch, itemsize, channels: {"block_c": channels})
+def norm_bwd_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Rows of one step of its backward; two sums per element stay in registers, on any
+    architecture."""
+    if is_odd(channels):
+        return _row_tile(channels, 512 if channels <= 512 else 1024, 4)
+    return _row_tile(channels, 2048 if itemsize == 2 else 1024, 4)
 
 
 @triton.jit
@@ -75,10 +107,10 @@ def _load_channels(p, o_c, C, PAD_C: tl.constexpr):
 @triton.jit(do_not_specialize=["L"])
 def _add_layer_norm_fwd_kernel(
     p_x, p_update, p_w, p_b, p_total, p_normed, p_mean, p_rstd,
-    stride_x, stride_u, L, C, scale_c, scale_eps,
+    stride_x, stride_u, L, C, inverse_c, eps,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, PAD_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (blocks of rows,); scale_c is 1 / C, scale_eps is eps itself."""
+    """Grid (blocks of rows,); inverse_c is 1 / C."""
     i_l = tl.program_id(0).to(tl.int64) * BLOCK_L
     o_l, o_c = tl.arange(0, BLOCK_L), tl.arange(0, BLOCK_C)
     m_l = o_l < L - i_l
@@ -97,7 +129,7 @@ def _add_layer_norm_fwd_kernel(
     b_d = b_t - b_mean[:, None]
     if PAD_C:
         b_d = tl.where((o_c < C)[None, :], b_d, 0.0)
-    b_rstd = tl.math.rsqrt(tl.sum(b_d * b_d, 1) * scale_c + scale_eps)
+    b_rstd = tl.math.rsqrt(tl.sum(b_d * b_d, 1) * inverse_c + eps)
     tl.store(p_mean + i_l + o_l, b_mean, mask=m_l)
     tl.store(p_rstd + i_l + o_l, b_rstd, mask=m_l)
     b_y = b_d * b_rstd[:, None] * _load_channels(p_w, o_c, C, PAD_C)
@@ -108,11 +140,11 @@ def _add_layer_norm_fwd_kernel(
 @triton.jit(do_not_specialize=["L", "chunk"])
 def _add_layer_norm_bwd_kernel(
     p_dtotal, p_dnormed, p_total, p_w, p_mean, p_rstd, p_dx, p_sums,
-    stride_dt, stride_dn, L, C, chunk, scale_c,
+    stride_dt, stride_dn, L, C, chunk, inverse_c,
     HAS_DTOTAL: tl.constexpr, NEEDS_DX: tl.constexpr, NEEDS_SUMS: tl.constexpr,
     BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, PAD_C: tl.constexpr,
 ):  # fmt: skip
-    """Grid (chunks of rows,), sums [chunks, 2, C] (weight, bias); scale_c is 1 / C."""
+    """Grid (chunks of rows,), sums [chunks, 2, C] (weight, bias); inverse_c is 1 / C."""
     i_s = tl.program_id(0).to(tl.int64)
     i_start = i_s * chunk
     rows = tl.minimum(L - i_start, chunk).to(tl.int32)
@@ -145,10 +177,10 @@ def _add_layer_norm_bwd_kernel(
         if NEEDS_DX:
             b_g = b_dn * b_w
             if HAS_DTOTAL:
-                # Under way while the sums over channels are taken.
+                # In flight while the sums over channels are taken.
                 b_dt = tl.load(p_dtotal + o_dt, mask=m, other=0.0)
-            b_first = tl.sum(b_g, 1) * scale_c
-            b_second = tl.sum(b_g * b_xhat, 1) * scale_c
+            b_first = tl.sum(b_g, 1) * inverse_c
+            b_second = tl.sum(b_g * b_xhat, 1) * inverse_c
             b_dx = (b_g - b_first[:, None] - b_xhat * b_second[:, None]) * b_rstd[:, None]
             if HAS_DTOTAL:
                 b_dx += b_dt.to(tl.float32)
@@ -166,8 +198,8 @@ def _add_layer_norm_bwd_kernel(
 
 
 @remembered
-def _constexprs(config: _configs.TokenTile, channels: int) -> dict:
-    return {**config.blocks(), "PAD_C": channels != config.block_c}
+def _constexprs(tile: Tile, channels: int) -> dict:
+    return {**tile.blocks(), "PAD_C": channels != tile.block_c}
 
 
 # Offsets within a tile, of at most 256 rows, are 32 bits wide.
@@ -205,12 +237,12 @@ def add_layer_norm_fwd(
     x, stride_x = _rows(x)
     update, stride_update = _rows(update)
     arch, _ = device_facts(x.device)
-    config = _configs.norm_fwd_config(arch, channels)
+    tile = norm_fwd_config(arch, channels)
     launch(
-        _add_layer_norm_fwd_kernel, (cdiv(rows, config.block_l),),
+        _add_layer_norm_fwd_kernel, (cdiv(rows, tile.block_l),),
         x, update, weight.contiguous(), bias.contiguous(), total, normed, mean, rstd,
         stride_x, stride_update, rows, channels, 1.0 / channels, eps,
-        num_warps=config.num_warps, num_stages=1, **_constexprs(config, channels),
+        **tile.launch(), **_constexprs(tile, channels),
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -238,26 +270,26 @@ def add_layer_norm_bwd(
     grad_normed, stride_dnormed = _rows(grad_normed)
     has_dtotal = grad_total is not None
     grad_total, stride_dtotal = _rows(grad_total) if has_dtotal else (grad_normed, stride_dnormed)
-    arch, processors = device_facts(total.device)
-    config = _configs.norm_bwd_config(arch, total.element_size(), channels)
-    chunks, blocks = _configs.token_chunks(1, cdiv(rows, config.block_l), processors)
+    arch, num_sms = device_facts(total.device)
+    tile = norm_bwd_config(arch, total.element_size(), channels)
+    chunks, blocks = token_chunks(1, cdiv(rows, tile.block_l), num_sms)
     shape = (chunks, 2, channels) if needs_sums else (0,)
     sums = total.new_empty(shape, dtype=torch.float32)
     launch(
         _add_layer_norm_bwd_kernel, (chunks,),
         grad_total, grad_normed, total, weight.contiguous(), mean.contiguous(), rstd.contiguous(),
         dx, sums, stride_dtotal, stride_dnormed,
-        rows, channels, blocks * config.block_l, 1.0 / channels,
-        num_warps=config.num_warps, num_stages=1, max_registers=_configs.NORM_BWD_REGISTERS,
+        rows, channels, blocks * tile.block_l, 1.0 / channels,
+        **tile.launch(), max_registers=BWD_REGISTERS,
         HAS_DTOTAL=has_dtotal, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums,
-        **_constexprs(config, channels),
+        **_constexprs(tile, channels),
     )  # fmt: skip
     if needs_sums:
         launch(
-            sum_partials_kernel, (cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 2),
+            sum_partials_kernel, (cdiv(channels, SUMS_TILE["BLOCK_C"]), 2),
             sums, dweight if needs_dweight else empty_like(weight),
             dbias if needs_dbias else empty_like(weight), chunks, channels,
-            num_warps=4, num_stages=1, TAPS=1, **_configs.SUMS_TILE,
+            num_warps=4, num_stages=1, TAPS=1, **SUMS_TILE,
         )  # fmt: skip
     return dx, dweight, dbias
 
@@ -280,26 +312,26 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     """
     names = ("x", "update", "w", "b", "total", "normed", "dtotal", "dnormed", "dx", "dw", "db")
     statistics = dict.fromkeys(("p_mean", "p_rstd", "p_sums"), "fp32")
+    floats = ("eps", "inverse_c")
     flags = ("HAS_DTOTAL", "NEEDS_DX", "NEEDS_SUMS")
     for dtype, itemsize, widths, aligned in _OFFLINE:
         types = {f"p_{name}": dtype for name in names} | statistics
         for channels in widths:
             case = f"{dtype} C{channels}"
-            config = _configs.norm_fwd_config(arch, channels)
+            tile = norm_fwd_config(arch, channels)
             yield offline_entry(
-                _add_layer_norm_fwd_kernel, case, types, _constexprs(config, channels),
-                config.num_warps, 1, aligned=aligned,
+                _add_layer_norm_fwd_kernel, case, types, _constexprs(tile, channels),
+                **tile.launch(), floats=floats, aligned=aligned,
             )  # fmt: skip
-            config = _configs.norm_bwd_config(arch, itemsize, channels)
+            tile = norm_bwd_config(arch, itemsize, channels)
             for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
                 yield offline_entry(
                     _add_layer_norm_bwd_kernel, f"{case} without {left_out}" if left_out else case,
                     types,
-                    _constexprs(config, channels) | {flag: flag != left_out for flag in flags},
-                    config.num_warps, 1, max_registers=_configs.NORM_BWD_REGISTERS,
-                    aligned=aligned,
+                    _constexprs(tile, channels) | {flag: flag != left_out for flag in flags},
+                    **tile.launch(), max_registers=BWD_REGISTERS, floats=floats, aligned=aligned,
                 )  # fmt: skip
-        blocks = {"TAPS": 1, **_configs.SUMS_TILE}
+        blocks = {"TAPS": 1, **SUMS_TILE}
         yield offline_entry(
             sum_partials_kernel, f"{dtype} x2", types, blocks, 4, 1, aligned=aligned
         )

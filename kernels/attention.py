@@ -43,7 +43,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import (
+    HALF,
+    IEEE,
+    INTERPRETER,
+    LEAST_PRODUCT,
+    TF32,
+    Tile,
+    architecture,
+    is_odd,
+    precision_class,
+)
 from equiseg_fast.kernels._common import (
     LOG2E,
     OfflineEntry,
@@ -58,7 +68,184 @@ from equiseg_fast.kernels._common import (
     strides,
     tile_of_program,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import ARGUMENTS, at_least, remembered, tunable
+
+HEAD_DIMS = (16, 32, 64, 128)
+"""Padded head dimensions."""
+
+
+def padded_head_dim(head_dim: int) -> int:
+    """The smallest supported tile width that holds `head_dim`."""
+    for padded in HEAD_DIMS:
+        if 1 <= head_dim <= padded:
+            return padded
+    raise ValueError(f"head_dim must be between 1 and {HEAD_DIMS[-1]}, got {head_dim}")
+
+
+def attention_width(head_dim: int) -> int:
+    """What the configurations depend on: the padded dimension, or, odd ones, each its own."""
+    return head_dim if is_odd(head_dim) else padded_head_dim(head_dim)
+
+
+ARGUMENTS["head_dim"] = (
+    f"one of {', '.join(map(str, HEAD_DIMS))}, or less than 128 and no multiple of 16",
+    lambda x: 1 <= x <= HEAD_DIMS[-1] and attention_width(x) == x,
+)
+
+
+# The tiles hold `block_m` queries by `block_n` keys. `lean` kernels contain their products once: no
+# separate anchor or last block. Where operands pass through registers, each further copy of a
+# product keeps them there for longer (spills of kilobytes were seen), and the few instructions per
+# score that a lean kernel has on top vanish beside the products. The kernel for dK and dV has no
+# such choice.
+
+
+def _tile(
+    block_m: int, block_n: int, num_warps: int, num_stages: int = 1, lean: bool | None = None
+) -> Tile:
+    return Tile(
+        block_m=block_m, block_n=block_n, num_warps=num_warps, num_stages=num_stages, lean=lean
+    )
+
+
+def _ieee_tile(head_dim: int) -> Tile:
+    """Forward and dQ in fp32."""
+    if head_dim <= 32:
+        return _tile(64, 32, 4, lean=True)
+    if head_dim == 64:
+        return _tile(64, 32, 8, lean=True)
+    return _tile(32, 16, 8, lean=True)
+
+
+def _wide_tile(precision: str) -> Tile:
+    """Forward and dQ where operands of a head dimension of 128 pass through registers."""
+    if precision == TF32:
+        return _tile(32, 32, 4, 2, lean=True)
+    return _tile(64, 64, 8, 2, lean=True)
+
+
+def _odd_tile(arch: int, precision: str, head_dim: int) -> Tile:
+    """Forward and dQ where rows have no vectors."""
+    if precision == IEEE:
+        return _ieee_tile(padded_head_dim(head_dim))
+    in_registers = architecture(arch).operands_in_registers
+    if head_dim > 64 and not in_registers:
+        return _tile(64, 16, 8, lean=True)
+    if precision == HALF:
+        return _tile(64, 32, 8 if in_registers else 4, 2, lean=True)
+    return _tile(32, 16, 4, 2, lean=True) if in_registers else _tile(64, 16, 4, lean=True)
+
+
+@tunable
+@at_least(lambda *_: {"block_n": LEAST_PRODUCT})
+def attention_fwd_config(arch: int, precision: str, head_dim: int) -> Tile:
+    """Tiles of the forward kernel; the loop runs over keys.
+
+    Eight warps on 128 x 64 scores stay within 128 registers up to a head dimension of 64 on sm_90:
+    two programs share an SM, and one computes exponentials while the other multiplies.
+    """
+    if arch == INTERPRETER:
+        return _tile(128, 64, 4, lean=False)
+    if is_odd(head_dim):
+        return _odd_tile(arch, precision, head_dim)
+    if precision == IEEE:
+        return _ieee_tile(head_dim)
+    if head_dim == 128 and architecture(arch).operands_in_registers:
+        return _wide_tile(precision)
+    if precision == TF32:
+        return _tile(64, {16: 64, 32: 64, 64: 32, 128: 16}[head_dim], 4, 2, lean=False)
+    return _tile(128, 64, 8, 3 if head_dim <= 32 else 2, lean=False)
+
+
+@tunable
+@at_least(lambda *_: {"block_n": LEAST_PRODUCT})
+def attention_dq_config(arch: int, precision: str, head_dim: int) -> Tile:
+    """Tiles of the kernel for dQ; the loop runs over keys."""
+    if arch == INTERPRETER:
+        return _tile(128, 64, 4, lean=False)
+    gpu = architecture(arch)
+    if is_odd(head_dim):
+        if head_dim > 64 and not gpu.operands_in_registers and precision != IEEE:
+            if precision == HALF:
+                return _tile(128, 16, 8, lean=True)
+            return _tile(32, 16, 4, 2, lean=True)
+        return _odd_tile(arch, precision, head_dim)
+    if precision == IEEE:
+        if head_dim <= 32 and gpu.number == 89:  # which spills with the larger tile
+            return _tile(32, 32, 4, lean=True)
+        return _ieee_tile(head_dim)
+    if head_dim == 128 and gpu.operands_in_registers:
+        return _wide_tile(precision)
+    if precision == TF32:
+        if head_dim == 64 and gpu.number == 89:
+            return _tile(32, 32, 4, 2, lean=True)
+        return _tile(64, 32, 4, 2, lean=False)
+    return _tile(128, 32 if head_dim == 16 and gpu.operands_in_registers else 64, 8, 2, lean=False)
+
+
+@tunable
+@at_least(lambda *_: {"block_m": LEAST_PRODUCT})
+def attention_dkdv_config(arch: int, precision: str, head_dim: int) -> Tile:
+    """Tiles of the kernel for dK and dV; the loop runs over queries."""
+    if arch == INTERPRETER:
+        return _tile(64, 64, 4)
+    in_registers = architecture(arch).operands_in_registers
+    if is_odd(head_dim):
+        wide = head_dim > 64
+        if precision == IEEE:
+            return _tile(16, 16, 8)
+        if precision == TF32:
+            return _tile(16, 32 if wide or in_registers else 64, 8 if wide else 4)
+        if in_registers:
+            return _tile(32, 64, 8)
+        return _tile(16, 64, 8, 1) if wide else _tile(32, 64, 4, 2)
+    if precision == IEEE:
+        if head_dim <= 64:
+            return _tile(32, 32, 4 if head_dim <= 32 else 8)
+        return _tile(16, 32, 8)
+    if precision == TF32:
+        if head_dim <= 32:
+            return _tile(32, 64, 4, 2)
+        if in_registers:
+            return _tile(32, 32, 4 if head_dim == 64 else 8, 2)
+        return _tile(32 if head_dim == 64 else 16, 64, 4, 2)
+    if in_registers and head_dim >= 64:
+        return _tile(32, 128, 8, 2) if head_dim == 64 else _tile(64, 64, 8, 2)
+    return _tile(64 if head_dim <= 64 else 32, 128, 8, 2)
+
+
+def delta_rows(arch: int) -> int:
+    """Rows of one program of the delta kernel."""
+    return 256 if arch == INTERPRETER else 16
+
+
+REDUCE_BLOCK = 1024
+"""Elements of one program of the kernel that adds the partial dK and dV."""
+
+_MIN_CHUNK = 4
+_MAX_SPLITS = 64
+_PROGRAM_OVERHEAD = 3
+_REDUCTION_OVERHEAD = 2
+
+
+@remembered
+def query_splits(programs: int, query_blocks: int, num_sms: int) -> tuple[int, int]:
+    """How to cut the query loop of the dK/dV kernel: (splits, query blocks per split).
+
+    `programs` (key blocks times batch times heads) may be far below the number of SMs, because the
+    keys are few; then every program would walk a very long chain of queries while most of the
+    device idles. The estimate is waves times (chain + fixed cost of a program), plus the second
+    pass where there is one, in units of one query block. No split is empty, and together they cover
+    all query blocks.
+    """
+    best = (float("inf"), 1, query_blocks)
+    for wanted in range(1, min(_MAX_SPLITS, max(1, query_blocks // _MIN_CHUNK)) + 1):
+        chunk = -(-query_blocks // wanted)
+        splits = -(-query_blocks // chunk)
+        waves = -(-programs * splits // num_sms)
+        cost = waves * (chunk + _PROGRAM_OVERHEAD) + (_REDUCTION_OVERHEAD if splits > 1 else 0)
+        best = min(best, (cost, splits, chunk))
+    return best[1], best[2]
 
 
 @triton.jit
@@ -319,26 +506,25 @@ def _attention_bwd_dq_kernel(
     tl.store(p_tile, (b_dq * scale).to(p_dq.dtype.element_ty), mask=m_m[:, None] & m_d[None, :])
 
 
-def _constexprs(kernel: Any, head_dim: int, precision: str, config: _configs.TileConfig) -> dict:
+def _constexprs(kernel: Any, head_dim: int, precision: str, tile: Tile) -> dict:
     """The constexprs of a kernel with matrix products."""
-    return _with_products("LEAN" in kernel.arg_names, head_dim, precision, config)
+    return _with_products("LEAN" in kernel.arg_names, head_dim, precision, tile)
 
 
 @remembered
-def _with_products(lean: bool, head_dim: int, precision: str, config: _configs.TileConfig) -> dict:
+def _with_products(lean: bool, head_dim: int, precision: str, tile: Tile) -> dict:
     return {
         "HEAD_DIM": head_dim,
-        "BLOCK_D": _configs.padded_head_dim(head_dim),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "PRECISION": "tf32" if precision == _configs.TF32 else "ieee",
-        **({"LEAN": config.lean} if lean else {}),
+        "BLOCK_D": padded_head_dim(head_dim),
+        **tile.blocks(),
+        "PRECISION": "tf32" if precision == TF32 else "ieee",
+        **({"LEAN": tile.lean} if lean else {}),
     }
 
 
 @remembered
 def _delta_constexprs(arch: int, head_dim: int, has_dlse: bool) -> dict:
-    block_d, rows = _configs.padded_head_dim(head_dim), _configs.delta_rows(arch)
+    block_d, rows = padded_head_dim(head_dim), delta_rows(arch)
     return {"HEAD_DIM": head_dim, "BLOCK_D": block_d, "BLOCK_M": rows, "HAS_DLSE": has_dlse}
 
 
@@ -360,13 +546,13 @@ def attention_fwd(
         return out, lse
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     arch, _ = device_facts(q.device)
-    precision = _configs.precision_class(q.element_size(), allow_tf32)
-    config = _configs.attention_fwd_config(arch, precision, _configs.attention_width(head_dim))
+    precision = precision_class(q.element_size(), allow_tf32)
+    tile = attention_fwd_config(arch, precision, attention_width(head_dim))
     launch(
-        _attention_fwd_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
+        _attention_fwd_kernel, (cdiv(n_q, tile.block_m) * batch * heads,),
         q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
         heads, n_q, k.shape[1], scale * LOG2E,
-        **_constexprs(_attention_fwd_kernel, head_dim, precision, config), **config.launch(),
+        **_constexprs(_attention_fwd_kernel, head_dim, precision, tile), **tile.launch(),
     )  # fmt: skip
     return out, lse
 
@@ -391,14 +577,14 @@ def attention_bwd(
         return dq, dk, dv
     q, k, v = last_dim_contiguous(q), last_dim_contiguous(k), last_dim_contiguous(v)
     grad_out, out, lse = last_dim_contiguous(grad_out), out.contiguous(), lse.contiguous()
-    arch, processors = device_facts(q.device)
-    precision = _configs.precision_class(q.element_size(), allow_tf32)
+    arch, num_sms = device_facts(q.device)
+    precision = precision_class(q.element_size(), allow_tf32)
     width = heads * head_dim
     grad_layout = strides(grad_out)
     layout = strides(q) + strides(k) + strides(v) + grad_layout
 
     delta = empty_like(lse)
-    rows = _configs.delta_rows(arch)
+    rows = delta_rows(arch)
     launch(
         _attention_bwd_delta_kernel, (cdiv(n_q, rows) * batch * heads,),
         out, grad_out, delta if grad_lse is None else grad_lse.float().contiguous(), delta,
@@ -407,9 +593,9 @@ def attention_bwd(
     )  # fmt: skip
 
     if needs_dk or needs_dv:
-        config = _configs.attention_dkdv_config(arch, precision, _configs.attention_width(head_dim))
-        programs = cdiv(n_k, config.block_n) * batch * heads
-        splits, chunk = _configs.query_splits(programs, cdiv(n_q, config.block_m), processors)
+        tile = attention_dkdv_config(arch, precision, attention_width(head_dim))
+        programs = cdiv(n_k, tile.block_n) * batch * heads
+        splits, chunk = query_splits(programs, cdiv(n_q, tile.block_m), num_sms)
         whole = dk if needs_dk else empty_like(k), dv if needs_dv else empty_like(v)
         sums = whole
         if splits > 1:
@@ -417,23 +603,23 @@ def attention_bwd(
         launch(
             _attention_bwd_dkdv_kernel, (programs, splits),
             q, k, v, grad_out, lse, delta, *sums, *layout, k.numel(), width,
-            heads, n_q, n_k, chunk * config.block_m, scale, scale * LOG2E,
-            **_constexprs(_attention_bwd_dkdv_kernel, head_dim, precision, config),
-            **config.launch(),
+            heads, n_q, n_k, chunk * tile.block_m, scale, scale * LOG2E,
+            **_constexprs(_attention_bwd_dkdv_kernel, head_dim, precision, tile),
+            **tile.launch(),
         )  # fmt: skip
         if splits > 1:
             launch(
-                _attention_bwd_reduce_kernel, (cdiv(k.numel(), _configs.REDUCE_BLOCK),),
-                *sums, *whole, k.numel(), splits, BLOCK=_configs.REDUCE_BLOCK, **_ROW_LAUNCH,
+                _attention_bwd_reduce_kernel, (cdiv(k.numel(), REDUCE_BLOCK),),
+                *sums, *whole, k.numel(), splits, BLOCK=REDUCE_BLOCK, **_ROW_LAUNCH,
             )  # fmt: skip
 
     if needs_dq:
-        config = _configs.attention_dq_config(arch, precision, _configs.attention_width(head_dim))
+        tile = attention_dq_config(arch, precision, attention_width(head_dim))
         launch(
-            _attention_bwd_dq_kernel, (cdiv(n_q, config.block_m) * batch * heads,),
+            _attention_bwd_dq_kernel, (cdiv(n_q, tile.block_m) * batch * heads,),
             q, k, v, grad_out, lse, delta, dq, *layout, width,
             heads, n_q, n_k, scale, scale * LOG2E,
-            **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, config), **config.launch(),
+            **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, tile), **tile.launch(),
         )  # fmt: skip
     return dq, dk, dv
 
@@ -441,20 +627,20 @@ def attention_bwd(
 # fp16 has the tiles and instructions of bf16, so two head dimensions stand for it. Tiles depend on
 # the padded head dimension, or, of odd ones, on themselves.
 _OFFLINE = (
-    ("bf16", _configs.HALF, (16, 32, 64, 128), None),
-    ("fp16", _configs.HALF, (32, 64), None),
-    ("fp32", _configs.TF32, (16, 32, 64, 128), None),
-    ("fp32", _configs.IEEE, (16, 32, 64, 128), None),
-    ("bf16", _configs.HALF, (33, 127), ()),
-    ("fp32", _configs.TF32, (33, 127), ()),
-    ("fp32", _configs.IEEE, (33, 127), ()),
+    ("bf16", HALF, (16, 32, 64, 128), None),
+    ("fp16", HALF, (32, 64), None),
+    ("fp32", TF32, (16, 32, 64, 128), None),
+    ("fp32", IEEE, (16, 32, 64, 128), None),
+    ("bf16", HALF, (33, 127), ()),
+    ("fp32", TF32, (33, 127), ()),
+    ("fp32", IEEE, (33, 127), ()),
 )
 
 
-def _dots(kernel: Any, arch: int, precision: str, config: _configs.TileConfig) -> str:
-    """What multiplies: fewer than 64 rows, the keys for dK and dV, are too few for wgmma."""
-    rows = config.block_n if kernel is _attention_bwd_dkdv_kernel else config.block_m
-    if rows < 64 and precision != _configs.IEEE and not _configs.has_mma_sync(arch):
+def _dots(kernel: Any, arch: int, precision: str, tile: Tile) -> str:
+    """What multiplies: few rows (for dK and dV the keys) are left to mma.sync."""
+    rows = tile.block_n if kernel is _attention_bwd_dkdv_kernel else tile.block_m
+    if precision != IEEE and rows < architecture(arch).least_rows:
         return "mma.sync"
     return precision
 
@@ -463,10 +649,10 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
     unaligned ones."""
     chosen = (
-        (_attention_fwd_kernel, _configs.attention_fwd_config, False),
-        (_attention_bwd_dq_kernel, _configs.attention_dq_config, False),
-        (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, False),
-        (_attention_bwd_dkdv_kernel, _configs.attention_dkdv_config, True),
+        (_attention_fwd_kernel, attention_fwd_config, False),
+        (_attention_bwd_dq_kernel, attention_dq_config, False),
+        (_attention_bwd_dkdv_kernel, attention_dkdv_config, False),
+        (_attention_bwd_dkdv_kernel, attention_dkdv_config, True),
     )
     for dtype, precision, head_dims, aligned in _OFFLINE:
         pointers = dict.fromkeys("p_q p_k p_v p_o p_do p_dq p_dk p_dv".split(), dtype)
@@ -476,15 +662,15 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for kernel, choose, partials in chosen:
                 if partials and dtype == "fp32":
                     continue  # the same types as without
-                config = choose(arch, precision, _configs.attention_width(head_dim))
+                tile = choose(arch, precision, attention_width(head_dim))
                 yield offline_entry(
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
-                    _constexprs(kernel, head_dim, precision, config), **config.launch(),
-                    dots=_dots(kernel, arch, precision, config), aligned=aligned,
-                    scores=config.block_m * config.block_n,
+                    _constexprs(kernel, head_dim, precision, tile), **tile.launch(),
+                    dots=_dots(kernel, arch, precision, tile), scores=tile.block_m * tile.block_n,
+                    floats=("scale", "scale_log2"), aligned=aligned,
                 )  # fmt: skip
-            if precision == _configs.TF32:
+            if precision == TF32:
                 continue  # what follows has no products
             for has_dlse in (False, True):
                 yield offline_entry(
@@ -492,8 +678,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     pointers, _delta_constexprs(arch, head_dim, has_dlse), **_ROW_LAUNCH,
                     aligned=aligned,
                 )  # fmt: skip
-        if precision != _configs.TF32:
-            block = {"BLOCK": _configs.REDUCE_BLOCK}
+        if precision != TF32:
+            block = {"BLOCK": REDUCE_BLOCK}
             yield offline_entry(
                 _attention_bwd_reduce_kernel, dtype, pointers, block, **_ROW_LAUNCH, aligned=aligned
             )

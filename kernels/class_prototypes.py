@@ -35,7 +35,17 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import (
+    HALF,
+    INTERPRETER,
+    LEAST_PRODUCT,
+    Tile,
+    architecture,
+    channel_block,
+    is_odd,
+    power_of_two,
+    token_chunks,
+)
 from equiseg_fast.kernels._common import (
     OfflineEntry,
     cdiv,
@@ -46,6 +56,41 @@ from equiseg_fast.kernels._common import (
     offline_entry,
     strides,
 )
+from equiseg_fast.kernels._tuned import at_least, tunable
+
+
+def padded_classes(arch: int, num_classes: int) -> int:
+    """Rows of the one-hot matrix, which the tensor cores multiply."""
+    return max(architecture(arch).least_rows, power_of_two(num_classes))
+
+
+@tunable
+@at_least(lambda *_: {"block_l": LEAST_PRODUCT})
+def class_sums_config(arch: int, itemsize: int, num_classes: int, channels: int) -> Tile:
+    """Tiles of the kernel that adds up the features of every class; the loop runs over tokens."""
+    if arch == INTERPRETER:
+        return Tile(block_l=64, block_c=64, num_warps=4, num_stages=3)
+    classes = padded_classes(arch, num_classes)
+    many, wide = classes > 64, itemsize == 4
+    return Tile(
+        block_l=16 if wide and classes > 128 else 32 if wide or many or is_odd(channels) else 64,
+        block_c=32 if wide and many else channel_block(channels),
+        num_warps=8 if many else 4,
+        num_stages=3,
+    )
+
+
+CLASS_MEANS_TILE = {"BLOCK_S": 16, "BLOCK": 128}
+"""Chunks and elements of one step of the kernel that divides sums of classes by their counts."""
+
+
+@tunable
+def class_gather_config(arch: int, channels: int) -> Tile:
+    """Tiles of the kernel that gives every token the gradient of the prototype of its class."""
+    if arch == INTERPRETER:
+        return Tile(block_l=128, block_c=64, num_warps=4)
+    block_c = channel_block(channels, largest=128)
+    return Tile(block_l=4096 // block_c, block_c=block_c, num_warps=4)
 
 
 @triton.jit
@@ -132,7 +177,7 @@ def _class_means_kernel(
 ):  # fmt: skip
     """Sums [chunks, size] and counts [chunks, classes] to means, size = M * classes * C.
 
-    Here classes = B * K: those of every image are its own.
+    Here classes = B * K: every image has its own.
     """
     o = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     o_class = o // C % classes
@@ -197,27 +242,24 @@ def class_prototypes_fwd(
     if x.numel() == 0:
         return prototypes, counts
     x = last_dim_contiguous(x)
-    arch, processors = device_facts(x.device)
-    block_k = _configs.padded_classes(arch, num_classes)
-    config = _configs.class_sums_config(arch, x.element_size(), num_classes, channels)
-    programs = modalities * batch * cdiv(channels, config.block_c)
-    chunks, tiles = _configs.token_chunks(programs, cdiv(tokens, config.block_l), processors)
+    arch, num_sms = device_facts(x.device)
+    tile = class_sums_config(arch, x.element_size(), num_classes, channels)
+    programs = modalities * batch * cdiv(channels, tile.block_c)
+    chunks, tiles = token_chunks(programs, cdiv(tokens, tile.block_l), num_sms)
     sums = x.new_empty((chunks, *size), dtype=torch.float32)
     partial_counts = x.new_empty((chunks, batch, num_classes), dtype=torch.int32)
     launch(
         _class_sums_kernel, (programs * chunks,),
         x, labels, sums, partial_counts, *strides(x), *labels.stride(),
         batch, modalities * batch, tokens, channels, labels.size(2), num_classes, ignore_index,
-        tiles * config.block_l,
-        num_warps=config.num_warps, num_stages=_configs.CLASS_SUMS_STAGES,
-        BLOCK_K=block_k, BLOCK_L=config.block_l, BLOCK_C=config.block_c,
+        tiles * tile.block_l,
+        **tile.launch(), BLOCK_K=padded_classes(arch, num_classes), **tile.blocks(),
     )  # fmt: skip
-    block_s, block = _configs.CLASS_MEANS_TILE
     launch(
-        _class_means_kernel, (cdiv(prototypes.numel(), block),),
+        _class_means_kernel, (cdiv(prototypes.numel(), CLASS_MEANS_TILE["BLOCK"]),),
         sums, partial_counts, prototypes, counts,
         prototypes.numel(), counts.numel(), channels, chunks,
-        num_warps=4, num_stages=1, BLOCK_S=block_s, BLOCK=block,
+        num_warps=4, num_stages=1, **CLASS_MEANS_TILE,
     )  # fmt: skip
     return prototypes, counts
 
@@ -237,13 +279,13 @@ def class_prototypes_bwd(
         return dx
     grad = last_dim_contiguous(grad)
     arch, _ = device_facts(grad.device)
-    config = _configs.class_gather_config(arch, channels)
-    tiles = cdiv(tokens, config.block_l) * cdiv(channels, config.block_c)
+    tile = class_gather_config(arch, channels)
+    tiles = cdiv(tokens, tile.block_l) * cdiv(channels, tile.block_c)
     launch(
         _class_gather_kernel, (tiles * modalities * batch,),
         grad, labels, counts, dx, *strides(grad), *labels.stride(), batch, tokens, channels,
         labels.size(2), num_classes, ignore_index,
-        num_warps=config.num_warps, num_stages=1, BLOCK_L=config.block_l, BLOCK_C=config.block_c,
+        **tile.launch(), **tile.blocks(),
     )  # fmt: skip
     return dx
 
@@ -256,36 +298,33 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     """
     dtypes = {"bf16": 2, "fp16": 2, "fp32": 4}
     pointers = {"p_labels": "i64", "p_sums": "fp32", "p_counts": "i32"}
-    padded = dict.fromkeys(_configs.padded_classes(arch, n) for n in (16, 32, 64, 128, 256))
+    padded = dict.fromkeys(padded_classes(arch, n) for n in (16, 32, 64, 128, 256))
     for dtype, classes, aligned in itertools.product(dtypes, padded, (None, ())):
         if dtype == "fp16" and (classes != 64 or aligned is not None):
             continue  # it has the tiles and the instructions of bf16
         if aligned is not None and classes not in (64, 256):
             continue
         widths = (32, 64) if aligned is None else (33,)
-        tiles = (_configs.class_sums_config(arch, dtypes[dtype], classes, c) for c in widths)
+        tiles = (class_sums_config(arch, dtypes[dtype], classes, c) for c in widths)
         for tile in dict.fromkeys(tiles):
-            blocks = {"BLOCK_K": classes, "BLOCK_L": tile.block_l, "BLOCK_C": tile.block_c}
+            blocks = {"BLOCK_K": classes, **tile.blocks()}
             case = f"{dtype} K{classes} C{tile.block_c}"
             yield offline_entry(
                 _class_sums_kernel, case, pointers | {"p_x": dtype}, blocks,
-                tile.num_warps, _configs.CLASS_SUMS_STAGES, dots=_configs.HALF, aligned=aligned,
+                **tile.launch(), dots=HALF, aligned=aligned,
             )  # fmt: skip
     means = {"p_partial_counts": "i32", "p_prototypes": "fp32", "p_counts": "i64"}
-    block_s, block = _configs.CLASS_MEANS_TILE
-    blocks = {"BLOCK_S": block_s, "BLOCK": block}
     for aligned in (None, ()):
         yield offline_entry(
-            _class_means_kernel, "fp32", pointers | means, blocks, 4, 1, aligned=aligned
+            _class_means_kernel, "fp32", pointers | means, CLASS_MEANS_TILE, 4, 1, aligned=aligned
         )
     for dtype, channels, aligned in (
         *itertools.product(dtypes, (32, 64, 128), (None,)),
         *itertools.product(("bf16", "fp32"), (33,), ((),)),
     ):
-        config = _configs.class_gather_config(arch, channels)
+        tile = class_gather_config(arch, channels)
         yield offline_entry(
             _class_gather_kernel, f"{dtype} C{channels}",
             {"p_grad": "fp32", "p_labels": "i64", "p_counts": "i64", "p_dx": dtype},
-            {"BLOCK_L": config.block_l, "BLOCK_C": config.block_c}, config.num_warps, 1,
-            aligned=aligned,
+            tile.blocks(), **tile.launch(), aligned=aligned,
         )  # fmt: skip

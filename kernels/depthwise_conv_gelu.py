@@ -6,7 +6,7 @@ Layout. x, y [B, L, C] with L = H * W in row-major order (zeros outside the imag
 [C, 1, 3, 3], bias [C]. Strides of x and of the gradient are free but for a last stride of 1.
 
 Saved for the backward: x, weight, bias; u is computed again. With du = dy gelu'(u)
-    dx = the same convolution of du with the weight turned by 180 degrees,
+    dx = the same convolution of du with the weight flipped in both directions,
     dweight[c, i, j] = sum of du[h, w, c] x[h + i - 1, w + j - 1, c],   dbias = sum of du.
 
 Work. Forward 2 B L C elements moved (x, y) and 18 B L C FLOP besides GELU. Backward 5 B L C
@@ -15,7 +15,7 @@ would compute du at all columns of a tap: that costs more instructions than two 
 
 Rolling rows. A program walks down a strip of BLOCK_W columns and BLOCK_C channels. Every row is
 loaded once (and shifted by a column to the left and right: the cache serves two of three loads) and
-added to three rows of u, of which only the two unfinished ones are kept. The next row is on its way
+added to three rows of u, of which only the two unfinished ones are kept. The next row is in flight
 while one is computed, since registers for nine taps leave few warps to hide its latency. The
 backward keeps two rows of x instead, as the gradient of the weight needs them.
 
@@ -39,8 +39,15 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import (
+    HALF,
+    INTERPRETER,
+    Tile,
+    architecture,
+    precision_class,
+)
 from equiseg_fast.kernels._common import (
+    SUMS_TILE,
     OfflineEntry,
     cdiv,
     device_facts,
@@ -52,7 +59,63 @@ from equiseg_fast.kernels._common import (
     strides,
     sum_partials_kernel,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import remembered, tunable
+
+
+def _strip_tile(channels: int, num_warps: int, ctas_per_sm: int) -> Tile:
+    block_c = 64 if channels > 32 else 32
+    return Tile(
+        block_w=512 // block_c, block_c=block_c, num_warps=num_warps, ctas_per_sm=ctas_per_sm
+    )
+
+
+@tunable
+def depthwise_conv_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Strips of the convolution: every thread loads 16 bytes at a time."""
+    if arch == INTERPRETER:
+        return Tile(block_w=64, block_c=64, num_warps=4, ctas_per_sm=1)
+    return _strip_tile(channels, 2, 6) if itemsize == 2 else _strip_tile(channels, 4, 4)
+
+
+@tunable
+def depthwise_bwd_config(arch: int, channels: int) -> Tile:
+    """Strips of its backward: ten sums leave registers for four elements per thread."""
+    if arch == INTERPRETER:
+        return Tile(block_w=64, block_c=64, num_warps=4, ctas_per_sm=1)
+    # With four warps the compiler for sm_120 spills rather than lower occupancy.
+    four = architecture(arch).number < 120
+    return _strip_tile(channels, 4, 3) if four else _strip_tile(channels, 8, 2)
+
+
+def depthwise_bwd_max_registers(itemsize: int) -> int | None:
+    """Per thread of the backward in half precision, where sm_80 takes more without need; None
+    leaves it to the compiler."""
+    return 136 if _is_half(itemsize) else None
+
+
+def _is_half(itemsize: int) -> bool:
+    return precision_class(itemsize, allow_tf32=False) == HALF
+
+
+_MIN_STRIP_ROWS = 8
+_STRIP_OVERHEAD = 4
+
+
+@remembered
+def strip_rows(strips: int, height: int, slots: int) -> int:
+    """How many of `height` rows a program walks, where the device holds `slots` programs at once.
+
+    Long walks share the fixed cost (taps, first loads, two more rows) among more rows, short ones
+    fill the device. The estimate is waves times (rows + fixed cost), in units of one row.
+    """
+    best = (float("inf"), 1, height)
+    chunks = 1
+    while chunks == 1 or height >= chunks * _MIN_STRIP_ROWS:
+        rows = -(-height // chunks)
+        waves = -(-strips * -(-height // rows) // slots)
+        best = min(best, (waves * (rows + _STRIP_OVERHEAD), chunks, rows))
+        chunks *= 2
+    return best[2]
 
 
 @triton.jit
@@ -157,8 +220,8 @@ def _depthwise_conv_kernel(
 ):  # fmt: skip
     """Grid (channel blocks * column blocks * row chunks * B,).
 
-    FORWARD: bias and GELU behind the convolution; otherwise the convolution with the taps turned
-    by 180 degrees and nothing else, which takes du to dx.
+    FORWARD: bias and GELU behind the convolution; otherwise the convolution with the taps flipped
+    in both directions and nothing else, which takes du to dx.
     """
     i_c, i_w, i_h, i_b = _locate(H, W, C, rows, BLOCK_W, BLOCK_C)
     o_c, o_w = tl.arange(0, BLOCK_C), tl.arange(0, BLOCK_W)
@@ -258,9 +321,8 @@ def _depthwise_bwd_kernel(
 
 
 @remembered
-def _block_constexprs(config: _configs.StripConfig, channels: int) -> dict:
-    pad = channels % config.block_c != 0
-    return {"BLOCK_W": config.block_w, "BLOCK_C": config.block_c, "PAD_C": pad}
+def _block_constexprs(tile: Tile, channels: int) -> dict:
+    return {**tile.blocks(), "PAD_C": channels % tile.block_c != 0}
 
 
 def _map_strides(x: torch.Tensor, width: int) -> tuple[int, int, int]:
@@ -269,14 +331,12 @@ def _map_strides(x: torch.Tensor, width: int) -> tuple[int, int, int]:
     return stride_b, width * stride_w, stride_w
 
 
-def _programs(
-    x: torch.Tensor, height: int, width: int, config: _configs.StripConfig
-) -> tuple[int, int]:
+def _programs(x: torch.Tensor, height: int, width: int, tile: Tile) -> tuple[int, int]:
     """How many programs a kernel has, and how many rows each of them walks."""
     batch, _, channels = x.shape
-    _, processors = device_facts(x.device)
-    strips = cdiv(channels, config.block_c) * cdiv(width, config.block_w) * batch
-    rows = _configs.strip_rows(strips, height, config.resident * processors)
+    _, num_sms = device_facts(x.device)
+    strips = cdiv(channels, tile.block_c) * cdiv(width, tile.block_w) * batch
+    rows = strip_rows(strips, height, tile.ctas_per_sm * num_sms)
     return strips * cdiv(height, rows), rows
 
 
@@ -287,13 +347,13 @@ def _convolve(
     out = empty_like(x)
     channels = x.shape[-1]
     arch, _ = device_facts(x.device)
-    config = _configs.depthwise_conv_config(arch, x.element_size(), channels)
-    programs, rows = _programs(x, height, width, config)
+    tile = depthwise_conv_config(arch, x.element_size(), channels)
+    programs, rows = _programs(x, height, width, tile)
     launch(
         _depthwise_conv_kernel, (programs,),
         x, weight, bias, out, *_map_strides(x, width), height, width, channels, rows,
-        num_warps=config.num_warps, num_stages=1,
-        FORWARD=forward, FITTED=x.element_size() == 2, **_block_constexprs(config, channels),
+        **tile.launch(), FORWARD=forward, FITTED=_is_half(x.element_size()),
+        **_block_constexprs(tile, channels),
     )  # fmt: skip
     return out
 
@@ -330,26 +390,25 @@ def depthwise_conv_gelu_bwd(
     weight, bias = weight.contiguous(), bias.contiguous()
     channels = x.shape[-1]
     arch, _ = device_facts(x.device)
-    config = _configs.depthwise_bwd_config(arch, channels)
-    programs, rows = _programs(x, height, width, config)
-    n_sums = programs // cdiv(channels, config.block_c) if needs_sums else 0
+    tile = depthwise_bwd_config(arch, channels)
+    programs, rows = _programs(x, height, width, tile)
+    n_sums = programs // cdiv(channels, tile.block_c) if needs_sums else 0
     sums = x.new_empty((n_sums, 10, channels), dtype=torch.float32)
     launch(
         _depthwise_bwd_kernel, (programs,),
         x, grad_out, weight, bias, du, sums,
         *_map_strides(x, width), *_map_strides(grad_out, width), height, width, channels, rows,
-        num_warps=config.num_warps, num_stages=1,
-        max_registers=_configs.depthwise_bwd_max_registers(x.element_size()),
-        NEEDS_DU=needs_dx, NEEDS_SUMS=needs_sums, FITTED=x.element_size() == 2,
-        **_block_constexprs(config, channels),
+        **tile.launch(), max_registers=depthwise_bwd_max_registers(x.element_size()),
+        NEEDS_DU=needs_dx, NEEDS_SUMS=needs_sums, FITTED=_is_half(x.element_size()),
+        **_block_constexprs(tile, channels),
     )  # fmt: skip
     if needs_sums:
         whole_dweight = dweight if needs_dweight else empty_like(weight)
         whole_dbias = dbias if needs_dbias else empty_like(bias)
         launch(
-            sum_partials_kernel, (cdiv(channels, _configs.SUMS_TILE["BLOCK_C"]), 10),
+            sum_partials_kernel, (cdiv(channels, SUMS_TILE["BLOCK_C"]), 10),
             sums, whole_dweight, whole_dbias, n_sums, channels,
-            num_warps=4, num_stages=1, TAPS=9, **_configs.SUMS_TILE,
+            num_warps=4, num_stages=1, TAPS=9, **SUMS_TILE,
         )  # fmt: skip
     dx = _convolve(du, weight, bias, height, width, forward=False) if needs_dx else du
     return dx, dweight, dbias
@@ -373,24 +432,24 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         types = dict.fromkeys(names, dtype) | {"p_sums": "fp32"}
         for channels in widths:
             case = f"{dtype} C{channels}"
-            config = _configs.depthwise_conv_config(arch, itemsize, channels)
-            tile = config.block_w * config.block_c
-            blocks = _block_constexprs(config, channels) | {"FITTED": itemsize == 2}
-            for forward, scores in ((True, tile), (False, 0)):
+            tile = depthwise_conv_config(arch, itemsize, channels)
+            scores = tile.block_w * tile.block_c
+            blocks = _block_constexprs(tile, channels) | {"FITTED": _is_half(itemsize)}
+            for forward in (True, False):
                 yield offline_entry(
                     _depthwise_conv_kernel, case + (" gelu" if forward else " dx"), types,
-                    blocks | {"FORWARD": forward}, config.num_warps, 1, scores=scores,
-                    aligned=aligned,
+                    blocks | {"FORWARD": forward}, **tile.launch(),
+                    scores=scores if forward else 0, aligned=aligned,
                 )  # fmt: skip
-            config = _configs.depthwise_bwd_config(arch, channels)
+            tile = depthwise_bwd_config(arch, channels)
             for needs_du, needs_sums in ((True, True), (True, False), (False, True)):
                 needs = {"NEEDS_DU": needs_du, "NEEDS_SUMS": needs_sums}
                 yield offline_entry(
                     _depthwise_bwd_kernel, case + " du" * needs_du + " sums" * needs_sums, types,
-                    blocks | needs, config.num_warps, 1, scores=tile,
-                    max_registers=_configs.depthwise_bwd_max_registers(itemsize), aligned=aligned,
+                    blocks | needs, **tile.launch(), scores=scores,
+                    max_registers=depthwise_bwd_max_registers(itemsize), aligned=aligned,
                 )  # fmt: skip
-        blocks = {"TAPS": 9, **_configs.SUMS_TILE}
+        blocks = {"TAPS": 9, **SUMS_TILE}
         yield offline_entry(
             sum_partials_kernel, f"{dtype} x10", types, blocks, 4, 1, aligned=aligned
         )

@@ -34,7 +34,14 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import (
+    INTERPRETER,
+    Tile,
+    architecture,
+    channel_block,
+    power_of_two,
+    token_chunks,
+)
 from equiseg_fast.kernels._common import (
     OfflineEntry,
     cdiv,
@@ -46,7 +53,39 @@ from equiseg_fast.kernels._common import (
     offline_entry,
     strides,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import remembered, tunable
+
+
+def padded_modalities(modalities: int) -> int:
+    """How many modalities a tile has room for."""
+    return power_of_two(modalities)
+
+
+def _gate_tile(arch: int, modalities: int, channels: int, elements: int, num_warps: int) -> Tile:
+    """The tile of one modality, when the tiles of all modalities together have `elements`."""
+    if arch == INTERPRETER:
+        return Tile(block_l=64, block_c=64, num_warps=4)
+    block_c = channel_block(channels)
+    block_l = elements // (padded_modalities(modalities) * block_c)
+    return Tile(block_l=block_l, block_c=block_c, num_warps=num_warps)
+
+
+@tunable
+def guided_gate_fwd_config(arch: int, itemsize: int, modalities: int, channels: int) -> Tile:
+    """Tiles of the forward kernel: enough tokens to keep all modalities of one in one thread."""
+    return _gate_tile(arch, modalities, channels, 4096, 8 if itemsize == 4 else 4)
+
+
+@tunable
+def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> Tile:
+    """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
+    # With four warps the compiler for sm_100 spills rather than lower occupancy.
+    num_warps = 8 if architecture(arch).number >= 100 else 4
+    return _gate_tile(arch, modalities, channels, 2048, num_warps)
+
+
+GATE_SUM_TILE = {"BLOCK_S": 32, "BLOCK_C": 16}
+"""Chunks and channels of one step of the kernel that adds up the gradient of the logits."""
 
 
 @triton.jit
@@ -78,13 +117,13 @@ def _tile_position(n_l, n_c, chunk, BLOCK_C: tl.constexpr):
 @triton.jit(do_not_specialize=["M", "B", "L", "chunk"])
 def _guided_gate_fwd_kernel(
     p_x, p_logits, p_present, p_branches, p_fused,
-    stride_xm, stride_xb, stride_xl, M, B, L, C, chunk, scale_rho,
+    stride_xm, stride_xb, stride_xl, M, B, L, C, chunk, rho,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HAS_PRESENT: tl.constexpr,
 ):  # fmt: skip
     i_b, _, i_start, o_c = _tile_position(tl.cdiv(L, chunk), tl.cdiv(C, BLOCK_C), chunk, BLOCK_C)
     o_m, o_l = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_L)
     m_m, b_number, b_g = _gate_weights(p_logits, p_present, i_b, B, C, M, o_m, o_c, HAS_PRESENT)
-    b_factor = 1.0 + scale_rho * (b_number * b_g - 1.0)
+    b_factor = 1.0 + rho * (b_number * b_g - 1.0)
     m_c = (o_c < C)[None, None, :]
     o_x = (o_m * stride_xm)[:, None, None] + (o_l * stride_xl)[None, :, None] + o_c[None, None, :]
     o_branch = (o_m * B * L * C)[:, None, None] + (o_l * C)[None, :, None] + o_c[None, None, :]
@@ -110,7 +149,7 @@ def _guided_gate_fwd_kernel(
 def _guided_gate_bwd_kernel(
     p_x, p_logits, p_present, p_dbranches, p_dfused, p_dx, p_partial,
     stride_xm, stride_xb, stride_xl, stride_gm, stride_gb, stride_gl, stride_fb, stride_fl,
-    M, B, L, C, chunk, scale_rho,
+    M, B, L, C, chunk, rho,
     BLOCK_M: tl.constexpr, BLOCK_L: tl.constexpr, BLOCK_C: tl.constexpr, HAS_PRESENT: tl.constexpr,
     HAS_DBRANCHES: tl.constexpr, HAS_DFUSED: tl.constexpr,
     NEEDS_DX: tl.constexpr, NEEDS_DLOGITS: tl.constexpr,
@@ -119,8 +158,8 @@ def _guided_gate_bwd_kernel(
     i_b, i_s, i_start, o_c = _tile_position(tl.cdiv(L, chunk), tl.cdiv(C, BLOCK_C), chunk, BLOCK_C)
     o_m, o_l = tl.arange(0, BLOCK_M).to(tl.int64), tl.arange(0, BLOCK_L)
     m_m, b_number, b_g = _gate_weights(p_logits, p_present, i_b, B, C, M, o_m, o_c, HAS_PRESENT)
-    b_factor = 1.0 + scale_rho * (b_number * b_g - 1.0)
-    b_gain = scale_rho * b_number
+    b_factor = 1.0 + rho * (b_number * b_g - 1.0)
+    b_gain = rho * b_number
     m_c = (o_c < C)[None, None, :]
     o_lc = o_c[None, None, :]
     o_x = (o_m * stride_xm)[:, None, None] + (o_l * stride_xl)[None, :, None] + o_lc
@@ -186,20 +225,19 @@ def _guided_gate_bwd_logits_kernel(
     tl.store(p_dlogits + o_mc, tl.where(m_m[:, None], b_dz, 0.0), mask=m_mc)
 
 
-def _layout(x: torch.Tensor, config: _configs.TokenTile, processors: int) -> tuple[int, int, int]:
+def _layout(x: torch.Tensor, tile: Tile, num_sms: int) -> tuple[int, int, int]:
     """For tiles of x [M, B, L, C]: how many programs, chunks of tokens, and tokens in a chunk."""
     _, batch, tokens, channels = x.shape
-    rows = batch * cdiv(channels, config.block_c)
-    chunks, tiles = _configs.token_chunks(rows, cdiv(tokens, config.block_l), processors)
-    return rows * chunks, chunks, tiles * config.block_l
+    rows = batch * cdiv(channels, tile.block_c)
+    chunks, tiles = token_chunks(rows, cdiv(tokens, tile.block_l), num_sms)
+    return rows * chunks, chunks, tiles * tile.block_l
 
 
 @remembered
-def _constexprs(config: _configs.TokenTile, modalities: int, has_present: bool) -> dict:
+def _constexprs(tile: Tile, modalities: int, has_present: bool) -> dict:
     return {
-        "BLOCK_M": _configs.padded_modalities(modalities),
-        "BLOCK_L": config.block_l,
-        "BLOCK_C": config.block_c,
+        "BLOCK_M": padded_modalities(modalities),
+        **tile.blocks(),
         "HAS_PRESENT": has_present,
     }
 
@@ -218,16 +256,15 @@ def guided_gate_fwd(
     if x.numel() == 0:
         return branches, fused
     x, logits = last_dim_contiguous(x), logits.contiguous()
-    arch, processors = device_facts(x.device)
-    config = _configs.guided_gate_fwd_config(arch, x.element_size(), modalities, channels)
+    arch, num_sms = device_facts(x.device)
+    tile = guided_gate_fwd_config(arch, x.element_size(), modalities, channels)
     # Several waves of short programs: the loads of one overlap the stores of another.
-    programs, _, chunk = _layout(x, config, 4 * processors)
+    programs, _, chunk = _layout(x, tile, 4 * num_sms)
     launch(
         _guided_gate_fwd_kernel, (programs,),
         x, logits, logits if present is None else present.contiguous(), branches, fused,
         *strides(x), modalities, batch, tokens, channels, chunk, rho,
-        num_warps=config.num_warps, num_stages=1,
-        **_constexprs(config, modalities, present is not None),
+        **tile.launch(), **_constexprs(tile, modalities, present is not None),
     )  # fmt: skip
     return branches, fused
 
@@ -253,9 +290,9 @@ def guided_gate_bwd(
     has_dbranches, has_dfused = grad_branches is not None, grad_fused is not None
     grad_branches = last_dim_contiguous(grad_branches) if has_dbranches else x
     grad_fused = last_dim_contiguous(grad_fused) if has_dfused else x[0]
-    arch, processors = device_facts(x.device)
-    config = _configs.guided_gate_bwd_config(arch, modalities, channels)
-    programs, chunks, chunk = _layout(x, config, processors)
+    arch, num_sms = device_facts(x.device)
+    tile = guided_gate_bwd_config(arch, modalities, channels)
+    programs, chunks, chunk = _layout(x, tile, num_sms)
     partial = dlogits
     if needs_dlogits:
         partial = logits.new_empty((chunks, modalities, batch, channels))
@@ -264,18 +301,16 @@ def guided_gate_bwd(
         x, logits, mask, grad_branches, grad_fused, dx, partial,
         *strides(x), *strides(grad_branches), *strides(grad_fused),
         modalities, batch, tokens, channels, chunk, rho,
-        num_warps=config.num_warps, num_stages=1,
-        **_constexprs(config, modalities, present is not None),
+        **tile.launch(), **_constexprs(tile, modalities, present is not None),
         HAS_DBRANCHES=has_dbranches, HAS_DFUSED=has_dfused,
         NEEDS_DX=needs_dx, NEEDS_DLOGITS=needs_dlogits,
     )  # fmt: skip
     if needs_dlogits:
-        block_s, block_c = _configs.GATE_SUM_TILE
         launch(
-            _guided_gate_bwd_logits_kernel, (batch * cdiv(channels, block_c),),
+            _guided_gate_bwd_logits_kernel, (batch * cdiv(channels, GATE_SUM_TILE["BLOCK_C"]),),
             partial, logits, mask, dlogits, modalities, batch, channels, chunks,
             num_warps=4, num_stages=1,
-            BLOCK_M=_configs.padded_modalities(modalities), BLOCK_S=block_s, BLOCK_C=block_c,
+            BLOCK_M=padded_modalities(modalities), **GATE_SUM_TILE,
             HAS_PRESENT=present is not None,
         )  # fmt: skip
     return dx, dlogits
@@ -304,28 +339,26 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         pointers = dict.fromkeys(features, dtype) | statistics
         case = f"{dtype} M{modalities} C{channels}" + (" present" if has_present else "")
         itemsize = 4 if dtype == "fp32" else 2
-        config = _configs.guided_gate_fwd_config(arch, itemsize, modalities, channels)
-        constexprs = _constexprs(config, modalities, has_present)
-        warps = config.num_warps
+        tile = guided_gate_fwd_config(arch, itemsize, modalities, channels)
+        constexprs = _constexprs(tile, modalities, has_present)
         yield offline_entry(
-            _guided_gate_fwd_kernel, case, pointers, constexprs, warps, 1, aligned=aligned
-        )
-        config = _configs.guided_gate_bwd_config(arch, modalities, channels)
-        constexprs = _constexprs(config, modalities, has_present)
+            _guided_gate_fwd_kernel, case, pointers, constexprs, **tile.launch(), floats=("rho",),
+            aligned=aligned,
+        )  # fmt: skip
+        tile = guided_gate_bwd_config(arch, modalities, channels)
+        constexprs = _constexprs(tile, modalities, has_present)
         shown = (dtype, modalities, channels, has_present) == ("bf16", 4, 64, False)
         for left_out in ("", *flags) if shown else ("",):
             kind = f"{case} without {left_out}" if left_out else case
             wanted = constexprs | {flag: flag != left_out for flag in flags}
             yield offline_entry(
-                _guided_gate_bwd_kernel, kind, pointers, wanted, config.num_warps, 1,
+                _guided_gate_bwd_kernel, kind, pointers, wanted, **tile.launch(), floats=("rho",),
                 aligned=aligned,
             )  # fmt: skip
-    block_s, block_c = _configs.GATE_SUM_TILE
     for modalities, has_present, aligned in (
         *itertools.product((1, 2, 4, 8), (False, True), (None,)), (8, True, ()),
     ):  # fmt: skip
-        blocks = {"BLOCK_M": modalities, "BLOCK_S": block_s, "BLOCK_C": block_c}
-        blocks["HAS_PRESENT"] = has_present
+        blocks = {"BLOCK_M": modalities, **GATE_SUM_TILE, "HAS_PRESENT": has_present}
         case = f"M{modalities}" + (" present" if has_present else "")
         yield offline_entry(
             _guided_gate_bwd_logits_kernel, case, statistics, blocks, 4, 1, aligned=aligned

@@ -11,7 +11,7 @@ would compute y again on a border of 5 pixels around every tile, 49 multiplicati
 than two passes over memory. Outside the image y does not exist, it is not the convolution of the
 padding, so the two operators cannot be merged into one filter either.
 
-Both walk down a strip of rows with sums in the making in registers: a new row adds its share to
+Both walk down a strip of rows with partial sums in registers: a new row adds its share to
 every output row it reaches, the oldest of them is complete and stored. A pool sums a row over
 nested windows of 3, 7, 11 columns, then rows: 10 + 21 additions where windows have 9 + 49 + 121
 pixels. No running sum ever subtracts, hence no cancellation, and a NaN stays in its windows.
@@ -20,7 +20,7 @@ Counts are products, pixels in the rows times pixels in the columns. A window re
 exactly if that of p reaches q: the transposed pool is the same box sum of grad / count. The
 backward is
     dy = g + sum of the transposed pools of g   (the kernel of the pools, divided before the sum)
-    dx = the convolution of dy with the weights turned around                    (the same kernel)
+    dx = the convolution of dy with the weights flipped                          (the same kernel)
     dweight[tap] = sum over tokens of dy and the shifted x,   dbias = sum of dy
 where the last two are partial sums per program, added in a fixed order. No atomics: repeats are
 bit-identical. Saved: x and the weights.
@@ -37,7 +37,7 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import INTERPRETER, Tile, architecture, channel_block, is_odd
 from equiseg_fast.kernels._common import (
     OfflineEntry,
     cdiv,
@@ -50,9 +50,76 @@ from equiseg_fast.kernels._common import (
     offline_entry,
     strides,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import remembered, tunable
 
 _TAPS = 49
+
+
+# The tiles hold `block_w` tokens of one row; the loop runs down the rows of a strip.
+
+
+def _mixer_tile(arch: int, channels: int, elements: int) -> Tile:
+    if arch == INTERPRETER:
+        return Tile(block_w=32, block_c=64, num_warps=4)
+    block_c = channel_block(channels)
+    # Odd widths: half as many, so that the addresses of all fit into registers.
+    block_w = elements // (2 if is_odd(channels) else 1) // block_c
+    return Tile(block_w=block_w, block_c=block_c, num_warps=4)
+
+
+@tunable
+def pooling_mixer_conv_config(arch: int, channels: int) -> Tile:
+    """Tiles of the 7x7 convolution: beside 49 weights a thread has room for two elements."""
+    return _mixer_tile(arch, channels, 256)
+
+
+@tunable
+def pooling_mixer_pool_config(arch: int, channels: int) -> Tile:
+    """Tiles of the pools: 24 partial sums; four elements a thread make loads of 16 bytes."""
+    return _mixer_tile(arch, channels, 512)
+
+
+@tunable
+def pooling_mixer_dweight_config(arch: int, channels: int) -> Tile:
+    """Tiles of the gradients of the weights: 50 sums, 7 rows and 7 shifts."""
+    # For sm_90 the compiler spills with one element per thread, not with two.
+    two = is_odd(channels) and architecture(arch).number == 90
+    return _mixer_tile(arch, channels, 512 if two else 256)
+
+
+def pooling_mixer_reduce_tile(arch: int) -> dict[str, int]:
+    """Partial sums and numbers of one step of the kernel that adds the gradients of the weights."""
+    return {"BLOCK_P": 8, "BLOCK": 1024} if arch == INTERPRETER else {"BLOCK_P": 32, "BLOCK": 32}
+
+
+_INTERPRETER_ROWS = 16
+_CTAS_PER_SM = 3
+_STRIP_OVERHEAD = 8
+
+
+@remembered
+def pooling_mixer_rows(arch: int, columns: int, height: int, half: int, num_sms: int) -> int:
+    """The rows of a strip of an image of `height` rows, where `columns` programs run side by side.
+
+    A strip also walks through the `half` rows before and after it: long strips waste less, short
+    ones fill the device. The estimate is waves times (rows walked + fixed cost of a program).
+    """
+    if arch == INTERPRETER:
+        return min(height, _INTERPRETER_ROWS)
+    best = (float("inf"), height)
+    for wanted in range(1, -(-height // 8) + 1):
+        rows = -(-height // wanted)
+        strips = columns * -(-height // rows)
+        waves = -(-strips // (num_sms * _CTAS_PER_SM))
+        best = min(best, (waves * (rows + 2 * half + _STRIP_OVERHEAD), rows))
+    return best[1]
+
+
+def pooling_mixer_chunks(strips: int, blocks: int, num_sms: int) -> tuple[int, int]:
+    """How to share out a sum over strips for `blocks` channel blocks: (programs, strips each)."""
+    wanted = max(1, -(-2 * _CTAS_PER_SM * num_sms // blocks))
+    chunk = -(-strips // min(wanted, strips))
+    return -(-strips // chunk), chunk
 
 
 @triton.jit
@@ -167,7 +234,7 @@ def _weighted_sum(b_tiles, b_weights):
 
 @triton.jit
 def _add_row(b_sums, b_row, FIRST: tl.constexpr, LAST: tl.constexpr):
-    """The sums in the making after a row that reaches those from FIRST to LAST, which is new."""
+    """The partial sums after a row that reaches those from FIRST to LAST, which is new."""
     b_result = b_sums[:FIRST]
     for j in tl.static_range(FIRST, LAST):
         b_result += (b_sums[j] + b_row,)
@@ -304,21 +371,17 @@ def _pooling_mixer_reduce_kernel(
 
 
 @remembered
-def _blocks(channels: int, tile: _configs.RowTile) -> dict:
-    return {
-        "BLOCK_W": tile.block_w,
-        "BLOCK_C": tile.block_c,
-        "MASK_C": channels % tile.block_c != 0,
-    }
+def _blocks(channels: int, tile: Tile) -> dict:
+    return {**tile.blocks(), "MASK_C": channels % tile.block_c != 0}
 
 
-def _walk(x: torch.Tensor, height: int, width: int, tile: _configs.RowTile, half: int):
+def _walk(x: torch.Tensor, height: int, width: int, tile: Tile, half: int):
     """(strips, channel blocks, rows of a strip) of a kernel that reaches `half` rows beyond."""
     batch, _, channels = x.shape
-    arch, processors = device_facts(x.device)
+    arch, num_sms = device_facts(x.device)
     across = batch * cdiv(width, tile.block_w)
     blocks = cdiv(channels, tile.block_c)
-    rows = _configs.pooling_mixer_rows(arch, across * blocks, height, half, processors)
+    rows = pooling_mixer_rows(arch, across * blocks, height, half, num_sms)
     return across * cdiv(height, rows), blocks, rows
 
 
@@ -328,14 +391,13 @@ def _convolve(
 ) -> torch.Tensor:  # fmt: skip
     """Fill y [B, L, C], contiguous, with the convolution of x, or with no bias its transpose."""
     channels = x.shape[-1]
-    tile = _configs.pooling_mixer_conv_config(device_facts(x.device)[0], channels)
+    tile = pooling_mixer_conv_config(device_facts(x.device)[0], channels)
     strips, blocks, rows = _walk(x, height, width, tile, 3)
     launch(
         _pooling_mixer_conv_kernel, (strips, blocks),
         x, taps, taps if bias is None else bias, y,
         *strides(x), channels, height, width, channels, rows,
-        num_warps=tile.num_warps, num_stages=1,
-        **_blocks(channels, tile), TRANSPOSED=bias is None,
+        **tile.launch(), **_blocks(channels, tile), TRANSPOSED=bias is None,
     )  # fmt: skip
     return y
 
@@ -345,13 +407,12 @@ def _pool(
 ) -> torch.Tensor:
     """Fill out [B, L, C], contiguous, with y plus its pools, or plus its transposed pools."""
     channels = y.shape[-1]
-    tile = _configs.pooling_mixer_pool_config(device_facts(y.device)[0], channels)
+    tile = pooling_mixer_pool_config(device_facts(y.device)[0], channels)
     strips, blocks, rows = _walk(y, height, width, tile, 5)
     launch(
         _pooling_mixer_pool_kernel, (strips, blocks),
         y, out, *strides(y), channels, height, width, channels, rows,
-        num_warps=tile.num_warps, num_stages=1,
-        **_blocks(channels, tile), TRANSPOSED=transposed,
+        **tile.launch(), **_blocks(channels, tile), TRANSPOSED=transposed,
     )  # fmt: skip
     return out
 
@@ -398,23 +459,23 @@ def pooling_mixer_bwd(
     if needs_dx:
         _convolve(dy, _taps(weight), None, dx, height, width)
     if needs_dweight or needs_dbias:
-        arch, processors = device_facts(x.device)
-        tile = _configs.pooling_mixer_dweight_config(arch, channels)
+        arch, num_sms = device_facts(x.device)
+        tile = pooling_mixer_dweight_config(arch, channels)
         strips, blocks, rows = _walk(x, height, width, tile, 3)
-        programs, chunk = _configs.pooling_mixer_chunks(strips, blocks, processors)
+        programs, chunk = pooling_mixer_chunks(strips, blocks, num_sms)
         partial = x.new_empty((programs, _TAPS + 1, channels), dtype=torch.float32)
         launch(
             _pooling_mixer_dweight_kernel, (programs, blocks),
             x, dy, partial, *strides(x), channels, height, width, channels, rows, strips, chunk,
-            num_warps=tile.num_warps, num_stages=1, **_blocks(channels, tile),
+            **tile.launch(), **_blocks(channels, tile),
         )  # fmt: skip
-        block_p, block = _configs.pooling_mixer_reduce_config(arch)
+        reduce_tile = pooling_mixer_reduce_tile(arch)
         whole_dweight = dweight if needs_dweight else empty_like(weight)
         whole_dbias = dbias if needs_dbias else weight.new_empty(channels)
         launch(
-            _pooling_mixer_reduce_kernel, (cdiv((_TAPS + 1) * channels, block),),
+            _pooling_mixer_reduce_kernel, (cdiv((_TAPS + 1) * channels, reduce_tile["BLOCK"]),),
             partial, whole_dweight, whole_dbias, channels, programs,
-            num_warps=4, num_stages=1, BLOCK_P=block_p, BLOCK=block,
+            num_warps=4, num_stages=1, **reduce_tile,
         )  # fmt: skip
     return dx, dweight, dbias
 
@@ -434,8 +495,8 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             inner = {"p_x": "fp32", "p_weight": dtype, "p_bias": dtype, "p_y": dtype}
             pools = {"p_y": "fp32", "p_out": dtype}, {"p_y": dtype, "p_out": "fp32"}
             sums = {"p_x": dtype, "p_dy": "fp32", "p_partial": "fp32"}
-            conv = _configs.pooling_mixer_conv_config(arch, channels)
-            pool = _configs.pooling_mixer_pool_config(arch, channels)
+            conv = pooling_mixer_conv_config(arch, channels)
+            pool = pooling_mixer_pool_config(arch, channels)
             for transposed in (False, True):
                 for kernel, tile, pointers in (
                     (_pooling_mixer_conv_kernel, conv, inner if transposed else outer),
@@ -443,22 +504,16 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 ):
                     yield offline_entry(
                         kernel, case + (" transposed" if transposed else ""), pointers,
-                        _blocks(channels, tile) | {"TRANSPOSED": transposed}, tile.num_warps, 1,
+                        _blocks(channels, tile) | {"TRANSPOSED": transposed}, **tile.launch(),
                         aligned=aligned,
                     )  # fmt: skip
-            tile = _configs.pooling_mixer_dweight_config(arch, channels)
+            tile = pooling_mixer_dweight_config(arch, channels)
             yield offline_entry(
-                _pooling_mixer_dweight_kernel,
-                case,
-                sums,
-                _blocks(channels, tile),
-                tile.num_warps,
-                1,
-                aligned=aligned,
-            )
-        block_p, block = _configs.pooling_mixer_reduce_config(arch)
+                _pooling_mixer_dweight_kernel, case, sums, _blocks(channels, tile),
+                **tile.launch(), aligned=aligned,
+            )  # fmt: skip
         yield offline_entry(
             _pooling_mixer_reduce_kernel, dtype,
             {"p_partial": "fp32", "p_dweight": dtype, "p_dbias": dtype},
-            {"BLOCK_P": block_p, "BLOCK": block}, 4, 1, aligned=aligned,
+            pooling_mixer_reduce_tile(arch), 4, 1, aligned=aligned,
         )  # fmt: skip

@@ -9,9 +9,9 @@ convolution followed by a 1x1 convolution to one channel, is linear: it comes me
 
 One pass serves every primary: out_i is the largest t, or the second largest where i itself holds
 the largest. A byte per token and channel (winner in the low half, runner-up in the high half, 15
-for nobody) is the whole memory of the maximum. Comparisons see fp32 values before rounding, in
+for none) is all that is kept of the maximum. Comparisons see fp32 values before rounding, in
 ascending order of the modalities and strictly: a tie belongs to the lowest one. NaN counts as the
-largest, so that it is handed on.
+largest, so that it propagates.
 
 Saved for the backward: x, s [M, B, L] fp32 and the winners [B, L, C] uint8. s is one number per
 token, far less than what computing it again would read. With g_m the sum of grad_out_i over the
@@ -41,7 +41,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import (
+    INTERPRETER,
+    Tile,
+    architecture,
+    channel_block,
+    is_odd,
+    power_of_two,
+    token_chunks,
+)
 from equiseg_fast.kernels._common import (
     OfflineEntry,
     cdiv,
@@ -54,7 +62,87 @@ from equiseg_fast.kernels._common import (
     offline_entry,
     strides,
 )
-from equiseg_fast.kernels._tuned import remembered
+from equiseg_fast.kernels._tuned import remembered, tunable
+
+QUERY_HUB_MODALITIES = 8
+"""The most modalities: a byte holds two of them."""
+
+
+def _map_tile(tokens: int, block_c: int, num_warps: int) -> Tile:
+    """Square, or twice as wide as high: the fewest neighbours outside."""
+    block_h = 1 << (tokens.bit_length() - 1) // 2
+    return Tile(block_h=block_h, block_w=tokens // block_h, block_c=block_c, num_warps=num_warps)
+
+
+def _warps(arch: int, itemsize: int, channels: int) -> int:
+    """Warps of a tile: twice as many where loads in flight take the registers."""
+    return 8 if itemsize == 4 or is_odd(channels) or architecture(arch).number >= 100 else 4
+
+
+def _elements(channels: int) -> int:
+    """Tokens times channels of a tile."""
+    if channels < 16:  # nearly all of a tile is padding
+        return 256
+    return 1024 if is_odd(channels) else 2048
+
+
+def query_hub_max_registers(arch: int) -> int | None:
+    """Registers per thread that the kernels may take; None leaves it to the compiler."""
+    return 255 if architecture(arch).spills_for_occupancy else None
+
+
+@tunable
+def query_hub_fwd_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Tiles of the forward kernel.
+
+    Up to 128 channels they hold all of them and compute the scores too. Beyond, they stream blocks
+    of channels, and the scores come from a kernel with the tiles of `query_hub_score_config`.
+    """
+    if channels > 128:
+        return query_hub_score_config(arch, itemsize, channels)
+    if arch == INTERPRETER:
+        return Tile(block_h=8, block_w=16, block_c=power_of_two(channels), num_warps=4)
+    block_c = max(16, power_of_two(channels))
+    return _map_tile(_elements(channels) // block_c, block_c, _warps(arch, itemsize, channels))
+
+
+@tunable
+def query_hub_score_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Tiles of the kernel that computes scores alone."""
+    if arch == INTERPRETER:
+        return Tile(block_h=8, block_w=16, block_c=128, num_warps=4)
+    block_c = channel_block(channels)
+    return _map_tile(_elements(channels) // block_c, block_c, _warps(arch, itemsize, channels))
+
+
+@tunable
+def query_hub_bwd_score_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Tiles of the backward kernel that sums over channels; the loop runs over them."""
+    if arch == INTERPRETER:
+        return Tile(block_l=128, block_c=128, num_warps=4)
+    block_c = channel_block(channels)
+    # Before sm_90 the compiler spills even with half of the other tiles.
+    halves = 2 if is_odd(channels) and architecture(arch).number < 90 else 1
+    return Tile(
+        block_l=_elements(channels) // halves // block_c,
+        block_c=block_c,
+        num_warps=_warps(arch, itemsize, channels),
+    )
+
+
+@tunable
+def query_hub_dx_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Tiles of the kernel for dx."""
+    return query_hub_bwd_score_config(arch, itemsize, channels)
+
+
+@tunable
+def query_hub_dweight_config(arch: int, itemsize: int, channels: int) -> Tile:
+    """Tiles of the kernel for dweight; the loop runs over tokens, nine sums stay in registers."""
+    if arch == INTERPRETER:
+        return Tile(block_l=64, block_c=128, num_warps=4)
+    block_c = channel_block(channels)
+    return Tile(block_l=_elements(channels) // 2 // block_c, block_c=block_c, num_warps=4)
 
 
 @triton.jit
@@ -178,7 +266,7 @@ def _query_hub_fwd_kernel(
                     tl.store(p_score + o_tile, b_score, mask=m_l)
             else:
                 b_score = tl.load(p_score + o_tile, mask=m_l, other=0.0)
-            # Loaded after the convolution rather than kept from it: registers are dearer.
+            # Loaded again after the convolution: cheaper than holding it in registers.
             b_x = load_tile(p_x, o_tile, o_c, stride_xl, m_l, m_c, True, PAD_C).to(tl.float32)
             b_t = b_x + b_x * b_score[:, None]
             m_top = (b_t > b_top) | (b_t != b_t)
@@ -397,22 +485,21 @@ def _flags(present: Tensor | None, anything: Tensor) -> Tensor:
     return anything if present is None else present.contiguous().view(torch.uint8)
 
 
-_Tile = _configs.MapTile | _configs.TokenTile
+def _tiles(tile: Tile, height: int, width: int) -> int:
+    """How many cover a map."""
+    return cdiv(height, tile.block_h) * cdiv(width, tile.block_w)
 
 
-def _constexprs(tile: _Tile, channels: int, has_present: bool, **more: Any) -> dict[str, Any]:
+def _constexprs(tile: Tile, channels: int, has_present: bool, **more: Any) -> dict[str, Any]:
     return {"CHANNELS": channels, "HAS_PRESENT": has_present, **tile.blocks(), **more}
 
 
 @remembered
 def _options(
-    arch: int, tile: _Tile, channels: int, has_present: bool, **more: Any
+    arch: int, tile: Tile, channels: int, has_present: bool, **more: Any
 ) -> dict[str, Any]:
     constexprs = _constexprs(tile, channels, has_present, **more)
-    return {
-        "num_warps": tile.num_warps, "num_stages": 1,
-        "max_registers": _configs.query_hub_max_registers(arch), **constexprs,
-    }  # fmt: skip
+    return {**tile.launch(), "max_registers": query_hub_max_registers(arch), **constexprs}
 
 
 def query_hub_fwd(
@@ -429,7 +516,7 @@ def query_hub_fwd(
     modalities, batch, tokens, channels = x.shape
     arch, _ = device_facts(x.device)
     itemsize = x.element_size()
-    tile = _configs.query_hub_fwd_config(arch, itemsize, channels)
+    tile = query_hub_fwd_config(arch, itemsize, channels)
     inside = tile.block_c >= channels
     kept = (modalities, batch, tokens) if save or not inside else (0,)
     out = empty_like(x)
@@ -439,13 +526,13 @@ def query_hub_fwd(
         x, weight, bias = last_dim_contiguous(x), weight.contiguous(), bias.contiguous()
         flags, has_present = _flags(present, bias), present is not None
         if not inside:
-            scores = _configs.query_hub_score_config(arch, itemsize, channels)
+            scores = query_hub_score_config(arch, itemsize, channels)
             launch(
-                _query_hub_score_kernel, (scores.count(height, width) * modalities * batch,),
+                _query_hub_score_kernel, (_tiles(scores, height, width) * modalities * batch,),
                 x, weight, bias, flags, score, *strides(x), batch, height, width,
                 **_options(arch, scores, channels, has_present),
             )  # fmt: skip
-        programs = cdiv(channels, tile.block_c) * tile.count(height, width) * batch
+        programs = cdiv(channels, tile.block_c) * _tiles(tile, height, width) * batch
         launch(
             _query_hub_fwd_kernel, (programs,),
             x, weight, bias, flags, out, score, winner, *strides(x),
@@ -472,18 +559,18 @@ def query_hub_bwd(
     x, grad_out = last_dim_contiguous(x), last_dim_contiguous(grad_out)
     weight, score, winner = weight.contiguous(), score.contiguous(), winner.contiguous()
     flags, has_present = _flags(present, weight), present is not None
-    arch, processors = device_facts(x.device)
+    arch, num_sms = device_facts(x.device)
     itemsize = x.element_size()
 
     dz = empty_like(score)
-    tile = _configs.query_hub_bwd_score_config(arch, itemsize, channels)
+    tile = query_hub_bwd_score_config(arch, itemsize, channels)
     launch(
         _query_hub_bwd_score_kernel, (cdiv(tokens, tile.block_l) * batch,),
         grad_out, x, flags, score, winner, dz, *strides(grad_out), *strides(x),
         modalities, batch, tokens, **_options(arch, tile, channels, has_present, **_BWD_SCORE),
     )  # fmt: skip
     if needs_dx:
-        tile = _configs.query_hub_dx_config(arch, itemsize, channels)
+        tile = query_hub_dx_config(arch, itemsize, channels)
         programs = cdiv(channels, tile.block_c) * cdiv(tokens, tile.block_l) * batch
         launch(
             _query_hub_bwd_dx_kernel, (programs,),
@@ -491,10 +578,10 @@ def query_hub_bwd(
             modalities, batch, height, width, **_options(arch, tile, channels, has_present),
         )  # fmt: skip
     if needs_dw:
-        tile = _configs.query_hub_dweight_config(arch, itemsize, channels)
+        tile = query_hub_dweight_config(arch, itemsize, channels)
         programs = cdiv(channels, tile.block_c) * modalities
         blocks = cdiv(tokens, tile.block_l) * batch
-        chunks, chunk = _configs.token_chunks(programs, blocks, processors)
+        chunks, chunk = token_chunks(programs, blocks, num_sms)
         partial = weight.new_empty((chunks, *weight.shape))
         launch(
             _query_hub_bwd_dweight_kernel, (programs, chunks),
@@ -505,7 +592,7 @@ def query_hub_bwd(
     return dx, weight.new_empty(0), weight.new_empty(0)
 
 
-_BWD_SCORE = {"MAX_M": _configs.QUERY_HUB_MODALITIES}
+_BWD_SCORE = {"MAX_M": QUERY_HUB_MODALITIES}
 
 # 320 stands for all multiples of 64 beyond 128, 33 and 129 are examples of padding. fp16 has the
 # tiles and instructions of bf16. Without `present` a kernel is the same less a branch.
@@ -522,11 +609,11 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
     """Every specialisation that the launchers choose on `arch` for aligned inputs, and examples of
     unaligned ones."""
     backward = (
-        (_query_hub_bwd_score_kernel, _configs.query_hub_bwd_score_config, _BWD_SCORE),
-        (_query_hub_bwd_dx_kernel, _configs.query_hub_dx_config, {}),
-        (_query_hub_bwd_dweight_kernel, _configs.query_hub_dweight_config, {}),
+        (_query_hub_bwd_score_kernel, query_hub_bwd_score_config, _BWD_SCORE),
+        (_query_hub_bwd_dx_kernel, query_hub_dx_config, {}),
+        (_query_hub_bwd_dweight_kernel, query_hub_dweight_config, {}),
     )
-    limit = _configs.query_hub_max_registers(arch)
+    limit = query_hub_max_registers(arch)
     for dtype, widths, masks, aligned in _OFFLINE:
         itemsize = 4 if dtype == "fp32" else 2
         pointers = dict.fromkeys("p_x p_out p_grad p_dx".split(), dtype)
@@ -534,22 +621,22 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         pointers |= {"p_present": "u8", "p_winner": "u8"}
         for channels, has_present in itertools.product(widths, masks):
             case = f"{dtype} C{channels}" + " present" * has_present
-            tile = _configs.query_hub_fwd_config(arch, itemsize, channels)
+            tile = query_hub_fwd_config(arch, itemsize, channels)
             inside = tile.block_c >= channels
             for save in (False, True):
                 more = {"SCORES": inside, "SAVE": save}
                 yield offline_entry(
                     _query_hub_fwd_kernel, case + " save" * save, pointers,
-                    _constexprs(tile, channels, has_present, **more), tile.num_warps, 1,
+                    _constexprs(tile, channels, has_present, **more), **tile.launch(),
                     max_registers=limit, aligned=aligned,
                 )  # fmt: skip
             chosen = backward
             if not inside:
-                chosen += ((_query_hub_score_kernel, _configs.query_hub_score_config, {}),)
+                chosen += ((_query_hub_score_kernel, query_hub_score_config, {}),)
             for kernel, choose, more in chosen:
                 tile = choose(arch, itemsize, channels)
                 constexprs = _constexprs(tile, channels, has_present, **more)
                 yield offline_entry(
-                    kernel, case, pointers, constexprs, tile.num_warps, 1, max_registers=limit,
+                    kernel, case, pointers, constexprs, **tile.launch(), max_registers=limit,
                     aligned=aligned,
                 )  # fmt: skip

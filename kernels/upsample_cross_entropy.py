@@ -46,7 +46,7 @@ import torch
 import triton
 import triton.language as tl
 
-from equiseg_fast.kernels import _configs
+from equiseg_fast.kernels._arch import INTERPRETER, Tile, power_of_two
 from equiseg_fast.kernels._common import (
     OfflineEntry,
     cdiv,
@@ -56,6 +56,54 @@ from equiseg_fast.kernels._common import (
     launch,
     offline_entry,
 )
+from equiseg_fast.kernels._tuned import at_least, remembered, tunable
+
+CLASS_PITCH = 16
+"""Classes of a row of logits are padded to a multiple of this, so that Triton loads vectors."""
+
+_CLASS_BLOCK = 32
+_CTAS_PER_SM = 12
+_MAX_STRIP = 8
+
+
+def _class_tile(arch: int, block_k: int, elements: int) -> Tile:
+    if arch == INTERPRETER:
+        return Tile(block_m=64, block_k=block_k, num_warps=4)
+    return Tile(block_m=max(1, elements // block_k), block_k=block_k, num_warps=2)
+
+
+@tunable
+@at_least(lambda arch, classes: {"block_k": classes})
+def upsample_cross_entropy_fwd_config(arch: int, classes: int) -> Tile:
+    """`block_m` cells by all classes."""
+    return _class_tile(arch, max(CLASS_PITCH, power_of_two(classes)), 512)
+
+
+@tunable
+def upsample_cross_entropy_bwd_config(arch: int, classes: int) -> Tile:
+    """`block_m` columns by a block of classes."""
+    return _class_tile(arch, CLASS_PITCH if classes <= CLASS_PITCH else _CLASS_BLOCK, 512)
+
+
+def upsample_cross_entropy_lines(arch: int, programs: int, lines: int, num_sms: int) -> int:
+    """Pixel lines of its cells that a forward program walks over: fewer where programs are few."""
+    if arch == INTERPRETER:
+        return lines
+    parts = max(1, num_sms * _CTAS_PER_SM // programs)
+    return -(-lines // min(parts, lines))
+
+
+@remembered
+def upsample_cross_entropy_strip(columns: int, rows: int, tile: Tile, num_sms: int) -> int:
+    """Rows of samples of one backward program; `columns` in all images and class blocks.
+
+    A strip of s rows costs s + 1, and long strips leave SMs idle. It changes no result.
+    """
+    costs = []
+    for strip in range(1, min(_MAX_STRIP, rows) + 1):
+        programs = -(-columns * -(-rows // strip) // tile.block_m)
+        costs.append((-(-programs // (num_sms * _CTAS_PER_SM)) * (strip + 1), strip))
+    return min(costs)[1]
 
 
 @triton.jit
@@ -241,7 +289,7 @@ def _class_rows(logits: torch.Tensor) -> torch.Tensor:
     """[B, K, h, w] -> [B, h, w, pitch] in contiguous memory, zeros behind the K classes."""
     classes = logits.shape[1]
     rows = logits.permute(0, 2, 3, 1)
-    pitch = -(-classes // _configs.CLASS_PITCH) * _configs.CLASS_PITCH
+    pitch = -(-classes // CLASS_PITCH) * CLASS_PITCH
     if pitch == classes:
         return last_dim_contiguous(rows.contiguous())
     return torch.constant_pad_nd(rows, (0, pitch - classes)).contiguous()
@@ -272,16 +320,15 @@ def upsample_cross_entropy_fwd(
         return loss, lse
     rows, labels = _class_rows(logits), labels.contiguous()
     sizes, scales = _geometry(logits, labels)
-    arch, processors = device_facts(logits.device)
-    config = _configs.upsample_cross_entropy_fwd_config(arch, logits.shape[1])
+    arch, num_sms = device_facts(logits.device)
+    tile = upsample_cross_entropy_fwd_config(arch, logits.shape[1])
     _, h, w, *_, n_y, _ = sizes
-    programs = cdiv((h + 1) * (w + 1), config.block_m) * len(labels)
-    lines = _configs.upsample_cross_entropy_lines(arch, programs, n_y, processors)
+    programs = cdiv((h + 1) * (w + 1), tile.block_m) * len(labels)
+    lines = upsample_cross_entropy_lines(arch, programs, n_y, num_sms)
     launch(
         _upsample_cross_entropy_fwd_kernel, (programs, cdiv(n_y, lines)),
         rows, labels, loss, lse, rows.shape[-1], *sizes, lines, ignore_index, *scales,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_n,
+        **tile.launch(), **tile.blocks(),
     )  # fmt: skip
     return loss, lse
 
@@ -305,16 +352,15 @@ def upsample_cross_entropy_bwd(
         grad.contiguous(),
     )
     sizes, scales = _geometry(logits, labels)
-    arch, processors = device_facts(logits.device)
-    config = _configs.upsample_cross_entropy_bwd_config(arch, classes)
-    blocks = cdiv(classes, config.block_n)
-    strip = _configs.upsample_cross_entropy_strip(batch * blocks * w, h, config, processors)
+    arch, num_sms = device_facts(logits.device)
+    tile = upsample_cross_entropy_bwd_config(arch, classes)
+    blocks = cdiv(classes, tile.block_k)
+    strip = upsample_cross_entropy_strip(batch * blocks * w, h, tile, num_sms)
     columns = cdiv(h, strip) * w
     launch(
-        _upsample_cross_entropy_bwd_kernel, (cdiv(columns, config.block_m) * batch, blocks),
+        _upsample_cross_entropy_bwd_kernel, (cdiv(columns, tile.block_m) * batch, blocks),
         rows, labels, lse, grad, out, rows.shape[-1], *sizes, strip, ignore_index, *scales,
-        num_warps=config.num_warps, num_stages=config.num_stages,
-        BLOCK_M=config.block_m, BLOCK_K=config.block_n,
+        **tile.launch(), **tile.blocks(),
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -339,13 +385,12 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         pointers = {"p_logits": dtype, "p_labels": labels, "p_dlogits": dtype}
         pointers |= dict.fromkeys(("p_loss", "p_lse", "p_grad"), "fp32")
         for kernel, choose in (
-            (_upsample_cross_entropy_fwd_kernel, _configs.upsample_cross_entropy_fwd_config),
-            (_upsample_cross_entropy_bwd_kernel, _configs.upsample_cross_entropy_bwd_config),
+            (_upsample_cross_entropy_fwd_kernel, upsample_cross_entropy_fwd_config),
+            (_upsample_cross_entropy_bwd_kernel, upsample_cross_entropy_bwd_config),
         ):
-            for config in dict.fromkeys(choose(arch, classes) for classes in numbers):
+            for tile in dict.fromkeys(choose(arch, classes) for classes in numbers):
                 yield offline_entry(
-                    kernel, f"{dtype} {labels} K{config.block_n} M{config.block_m}", pointers,
-                    {"BLOCK_M": config.block_m, "BLOCK_K": config.block_n},
-                    config.num_warps, config.num_stages, scores=config.block_m * config.block_n,
-                    aligned=aligned,
+                    kernel, f"{dtype} {labels} K{tile.block_k} M{tile.block_m}", pointers,
+                    tile.blocks(), **tile.launch(), scores=tile.block_m * tile.block_k,
+                    floats=("scale_y", "scale_x"), aligned=aligned,
                 )  # fmt: skip

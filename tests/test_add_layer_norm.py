@@ -95,14 +95,14 @@ class TestParity:
         self, dtype: torch.dtype, channels: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Several blocks of rows per program, a ragged last one, more partials than a block."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import add_layer_norm as kernels
 
-        tile = _configs.TokenTile(4, 64, 4)
-        monkeypatch.setattr(_configs, "norm_fwd_config", lambda *_: tile)
-        monkeypatch.setattr(_configs, "norm_bwd_config", lambda *_: tile)
-        monkeypatch.setattr(_configs, "token_chunks", lambda *_: (6, 3))
-        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_N", 4)
-        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_C", 16)
+        tile = kernels.Tile(block_l=4, block_c=64, num_warps=4)
+        monkeypatch.setattr(kernels, "norm_fwd_config", lambda *_: tile)
+        monkeypatch.setattr(kernels, "norm_bwd_config", lambda *_: tile)
+        monkeypatch.setattr(kernels, "token_chunks", lambda *_: (6, 3))
+        monkeypatch.setitem(kernels.SUMS_TILE, "BLOCK_N", 4)
+        monkeypatch.setitem(kernels.SUMS_TILE, "BLOCK_C", 16)
         inputs = make(66, channels, dtype=dtype)
         parity(inputs)
         # All with strides of their own.
@@ -120,12 +120,12 @@ class TestParity:
         assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
     def test_tiles_hold_whole_rows(self) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import add_layer_norm as kernels
 
         for channels in (1, 16, 33, 160, 512, 1024, 4095, 4096):
             tiles = (
-                _configs.norm_fwd_config(90, channels),
-                _configs.norm_bwd_config(90, 2, channels),
+                kernels.norm_fwd_config(90, channels),
+                kernels.norm_bwd_config(90, 2, channels),
             )
             per_thread = []
             for tile in tiles:

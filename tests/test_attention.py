@@ -166,13 +166,13 @@ class TestParity:
     def test_query_splits_of_the_backward(
         self, splits: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import attention as kernels
 
-        def query_splits(programs: int, blocks: int, processors: int) -> tuple[int, int]:
+        def query_splits(programs: int, blocks: int, num_sms: int) -> tuple[int, int]:
             chunk = -(-blocks // splits)
             return -(-blocks // chunk), chunk
 
-        monkeypatch.setattr(_configs, "query_splits", query_splits)
+        monkeypatch.setattr(kernels, "query_splits", query_splits)
         for dtype in DTYPES:
             parity(make(queries=300, keys=70, dtype=dtype))
 

@@ -178,15 +178,16 @@ class TestParity:
     def test_chunks_of_the_sum_over_tokens(
         self, chunks: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import class_prototypes as kernels
 
-        def token_chunks(programs: int, blocks: int, processors: int) -> tuple[int, int]:
+        def token_chunks(programs: int, blocks: int, num_sms: int) -> tuple[int, int]:
             chunk = -(-blocks // min(chunks, blocks))
             return -(-blocks // chunk), chunk
 
-        monkeypatch.setattr(_configs, "token_chunks", token_chunks)
-        monkeypatch.setattr(_configs, "class_sums_config", lambda *_: _configs.TokenTile(16, 32, 4))
-        monkeypatch.setattr(_configs, "CLASS_MEANS_TILE", (4, 128))
+        monkeypatch.setattr(kernels, "token_chunks", token_chunks)
+        tile = kernels.Tile(block_l=16, block_c=32, num_warps=4)
+        monkeypatch.setattr(kernels, "class_sums_config", lambda *_: tile)
+        monkeypatch.setitem(kernels.CLASS_MEANS_TILE, "BLOCK_S", 4)
         for dtype in (torch.float32, torch.bfloat16):
             parity(make(1, 2, 13, 11, 20, dtype=dtype))
 

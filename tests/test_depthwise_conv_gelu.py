@@ -88,26 +88,26 @@ class TestParity:
     def test_ragged_tiles_in_all_directions(
         self, dtype: torch.dtype, rows: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import depthwise_conv_gelu as kernels
 
-        config = _configs.StripConfig(block_w=4, block_c=16, num_warps=1, resident=1)
-        monkeypatch.setattr(_configs, "depthwise_conv_config", lambda *_: config)
-        monkeypatch.setattr(_configs, "depthwise_bwd_config", lambda *_: config)
-        monkeypatch.setattr(_configs, "strip_rows", lambda *_: rows)
-        monkeypatch.setitem(_configs.SUMS_TILE, "BLOCK_N", 4)
+        config = kernels.Tile(block_w=4, block_c=16, num_warps=1, ctas_per_sm=1)
+        monkeypatch.setattr(kernels, "depthwise_conv_config", lambda *_: config)
+        monkeypatch.setattr(kernels, "depthwise_bwd_config", lambda *_: config)
+        monkeypatch.setattr(kernels, "strip_rows", lambda *_: rows)
+        monkeypatch.setitem(kernels.SUMS_TILE, "BLOCK_N", 4)
         parity(make(1, 4, 5, 17, dtype))
 
     def test_strip_rows_cover_the_image(self) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import depthwise_conv_gelu as kernels
 
         for height in (1, 7, 8, 33, 256, 1000):
             for strips in (1, 64, 512, 100_000):
                 for slots in (8, 396, 792):
-                    rows = _configs.strip_rows(strips, height, slots)
+                    rows = kernels.strip_rows(strips, height, slots)
                     assert 1 <= rows <= height
                     assert rows >= min(height, 8)
-        assert _configs.strip_rows(100_000, 256, 792) == 256
-        assert _configs.strip_rows(8, 256, 792) == 8
+        assert kernels.strip_rows(100_000, 256, 792) == 256
+        assert kernels.strip_rows(8, 256, 792) == 8
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last"])

@@ -179,18 +179,16 @@ class TestParity:
     def test_chunks_of_the_sum_over_tokens(
         self, chunks: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import guided_gate as kernels
 
-        def token_chunks(programs: int, blocks: int, processors: int) -> tuple[int, int]:
+        def token_chunks(programs: int, blocks: int, num_sms: int) -> tuple[int, int]:
             chunk = -(-blocks // min(chunks, blocks))
             return -(-blocks // chunk), chunk
 
-        def tile(*_: object) -> _configs.TokenTile:
-            return _configs.TokenTile(4, 32, 4)
-
-        monkeypatch.setattr(_configs, "token_chunks", token_chunks)
-        monkeypatch.setattr(_configs, "guided_gate_fwd_config", tile)
-        monkeypatch.setattr(_configs, "guided_gate_bwd_config", tile)
+        tile = kernels.Tile(block_l=4, block_c=32, num_warps=4)
+        monkeypatch.setattr(kernels, "token_chunks", token_chunks)
+        monkeypatch.setattr(kernels, "guided_gate_fwd_config", lambda *_: tile)
+        monkeypatch.setattr(kernels, "guided_gate_bwd_config", lambda *_: tile)
         parity({**make(batch=1, tokens=157, channels=20), "present": some_absent(3, 1)})
 
     @pytest.mark.parametrize("backend", ["triton", "torch"])

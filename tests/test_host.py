@@ -21,8 +21,9 @@ pytest.importorskip("triton", reason="host times are those of launching kernels"
 from benchmarks.__main__ import main as benchmark_main
 from benchmarks.measure import host
 from equiseg_fast import attention, guided_gate, use_backend
-from equiseg_fast.kernels import _common, _configs, _tuned
+from equiseg_fast.kernels import _common, _tuned, add_layer_norm, query_hub
 from equiseg_fast.kernels import guided_gate as gate_kernels
+from equiseg_fast.kernels._arch import Tile
 from equiseg_fast.ops import _backend, _registry
 from equiseg_fast.testing import random_normal
 from tests.operations import OPERATIONS, needs_interpreter
@@ -85,8 +86,8 @@ class TestMeasurement:
         monkeypatch.setattr(host, "_nothing", lambda *a, **k: (seen.append(k), nothing())[1])
         host.measure(CPU, ("guided_gate",), repeats=1)
         shape = host.SHAPE.modalities, host.SHAPE.channels
-        config = _configs.guided_gate_fwd_config(90, host.DTYPE.itemsize, *shape)
-        assert config != _configs.guided_gate_fwd_config(0, host.DTYPE.itemsize, *shape)
+        config = gate_kernels.guided_gate_fwd_config(90, host.DTYPE.itemsize, *shape)
+        assert config != gate_kernels.guided_gate_fwd_config(0, host.DTYPE.itemsize, *shape)
         forward = [k for k in seen if "BLOCK_L" in k and "NEEDS_DX" not in k]
         assert {k["BLOCK_L"] for k in forward} == {config.block_l}
 
@@ -138,10 +139,10 @@ class TestConfigurations:
     ARGUMENTS = (90, 2, 160)
 
     def test_a_table_decides_also_for_what_was_chosen_before(self) -> None:
-        choose = _configs.query_hub_fwd_config
+        choose = query_hub.query_hub_fwd_config
         default = choose(*self.ARGUMENTS)
         # Beyond 128 channels this function asks the one of the scores.
-        other = _configs.MapTile(2, 2, 32, 4)
+        other = Tile(block_h=2, block_w=2, block_c=32, num_warps=4)
         with _tuned.use({("query_hub_score_config", self.ARGUMENTS): other}):
             assert choose(*self.ARGUMENTS) == other
             with _tuned.use({}):
@@ -151,23 +152,23 @@ class TestConfigurations:
         assert choose(*self.ARGUMENTS) is choose(*self.ARGUMENTS)
 
     def test_a_file_that_is_read_again(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        default = _configs.query_hub_fwd_config(*self.ARGUMENTS)
-        other = _configs.MapTile(2, 2, 32, 4)
+        default = query_hub.query_hub_fwd_config(*self.ARGUMENTS)
+        other = Tile(block_h=2, block_w=2, block_c=32, num_warps=4)
         table = {("query_hub_fwd_config", self.ARGUMENTS): other}
         with monkeypatch.context() as patch:
             patch.setattr(_tuned, "from_environment", lambda: table)
-            assert _configs.query_hub_fwd_config(*self.ARGUMENTS) == other
-        assert _configs.query_hub_fwd_config(*self.ARGUMENTS) == default
+            assert query_hub.query_hub_fwd_config(*self.ARGUMENTS) == other
+        assert query_hub.query_hub_fwd_config(*self.ARGUMENTS) == default
 
     def test_threads_that_ask_while_tables_come_and_go(self) -> None:
-        allowed = {_configs.norm_fwd_config(90, c) for c in range(1, 200)}
-        other = _configs.TokenTile(1, 64, 1)
+        allowed = {add_layer_norm.norm_fwd_config(90, c) for c in range(1, 200)}
+        other = Tile(block_l=1, block_c=64, num_warps=1)
         wrong: list[Any] = []
         done = threading.Event()
 
         def ask() -> None:
             while not done.is_set():
-                found = {_configs.norm_fwd_config(90, c) for c in range(1, 200)}
+                found = {add_layer_norm.norm_fwd_config(90, c) for c in range(1, 200)}
                 wrong.extend(found - allowed - {other})
 
         threads = [threading.Thread(target=ask) for _ in range(3)]
@@ -175,8 +176,8 @@ class TestConfigurations:
             thread.start()
         for _ in range(100):
             with _tuned.use({("norm_fwd_config", (90, 64)): other}):
-                assert _configs.norm_fwd_config(90, 64) == other
-            assert _configs.norm_fwd_config(90, 64) != other
+                assert add_layer_norm.norm_fwd_config(90, 64) == other
+            assert add_layer_norm.norm_fwd_config(90, 64) != other
         done.set()
         for thread in threads:
             thread.join()

@@ -139,7 +139,7 @@ class TestFolderKernels:
         (tmp_path / "kernels").mkdir()
         (tmp_path / "kernels" / "__init__.py").write_text("owner = 'theirs'\n")
         path = (ROOT, tmp_path) if ours_first else (tmp_path, ROOT)
-        code = "import kernels, equiseg_fast.kernels._configs; print(kernels.owner)"
+        code = "import kernels, equiseg_fast.kernels._arch; print(kernels.owner)"
         assert python(code, path=path).strip() == "theirs"
 
     def test_a_checkout_without_symbolic_links_works(self, sources: Path) -> None:
@@ -148,7 +148,7 @@ class TestFolderKernels:
         link = copy / "equiseg_fast" / "kernels"
         link.unlink()
         link.write_text("../kernels")
-        code = "import equiseg_fast.kernels._configs as c; print(c.__file__)"
+        code = "import equiseg_fast.kernels._arch as c; print(c.__file__)"
         assert python(code, cwd=copy, path=(copy,)).strip().startswith(str(copy))
 
 

@@ -96,12 +96,12 @@ class TestParity:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     def test_strips_and_blocks(self, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
         """Two strips of rows, two blocks of columns and of channels, the last of each ragged."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import pooling_mixer as kernels
 
-        tile = _configs.RowTile(8, 16, 4)
+        tile = kernels.Tile(block_w=8, block_c=16, num_warps=4)
         for kernel in ("conv", "pool", "dweight"):
-            monkeypatch.setattr(_configs, f"pooling_mixer_{kernel}_config", lambda *_: tile)
-        monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 4)
+            monkeypatch.setattr(kernels, f"pooling_mixer_{kernel}_config", lambda *_: tile)
+        monkeypatch.setattr(kernels, "pooling_mixer_rows", lambda *_: 4)
         parity(make(5, 9, 20, dtype=dtype))
 
     def test_channels_and_batch(self) -> None:
@@ -110,22 +110,23 @@ class TestParity:
     @pytest.mark.parametrize("programs", [1, 3])
     def test_shares_of_the_work(self, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """One program may sum several strips of several images."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import pooling_mixer as kernels
 
-        def chunks(strips: int, blocks: int, processors: int) -> tuple[int, int]:
+        def chunks(strips: int, blocks: int, num_sms: int) -> tuple[int, int]:
             chunk = -(-strips // min(programs, strips))
             return -(-strips // chunk), chunk
 
-        monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 2)
-        monkeypatch.setattr(_configs, "pooling_mixer_chunks", chunks)
+        monkeypatch.setattr(kernels, "pooling_mixer_rows", lambda *_: 2)
+        monkeypatch.setattr(kernels, "pooling_mixer_chunks", chunks)
         parity(make(3, 4, 8, batch=2), differentiable=("weight", "bias"))
 
     def test_many_partial_sums(self, monkeypatch: pytest.MonkeyPatch) -> None:
         """More of them than the last kernel adds in one step."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import pooling_mixer as kernels
 
-        monkeypatch.setattr(_configs, "pooling_mixer_reduce_config", lambda _: (2, 128))
-        monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 1)
+        few = {"BLOCK_P": 2, "BLOCK": 128}
+        monkeypatch.setattr(kernels, "pooling_mixer_reduce_tile", lambda _: few)
+        monkeypatch.setattr(kernels, "pooling_mixer_rows", lambda *_: 1)
         parity(make(3, 4, 5), differentiable=("weight", "bias"))
 
     @pytest.mark.parametrize("layout", ["transposed", "sliced", "expanded", "channels_last"])
@@ -161,9 +162,9 @@ class TestParity:
         self, dim: int, batch: int, height: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         """Images or strips up to 2^31 elements apart; the last strip reads from row 29 or 27 on."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import pooling_mixer as kernels
 
-        monkeypatch.setattr(_configs, "pooling_mixer_rows", lambda *_: 16)
+        monkeypatch.setattr(kernels, "pooling_mixer_rows", lambda *_: 16)
         x, *others = make(height, 1, 2, batch, torch.float16).values()
         strides = list(x.stride())
         strides[dim] = 2**31 // min(x.size(dim) - 1, 27) + x.numel()

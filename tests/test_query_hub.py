@@ -184,13 +184,13 @@ class TestParity:
     def test_chunks_of_the_weight_gradient(
         self, chunks: int, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import query_hub as kernels
 
-        def token_chunks(programs: int, blocks: int, processors: int) -> tuple[int, int]:
+        def token_chunks(programs: int, blocks: int, num_sms: int) -> tuple[int, int]:
             chunk = -(-blocks // chunks)
             return -(-blocks // chunk), chunk
 
-        monkeypatch.setattr(_configs, "token_chunks", token_chunks)
+        monkeypatch.setattr(kernels, "token_chunks", token_chunks)
         parity(make(1 + 1, batch=3, height=5, width=15, channels=32), differentiable=NETS)
 
     @pytest.mark.parametrize("wanted", [("x",), ("dw_weight",), ("pw_bias",), NETS])

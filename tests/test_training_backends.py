@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.data import Augment, SyntheticScenes, batches
 from equiseg_fast.kernels import _tuned
-from equiseg_fast.kernels._configs import INTERPRETER, RowTile, StripConfig
+from equiseg_fast.kernels._arch import INTERPRETER, Tile
 from equiseg_fast.ops import _backend
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -93,11 +93,11 @@ def large_tiles() -> Iterator[None]:
     table: dict[_tuned.Key, object] = {}
     for channels in (16, 32, 64, 80, 128, 320, 512):
         block = 1 << (channels - 1).bit_length()
-        strip = StripConfig(16, block, 4, 1)
+        strip = Tile(block_w=16, block_c=block, num_warps=4, ctas_per_sm=1)
         table["depthwise_conv_config", (INTERPRETER, 4, channels)] = strip
         table["depthwise_bwd_config", (INTERPRETER, channels)] = strip
         for kernel in ("conv", "pool", "dweight"):
-            tile = RowTile(16, min(block, 128), 4)
+            tile = Tile(block_w=16, block_c=min(block, 128), num_warps=4)
             table[f"pooling_mixer_{kernel}_config", (INTERPRETER, channels)] = tile
     with _tuned.use(table):
         yield

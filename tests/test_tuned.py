@@ -1,5 +1,6 @@
 """Tuned launch configurations: the file, its use, and the search that writes it."""
 
+import importlib
 import inspect
 import itertools
 import json
@@ -17,14 +18,17 @@ import torch
 from rich.console import Console
 
 from benchmarks.__main__ import main as benchmark_main
+from benchmarks.command.options import kernel_stems
 from benchmarks.machines import tune
 from benchmarks.measure.timing import Timing
 from equiseg_fast import add_layer_norm, guided_gate
 from equiseg_fast.testing import random_normal
 
 pytest.importorskip("triton", reason="needs triton")
-from equiseg_fast.kernels import _common, _configs, _tuned
+from equiseg_fast.kernels import _arch, _common, _tuned, attention, query_hub
+from equiseg_fast.kernels._arch import Tile
 
+KERNELS = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = ("attention_fwd_config", (90, "half", 32))
 ENTRY = {"function": KEY[0], "arguments": list(KEY[1]), "config": {"block_m": 64, "num_warps": 4}}
@@ -32,7 +36,7 @@ ANY = Timing(1.0, 1.0, 1.0, 1.0, 3, "wall")
 
 
 def chosen() -> Any:
-    return _configs.attention_fwd_config(*KEY[1])
+    return attention.attention_fwd_config(*KEY[1])
 
 
 def write(path: Path, *entries: dict[str, Any]) -> Path:
@@ -43,18 +47,20 @@ def write(path: Path, *entries: dict[str, Any]) -> Path:
 class TestFile:
     def test_replaces_what_it_names_and_nothing_else(self, tmp_path: Path) -> None:
         default = chosen()
-        other = _configs.attention_fwd_config(80, "half", 32)
+        other = attention.attention_fwd_config(80, "half", 32)
         with _tuned.use(_tuned.read(write(tmp_path / "t.json", ENTRY))):
             assert chosen() == replace(default, block_m=64, num_warps=4)
-            assert _configs.attention_fwd_config(80, "half", 32) == other
+            assert attention.attention_fwd_config(80, "half", 32) == other
             with _tuned.use({}):
                 assert chosen() == default
             assert chosen().block_m == 64
         assert chosen() == default
 
-    def test_every_configuration_with_a_choice_is_tunable(self) -> None:
-        names = {n for n in vars(_configs) if n.endswith("_config") and not n.startswith("_")}
-        assert names - set(_tuned._functions) == {"pooling_mixer_reduce_config"}
+    def test_every_configuration_is_tunable(self) -> None:
+        """Under a name of its own: it is the key in a file."""
+        for module in KERNELS:
+            for name in (n for n in vars(module) if n.endswith("_config")):
+                assert _tuned._functions[name].__module__ == module.__name__, name
 
     def test_holds_in_other_threads(self) -> None:
         """The backward of a GPU runs on a thread of its own."""
@@ -69,8 +75,8 @@ class TestFile:
     def test_named_in_the_environment(self, tmp_path: Path) -> None:
         path = write(tmp_path / "t.json", ENTRY)
         code = (
-            "from equiseg_fast.kernels import _configs;"
-            f"print(_configs.attention_fwd_config{KEY[1]!r}.block_m)"
+            "from equiseg_fast.kernels import attention;"
+            f"print(attention.attention_fwd_config{KEY[1]!r}.block_m)"
         )
         for variables, block_m in (({}, "128"), ({"EQUISEG_FAST_TUNED": str(path)}, "64")):
             done = subprocess.run(
@@ -104,6 +110,20 @@ class TestFile:
         with pytest.raises(ValueError, match=r"t\.json is none \(FileNotFoundError: No such"):
             _tuned.read(tmp_path / "t.json")
 
+    def test_without_triton(self, tmp_path: Path) -> None:
+        """Only kernels know what may be tuned."""
+        path = write(tmp_path / "t.json", ENTRY)
+        code = (
+            "import sys; sys.modules['triton'] = None;"
+            "import pathlib; from equiseg_fast.kernels import _tuned;"
+            f"_tuned.read(pathlib.Path({str(path)!r}))"
+        )
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=_environment(), text=True, capture_output=True
+        )
+        last = done.stderr.strip().splitlines()[-1]
+        assert last.startswith("ValueError: t.json is of no use without triton: ")
+
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
@@ -119,6 +139,7 @@ class TestFile:
             ({"config": []}, r"config must be of type dict; got \[\]"),
             ({"config": {"block_x": 1}}, "attention_fwd_config has .*got 'block_x'"),
             ({"config": {"block_m": "64"}}, "block_m must be a power of two; got '64'"),
+            ({"config": {"block_m": None}}, "block_m must be a power of two; got None"),
             ({"config": {"block_m": [64]}}, r"block_m must be a power of two; got \[64\]"),
             ({"config": {"block_m": 0}}, "block_m must be a power of two; got 0"),
             ({"config": {"block_m": -64}}, "block_m must be a power of two; got -64"),
@@ -143,7 +164,7 @@ class TestFile:
         [
             ("norm_fwd_config", (90, 48), "block_c", 64),
             ("norm_bwd_config", (90, 2, 64), "block_c", 64),
-            ("upsample_cross_entropy_fwd_config", (90, 25), "block_n", 32),
+            ("upsample_cross_entropy_fwd_config", (90, 25), "block_k", 32),
             ("class_sums_config", (90, 2, 25, 64), "block_l", 16),
             ("attention_dkdv_config", (90, "half", 64), "block_m", 16),
             ("attention_dq_config", (90, "half", 64), "block_n", 16),
@@ -168,7 +189,7 @@ class TestFile:
 
     def test_every_default_passes(self) -> None:
         values = {
-            "arch": (0, 80, 86, 89, 90, 100, 120), "precision": _configs.PRECISIONS,
+            "arch": (0, 80, 86, 89, 90, 100, 120), "precision": _arch.PRECISIONS,
             "head_dim": (1, 16, 17, 64, 100, 128), "itemsize": (2, 4), "modalities": (1, 3, 8),
             "channels": (1, 15, 32, 64, 160, 320, 4096), "classes": (1, 25, 256),
             "num_classes": (1, 25, 256),
@@ -176,8 +197,7 @@ class TestFile:
         for name, choose in _tuned._functions.items():
             names = inspect.signature(choose).parameters
             for arguments in itertools.product(*(values[n] for n in names)):
-                allowed = map(_configs.argument_problem, names, arguments)
-                assert not any(allowed), (name, arguments)
+                _tuned.check_arguments(name, arguments)
                 _tuned.check((name, arguments), _tuned.default((name, arguments)))
 
 
@@ -196,7 +216,11 @@ class TestUse:
     def test_what_a_table_holds_is_checked_too(self) -> None:
         for config, message in (
             (replace(chosen(), block_n=48), r"attention_fwd_config\[90, .*: block_n must"),
-            (_configs.TokenTile(64, 64, 4), r"must be a TileConfig; got TokenTile\("),
+            (
+                Tile(block_l=64, block_c=64, num_warps=4),
+                r"must be a tile with block_m, block_n, .*lean; got Tile\(block_l=64, block_c=64, ",
+            ),
+            ((64, 64), r"must be a tile with .*; got \(64, 64\)"),
         ):
             with _tuned.use({KEY: config}), pytest.raises((TypeError, ValueError), match=message):
                 chosen()
@@ -219,7 +243,7 @@ class TestUse:
         path = write(tmp_path / "t.json", entry | {"config": {"block_l": 8}})
         monkeypatch.setenv(_tuned.VARIABLE, str(path))
         _tuned.from_environment.cache_clear()
-        assert _configs.query_hub_dx_config(90, 2, 64).block_l == 8
+        assert query_hub.query_hub_dx_config(90, 2, 64).block_l == 8
         _tuned.from_environment.cache_clear()
 
     def test_the_kernel_is_launched_with_it(self, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -243,7 +267,7 @@ class TestUse:
 
 
 def test_neighbours_are_one_step_away_and_positive() -> None:
-    config = _configs.TileConfig(16, 1, 16, 1, lean=True)
+    config = Tile(block_m=16, block_n=1, num_warps=16, lean=True)
     found = tune.neighbours(config)
     changed = [tune._differing(config, other) for other in found]
     assert changed == ["block_m=32", "block_m=8", "block_n=2", "num_warps=8", "num_stages=2"]

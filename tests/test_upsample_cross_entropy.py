@@ -184,7 +184,7 @@ class TestParity:
     def test_repeats_strips_and_parts_are_bit_identical(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import upsample_cross_entropy as kernels
 
         inputs = make(1, samples=(5, 3), size=(11, 6))
         logits = inputs["logits"].requires_grad_()
@@ -197,19 +197,21 @@ class TestParity:
         assert_deterministic(step, repeats=20 if DEVICE == "cuda" else 2)
         expected = step()
         for lines, strip in ((1, 3), (2, 8)):
-            monkeypatch.setattr(_configs, "upsample_cross_entropy_lines", lambda *_, n=lines: n)
-            monkeypatch.setattr(_configs, "upsample_cross_entropy_strip", lambda *_, n=strip: n)
+            monkeypatch.setattr(kernels, "upsample_cross_entropy_lines", lambda *_, n=lines: n)
+            monkeypatch.setattr(kernels, "upsample_cross_entropy_strip", lambda *_, n=strip: n)
             for a, b in zip(step(), expected, strict=True):
                 assert torch.equal(a, b)
 
-    def test_blocks_of_the_gpu(self, monkeypatch: pytest.MonkeyPatch) -> None:
+    def test_blocks_of_the_gpu(self) -> None:
         """Small tiles, so that cells and columns of one block lie in several rows."""
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import _common, _tuned
+        from equiseg_fast.kernels._arch import Tile
 
-        monkeypatch.setattr(
-            _configs, "_class_tile", lambda arch, k, _: _configs.TileConfig(8, k, 2, 1)
-        )
-        parity(make(1, 20, (3, 4), (7, 4)))
+        arch, _ = _common.device_facts(torch.device(DEVICE))
+        tile = Tile(block_m=8, block_k=32, num_warps=2)
+        names = ("upsample_cross_entropy_fwd_config", "upsample_cross_entropy_bwd_config")
+        with _tuned.use({(name, (arch, 20)): tile for name in names}):
+            parity(make(1, 20, (3, 4), (7, 4)))
 
     def test_images_do_not_depend_on_the_batch(self) -> None:
         inputs = make(batch=3)
@@ -234,30 +236,30 @@ class TestParity:
 
 class TestConfigs:
     def test_launches_cover_the_work(self) -> None:
-        from equiseg_fast.kernels import _configs
+        from equiseg_fast.kernels import upsample_cross_entropy as kernels
 
         for classes in (1, 16, 17, 25, 150, 256):
             for arch in (0, 80, 90):
-                forward = _configs.upsample_cross_entropy_fwd_config(arch, classes)
-                assert forward.block_n >= classes
-                assert forward.block_m * forward.block_n >= 512
-                config = _configs.upsample_cross_entropy_bwd_config(arch, classes)
+                forward = kernels.upsample_cross_entropy_fwd_config(arch, classes)
+                assert forward.block_k >= classes
+                assert forward.block_m * forward.block_k >= 512
+                config = kernels.upsample_cross_entropy_bwd_config(arch, classes)
                 for columns, rows in ((1, 1), (32, 16), (512, 256), (20000, 64)):
                     assert (
                         1
-                        <= _configs.upsample_cross_entropy_strip(columns, rows, config, 132)
+                        <= kernels.upsample_cross_entropy_strip(columns, rows, config, 132)
                         <= min(8, rows)
                     )
-        assert _configs.upsample_cross_entropy_strip(2 * 1024, 1024, config, 132) > 4
-        assert _configs.upsample_cross_entropy_strip(32, 16, config, 132) == 1
+        assert kernels.upsample_cross_entropy_strip(2 * 1024, 1024, config, 132) > 4
+        assert kernels.upsample_cross_entropy_strip(32, 16, config, 132) == 1
         for programs in (1, 100, 10**6):
             for lines in (1, 4, 32):
-                n = _configs.upsample_cross_entropy_lines(90, programs, lines, 132)
+                n = kernels.upsample_cross_entropy_lines(90, programs, lines, 132)
                 assert 1 <= n <= lines
-                # No more parts than fill the device, at 12 programs per processor.
+                # No more parts than fill the device, at 12 programs per SM.
                 assert programs * -(-lines // n) <= max(programs, 12 * 132)
-        assert _configs.upsample_cross_entropy_lines(90, 10**6, 4, 132) == 4
-        assert _configs.upsample_cross_entropy_lines(90, 10, 4, 132) == 1
+        assert kernels.upsample_cross_entropy_lines(90, 10**6, 4, 132) == 4
+        assert kernels.upsample_cross_entropy_lines(90, 10, 4, 132) == 1
 
 
 class TestBackends:

@@ -2,12 +2,12 @@
 
     python -m benchmarks tune --minutes 10 --out benchmark-results/tuned
 
-Every choice of `kernels/_configs.py` that an operation meets is varied by one step (half or twice a
-block or the warps, one pipeline stage more or less), one choice after the other. A candidate must
-pass the correctness gate; it wins if it is at least 2 % faster than the default and their p20 to
-p80 bands do not overlap. `tuned.json` grows as the search goes, and a
-second search with the same --out goes on where it stopped. Nothing uses it by itself: read it,
-measure it (`run --tuned FILE`), then name it in EQUISEG_FAST_TUNED.
+Every launch configuration that an operation meets is varied by one step (half or twice a block or
+the warps, one pipeline stage more or less), one choice after the other. A candidate must pass the
+correctness gate; it wins if it is at least 2 % faster than the default and their p20 to p80 bands
+do not overlap. `tuned.json` grows as the search goes, and a second search with the same --out goes
+on where it stopped. Nothing uses it by itself: read it, measure it (`run --tuned FILE`), then name
+it in EQUISEG_FAST_TUNED.
 
 On a CPU, with TRITON_INTERPRET=1, the same search runs in Triton's interpreter on tiny shapes: a
 rehearsal, whose times mean nothing.
@@ -20,7 +20,7 @@ import os
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -37,6 +37,7 @@ from benchmarks.measure.launches import cost_of
 from benchmarks.measure.record import environment
 from benchmarks.measure.resume import AGAIN, is_sticky, said
 from equiseg_fast.kernels import _tuned
+from equiseg_fast.kernels._arch import Tile
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -49,7 +50,7 @@ HOTTEST = (
 
 FILE, SEARCH = "tuned.json", "search.json"
 GAIN = 0.02
-_FIXED = ("lean", "resident")
+_FIXED = ("lean", "ctas_per_sm")
 _LARGEST_WARPS = 16
 
 
@@ -84,10 +85,10 @@ class _Recorder(dict):
         return super().get(key, default)
 
 
-def neighbours(config: Any) -> list[Any]:
+def neighbours(config: Tile) -> list[Tile]:
     """Configurations one step away: blocks and warps doubled or halved, one stage more or less."""
     found = []
-    for field, value in asdict(config).items():
+    for field, value in config.settings().items():
         if field in _FIXED:
             continue
         steps = (value + 1, value - 1) if field == "num_stages" else (2 * value, value // 2)
@@ -167,8 +168,8 @@ class Search:
         entry = {
             "function": name,
             "arguments": list(arguments),
-            "config": asdict(default),
-            "default": asdict(default),
+            "config": default.settings(),
+            "default": default.settings(),
             "case": self.label,
             "mode": choice.mode,
             "refused": refused,
@@ -193,16 +194,16 @@ class Search:
         if wins:
             self.table[choice.key] = configs[winner]
         return entry | {
-            "config": asdict(configs[winner]),
+            "config": configs[winner].settings(),
             "default_us": before.p50_us,
             "tuned_us": timings[winner].p50_us,
             "tried_us": {n: t.p50_us for n, t in timings.items()},
         }
 
 
-def _differing(default: Any, config: Any) -> str:
-    before = asdict(default)
-    return ", ".join(f"{k}={v}" for k, v in asdict(config).items() if v != before[k])
+def _differing(default: Tile, config: Tile) -> str:
+    before = default.settings()
+    return ", ".join(f"{k}={v}" for k, v in config.settings().items() if v != before[k])
 
 
 def cases(device: torch.device, ops: Sequence[str], dtype: str | None) -> Iterator[tuple]:

@@ -234,7 +234,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--arch", type=resources.architectures, default=(90,), metavar="A,B",
-        help=f"of {', '.join(map(str, resources.ARCHS))}; default: 90",
+        help=f"of {', '.join(map(str, resources.known_archs()))}; default: 90",
     )  # fmt: skip
     parser.add_argument("--num-sms", type=int, default=132, help="of the GPU; default: 132")
     parser.add_argument("--op", type=names, default=(), metavar="A,B", help="not for model: only")

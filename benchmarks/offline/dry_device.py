@@ -32,6 +32,7 @@ from benchmarks.command.options import kernel_stems
 from benchmarks.measure import launches
 from benchmarks.measure.resume import said
 from benchmarks.offline import resources
+from equiseg_fast.kernels._arch import architecture
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
 
@@ -180,7 +181,7 @@ class _Driver:
         self.launcher_cls: Callable[..., object] = lambda src, metadata: object()
 
     def get_device_properties(self, index: int) -> dict[str, int]:
-        shared = resources.SHARED_LIMIT[self.device.arch]
+        shared = architecture(self.device.arch).shared_limit
         return {"max_shared_mem": shared, "multiprocessor_count": self.device.num_sms}
 
     def load_binary(self, name: str, cubin: bytes, shared: int, index: int) -> tuple[int, ...]:
@@ -246,14 +247,14 @@ def dry_device(
 ) -> Iterator[DryDevice]:
     """Inside, kernels are compiled for a device that is not there and their launches recorded.
 
-    arch: one of `resources.ARCHS`. cache: a folder for Triton's cache, to be kept; None for a new
-    one. compiling: False only finds the binaries, which takes microseconds each. What would fail on
-    a GPU is an entry of `errors`. Raises RuntimeError where Triton interprets.
+    arch: one of `resources.known_archs`. cache: a folder for Triton's cache, to be kept; None for a
+    new one. compiling: False only finds the binaries, which takes microseconds each. What would
+    fail on a GPU is an entry of `errors`. Raises RuntimeError where Triton interprets.
     """
     if _backend.INTERPRET:
         raise RuntimeError("kernels are interpreted in this process; unset TRITON_INTERPRET")
-    if arch not in resources.SHARED_LIMIT:
-        raise ValueError(f"arch must be among {resources.ARCHS}; got {arch}")
+    if arch not in resources.known_archs():
+        raise ValueError(f"arch must be among {resources.known_archs()}; got {arch}")
     from triton.runtime.jit import JITFunction
 
     device = DryDevice(arch, num_sms)

@@ -6,7 +6,7 @@ costs.
 Registers, stack (spilled bytes), shared memory, the tensor-core instruction and, on sm_80 and
 sm_90, the machine instructions per score in the hot loop, for everything that a launcher can choose
 (`offline_entries` of each kernel file). Writes `resources.json`; what a table of the same Triton in
-that folder has of today's source is kept, not compiled again. The exit status is 1 if an entry does
+that folder has of today's code is kept, not compiled again. The exit status is 1 if an entry does
 not compile, spills, needs more shared memory than the architecture has, or misses the tensor-core
 instruction of the architecture.
 
@@ -18,36 +18,43 @@ end.
 from __future__ import annotations
 
 import argparse
+import ast
 import concurrent.futures
+import functools
 import hashlib
 import importlib
 import importlib.metadata
+import inspect
 import json
 import multiprocessing
 import os
 import re
 import signal
 import subprocess
-import sys
 import tempfile
+import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
+from types import FunctionType
 from typing import Any
 
 from benchmarks.command import outputs
 from benchmarks.command.options import kernel_stems
 
 KIB = 1024
-ARCHS = (80, 89, 90, 100, 120)
-
-SHARED_LIMIT = {80: 163 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
-TENSOR_CORE = {
-    80: "mma.sync", 89: "mma.sync", 90: "wgmma", 100: "tcgen05", 120: "mma.sync"
-}  # fmt: skip
 _PTX_NAMES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _ISSUE_ARCHS = (80, 90)
+
+
+def known_archs() -> tuple[int, ...]:
+    """Of the table in `kernels/_arch.py`."""
+    # Not imported at the top: a child imports this module before `_start_child` has cleared its
+    # environment, which equiseg_fast reads when it is imported.
+    from equiseg_fast.kernels._arch import ARCHITECTURES
+
+    return tuple(row.number for row in ARCHITECTURES)
 
 
 @dataclass(frozen=True)
@@ -56,38 +63,43 @@ class Resources:
 
     `path` is the instruction family of the matrix products and `products` how many of them there
     are in the program text; `slots` the machine instructions per thread and score in the hot loop,
-    None where it was not found. `fingerprint` stands for the source and the options: with the same
+    None where it was not found. `fingerprint` stands for the code and the options: with the same
     Triton the same fingerprint compiles to the same code.
     """
 
-    kernel: str
-    label: str
-    dots: str
     arch: int
+    label: str
+    dots: str = "none"
     registers: int = 0
     stack: int = 0
     shared: int = 0
     path: str = "none"
     products: int = 0
     slots: float | None = None
-    seconds: float = 0.0
     error: str = ""
     fingerprint: str = ""
 
+    @property
+    def kernel(self) -> str:
+        return self.label.split()[0]
+
     def problems(self) -> list[str]:
         """Why this entry must not be shipped; empty if it may."""
+        from equiseg_fast.kernels._arch import architecture
+
         if self.error:
             return [self.error]
+        gpu = architecture(self.arch)
         found = []
         if self.stack > 0:
             found.append(f"spills {self.stack} bytes")
-        if self.shared > SHARED_LIMIT[self.arch]:
-            limit = SHARED_LIMIT[self.arch] // KIB
+        if self.shared > gpu.shared_limit:
             found.append(
-                f"needs {self.shared / KIB:.1f} KiB of shared memory, sm_{self.arch} has {limit}"
+                f"needs {self.shared / KIB:.1f} KiB of shared memory, "
+                f"sm_{self.arch} has {gpu.shared_limit // KIB}"
             )
         own = {"ieee": "fma", "none": "none", "mma.sync": "mma.sync"}
-        expected = own.get(self.dots, TENSOR_CORE[self.arch])
+        expected = own.get(self.dots, gpu.tensor_core)
         if self.path != expected:
             found.append(f"multiplies with {self.path}, expected {expected}")
         return found
@@ -148,25 +160,54 @@ def cpu_seconds() -> float:
     return sum(os.times()[:4])
 
 
-def fingerprint(entry: Any) -> str:
-    """A hash of the kernel's source, with all functions it calls, and of what it is compiled with.
+_CONSTANTS = (bool, int, float, str, tuple, list)
 
-    Lines that move within a file change nothing. Only in a process that does not interpret.
+
+@functools.cache
+def code(kernel: Any) -> tuple[str, ...]:
+    """What a JIT function is compiled from: its code, then that of the functions it calls and the
+    constants it uses, in the order of their use.
+
+    Not its text: comments, docstrings and line breaks compile to nothing. Nor what comes with
+    Triton: a table is of one version.
     """
-    from triton.runtime.jit import JITFunction
+    found: list[str] = []
+    functions = set()
 
-    for module in (entry.kernel.__module__, "equiseg_fast.kernels._common"):
-        for value in vars(sys.modules[module]).values():
-            if isinstance(value, JITFunction):
-                value.starting_line_number = 0  # it is part of the key
+    def look(name: str, value: Any) -> None:
+        function = getattr(value, "fn", None)
+        if isinstance(function, FunctionType):
+            if function in functions or function.__module__.startswith("triton."):
+                return
+            functions.add(function)
+            tree = ast.parse(textwrap.dedent(inspect.getsource(function)))
+            if ast.get_docstring(tree.body[0]) is not None:
+                del tree.body[0].body[0]
+            found.append(ast.unparse(tree))
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name):
+                    look(node.id, function.__globals__.get(node.id))
+                elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+                    owner = function.__globals__.get(node.value.id)
+                    look(ast.unparse(node), getattr(owner, node.attr, None))
+        elif isinstance(value, _CONSTANTS) or type(value).__name__ == "constexpr":
+            found.append(f"{name} = {value!r}")
+
+    look("", kernel)
+    return tuple(found)
+
+
+def fingerprint(entry: Any) -> str:
+    """A hash of all that the machine code of an `OfflineEntry` depends on, but for the version of
+    Triton."""
     parts = (
-        entry.kernel.cache_key,
+        code(entry.kernel),
         sorted(entry.types.items()),
         sorted(entry.aligned),
         sorted(entry.constexprs.items()),
         entry.num_warps,
         entry.num_stages,
-        *(() if entry.max_registers is None else (entry.max_registers,)),
+        entry.max_registers,
     )
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
@@ -180,8 +221,7 @@ def compile_entry(entry: Any, arch: int) -> Resources:
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    start = cpu_seconds()
-    known = {"kernel": entry.name, "label": entry.label, "dots": entry.dots, "arch": arch}
+    known = {"arch": arch, "label": entry.label, "dots": entry.dots}
     known["fingerprint"] = fingerprint(entry)
     position = {name: i for i, name in enumerate(entry.types)}
     source = ASTSource(
@@ -219,7 +259,6 @@ def compile_entry(entry: Any, arch: int) -> Resources:
         path=path,
         products=products,
         slots=None if slots is None else round(slots, 2),
-        seconds=round(cpu_seconds() - start, 2),
     )
 
 
@@ -262,13 +301,13 @@ def read(table: str | Path) -> list[Resources]:
 
 def not_in_table(table: Path) -> list[str]:
     """Entries of today's sources that `table` (a resources.json) does not have as they are, and
-    those of the table that are no more."""
+    those of the table that no longer exist."""
     known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
     with children(1, "") as pool:
         today = {
             (arch, label, now)
             for stem in kernel_stems()
-            for arch in ARCHS
+            for arch in known_archs()
             for label, now in pool.submit(_fingerprints, stem, arch).result().items()
         }
     return [f"sm_{arch} {label}" for arch, label, _ in sorted(known ^ today)]
@@ -287,7 +326,7 @@ def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
 
 
 def run(
-    archs: Iterable[int] = ARCHS,
+    archs: Iterable[int] | None = None,
     kernel: str = "",
     out: str | Path | None = None,
     stems: Sequence[str] | None = None,
@@ -296,14 +335,14 @@ def run(
 ) -> list[Resources]:
     """Compile every entry whose label matches the regular expression `kernel`.
 
-    `stems` names the kernel files to take, all by default. Writes tables to the folder `out` if
-    there is one, without compiling what they have already.
+    `archs` are all that are known by default, `stems` (the kernel files) too. Writes tables to the
+    folder `out` if there is one, without compiling what they have already.
     """
     known = {} if out is None else _known(Path(out))
     results = []
     with tempfile.TemporaryDirectory() as cache, children(workers, cache) as pool:
         jobs = []
-        for arch in archs:
+        for arch in archs or known_archs():
             for stem in stems or kernel_stems():
                 for label, now in pool.submit(_fingerprints, stem, arch).result().items():
                     if (arch, label, now) in known:
@@ -341,18 +380,23 @@ def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]
 
 
 def write(results: Sequence[Resources], folder: Path) -> None:
-    """`resources.json` in `folder`, which is created if missing: one entry a line."""
-    lines = ",\n".join(json.dumps(asdict(r)) for r in results)
+    """`resources.json` in `folder`, which is created if missing: one entry a line, without what has
+    its default."""
+    lines = ",\n".join(json.dumps(_unusual(r)) for r in results)
     text = f'{{"triton": "{_triton_version()}", "entries": [\n{lines}\n]}}\n'
     outputs.write(folder / "resources.json", text)
 
 
+def _unusual(r: Resources) -> dict[str, Any]:
+    return {f.name: v for f in fields(r) if (v := getattr(r, f.name)) != f.default}
+
+
 def architectures(text: str) -> tuple[int, ...]:
-    """`80,90` as numbers of `ARCHS`."""
+    """`80,90` as numbers of `known_archs`."""
     wanted = text.split(",")
-    if unknown := [a for a in wanted if a not in map(str, ARCHS)]:
+    if unknown := [a for a in wanted if a not in map(str, known_archs())]:
         raise argparse.ArgumentTypeError(
-            f"must be among {', '.join(map(str, ARCHS))}; got {unknown[0]}"
+            f"must be among {', '.join(map(str, known_archs()))}; got {unknown[0]}"
         )
     return tuple(map(int, wanted))
 
@@ -362,8 +406,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--arch",
         type=architectures,
-        default=ARCHS,
-        help=f"architectures, comma separated, of {', '.join(map(str, ARCHS))} (default: all)",
+        default=known_archs(),
+        help=f"architectures, comma separated, of {', '.join(map(str, known_archs()))} (default: "
+        "all)",
     )
     parser.add_argument(
         "--kernel", default="", help="only entries whose label matches this regular expression"
