@@ -55,7 +55,7 @@ from benchmarks.measure.plan import (
 from benchmarks.measure.resume import AGAIN, Again, Journal
 from benchmarks.measure.runner import Phases, Runner
 from benchmarks.measure.suites import SUITES
-from benchmarks.miniature import experiment as miniature
+from benchmarks.miniature import run as miniature
 from benchmarks.offline import dry, exercise, resources
 from benchmarks.providers.provider import PROVIDERS, TUNED
 from benchmarks.reporting import report, terminal
