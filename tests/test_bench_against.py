@@ -92,13 +92,13 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_path: Path) -> None:
-    arguments = ("--base", "main", "--op", "guided_gate,norm", *TINY, "--threads", "1")
+    arguments = ("--base", "main", "--op", "guided_gate,add_layer_norm", *TINY, "--threads", "1")
     out = tmp_path / "first"
     done = against(repository, *arguments, "--blocks", "9", "--fail", "--out", str(out))
     assert done.returncode == 1, done.stdout + done.stderr
     comparison = (out / "comparison.md").read_text()
     assert "| slower | guided_gate | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
-    assert "| same | norm | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
+    assert "| same | add_layer_norm | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
     assert "2 compared: 1 slower, 0 lost, 0 faster, 1 same" in done.stdout
     assert "as it is; new: the working tree" in done.stdout
     assert f"written to {out}" in done.stdout
@@ -116,7 +116,7 @@ def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_pa
 
 def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_path: Path) -> None:
     # Threads that wait for one another on a busy machine are slower or faster by chance.
-    arguments = ("--base", "at-older", "--op", "encoder,norm", *TINY, "--threads", "1")
+    arguments = ("--base", "at-older", "--op", "encoder,add_layer_norm", *TINY, "--threads", "1")
     done = against(repository, *arguments, "--blocks", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
     assert "not compared: encoder fwd torch: base: error, ImportError" in done.stdout

@@ -24,8 +24,8 @@ from benchmarks.versions import against
 from equiseg_fast.ops import _backend
 
 RUN = (
-    "run", "--suite", "rehearsal", "--device", "cpu", "--op", "norm,guided_gate", "--mode", "fwd",
-    "--provider", "torch", "--no-report",
+    "run", "--suite", "rehearsal", "--device", "cpu", "--mode", "fwd",
+    "--op", "add_layer_norm,guided_gate", "--provider", "torch", "--no-report",
 )  # fmt: skip
 COMMANDS: dict[str, Sequence[str]] = {
     "run": RUN,

@@ -38,7 +38,7 @@ def test_operators_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     ]
     assert main([*arguments, "--mode", "step"]) == 0
     out = capsys.readouterr().out
-    assert "depthwise b0 s2 64x96 B1 M3 fp32 step torch on cpu" in out
+    assert "depthwise_conv_gelu b0 s2 64x96 B1 M3 fp32 step torch on cpu" in out
     shown = rows(out)
     # The middle of Mix-FFN is one convolution forward and one backward.
     for name in ("aten::mkldnn_convolution", "aten::convolution_backward"):
@@ -91,7 +91,7 @@ def test_commands_of_the_gpu_profilers_name_the_very_case(
         assert main([*again, "--dry-run"]) == 0
         first = capsys.readouterr().out.splitlines()[0]
         assert first == text.splitlines()[0]
-    assert first == "norm b0 s3 512x512 B2 M4 bf16 bwd triton on cuda"
+    assert first == "add_layer_norm b0 s3 512x512 B2 M4 bf16 bwd triton on cuda"
     assert "--seed 7" in commands[0]
     assert "--clock-control none" in commands[0]
 
@@ -111,7 +111,7 @@ def test_nothing_wrong_is_profiled(
     with pytest.raises(SystemExit) as error:
         main(["profile", "--op", "add_layer_norm", *HERE, "--out", str(tmp_path / "none")])
     assert error.value.code == 2
-    assert "norm b0 s2 64x96 B1 M3 fp32 fwd torch: incorrect:" in capsys.readouterr().err
+    assert "add_layer_norm b0 s2 64x96 B1 M3 fp32 fwd torch: incorrect:" in capsys.readouterr().err
     assert not (tmp_path / "none").exists()
 
 

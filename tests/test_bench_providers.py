@@ -139,6 +139,12 @@ def test_one_percent_in_any_part_is_wrong(
 # ---- packages that run on GPUs only -------------------------------------------------------------
 
 
+def everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nobody is kept to GPUs."""
+    found = {name: replace(p, gpu_only="") for name, p in provider.PROVIDERS.items()}
+    monkeypatch.setattr(provider, "PROVIDERS", found)
+
+
 def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> None:
     """A module of that name, and of its parents, with these functions in it."""
     parts = name.split(".")
@@ -150,7 +156,7 @@ def install(monkeypatch: pytest.MonkeyPatch, name: str, **functions: Any) -> Non
     for key, value in functions.items():
         setattr(sys.modules[name], key, value)
     # What they cannot do here is exactly what these stand-ins can.
-    monkeypatch.setattr(provider, "_GPU_ONLY", {})
+    everywhere(monkeypatch)
 
 
 def attention_blhd(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -197,7 +203,7 @@ def test_flex_attention_gets_heads_first(monkeypatch: pytest.MonkeyPatch) -> Non
         return F.scaled_dot_product_attention(q, k, v)
 
     monkeypatch.setattr(attention, "_compiled_flex", lambda: bhld)
-    monkeypatch.setattr(provider, "_GPU_ONLY", {})
+    everywhere(monkeypatch)
     row = measured("attention", "flex")["flex"]
     assert (row.status, row.reason) == ("ok", "")
 
@@ -281,7 +287,7 @@ def test_compiled_providers_say_how(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_is_missing_is_a_row(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(provider, "_GPU_ONLY", {})
+    everywhere(monkeypatch)
     monkeypatch.setattr(provider, "find_spec", lambda name: None)
     rows = measured("attention", "flash_attn", "xformers", "sdpa_math")
     assert (rows["flash_attn"].status, rows["flash_attn"].reason) == (

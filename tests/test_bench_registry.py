@@ -210,8 +210,7 @@ def test_a_shape_of_your_own() -> None:
 
 def test_dry_run_lists_all_that_a_run_does(capsys: pytest.CaptureFixture[str]) -> None:
     for arguments, then in (
-        ([], ["breakdown", "report"]),
-        (["--suite", "cpu"], ["breakdown", "report"]),
+        ([], ["report"]),
         (["--no-report"], []),
         *(([*narrow], ["report"]) for narrow in (
             ("--op", "guided_gate,model"), ("--mode", "fwd"), ("--dtype", "fp32"),

@@ -33,8 +33,8 @@ CASE = Case(
     ("baseline", "torch"),
 )  # fmt: skip
 RUN = (
-    "run", "--suite", "rehearsal", "--device", "cpu", "--op", "norm,guided_gate", "--threads", "1",
-    "--provider", "baseline,torch",
+    "run", "--suite", "rehearsal", "--device", "cpu", "--threads", "1",
+    "--op", "add_layer_norm,guided_gate", "--provider", "baseline,torch",
 )  # fmt: skip
 Spoil = Callable[[Callable[[], Any]], Callable[[], Any]]
 
@@ -135,7 +135,7 @@ def test_an_error_of_one_case_does_not_end_the_run(
     assert main([*RUN, "--out", str(tmp_path), "--no-report"]) == 1
     assert {row.op for row in read_jsonl(tmp_path)} == {"guided_gate"}
     shown = capsys.readouterr()
-    assert "ended by an error of their own: norm" in shown.out
+    assert "ended by an error of their own: add_layer_norm" in shown.out
     assert "a mistake of the harness" in shown.err
 
 
@@ -198,7 +198,15 @@ def test_resume_needs_a_folder(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_largest_first(capsys: pytest.CaptureFixture[str]) -> None:
-    command = ["run", "--suite", "core", "--op", "norm,attention", "--dry-run", "--largest-first"]
+    command = [
+        "run",
+        "--suite",
+        "core",
+        "--op",
+        "attention,add_layer_norm",
+        "--dry-run",
+        "--largest-first",
+    ]
     assert main([*command, "--device", "cuda"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert "b2 s1" in lines[0]

@@ -405,7 +405,8 @@ class TestProvider:
         from benchmarks.providers import provider as providers
         from equiseg_fast.kernels import guided_gate as kernels
 
-        monkeypatch.setattr(providers, "_GPU_ONLY", {})
+        found = {n: replace(p, gpu_only="") for n, p in providers.PROVIDERS.items()}
+        monkeypatch.setattr(providers, "PROVIDERS", found)
         launched: list[tuple[str, int]] = []
         launch: Callable[..., None] = kernels.launch
 

@@ -3,29 +3,23 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from functools import cache
+from pathlib import Path
 
-from benchmarks.cases.common.op import Op
-
-STEMS = (
-    "attention",
-    "depthwise_conv_gelu",
-    "mix_ffn",
-    "add_layer_norm",
-    "query_hub",
-    "pooling_mixer",
-    "guided_gate",
-    "class_prototypes",
-    "upsample_cross_entropy",
-    "block",
-    "stage",
-    "encoder",
-    "model",
-)
+from benchmarks.cases.common.op import SCOPES, Op
 
 
 @cache
 def operations() -> dict[str, Op]:
-    """Every declaration in `benchmarks/cases`, by name."""
-    found = [op for stem in STEMS for op in importlib.import_module(f"benchmarks.cases.{stem}").OPS]
-    return {op.name: op for op in found}
+    """Every declaration in this folder by name, operations by their rank before larger parts."""
+    stems = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
+    found = [op for stem in stems for op in load(stem).values()]
+    scopes = list(SCOPES)
+    return {op.name: op for op in sorted(found, key=lambda op: (scopes.index(op.scope), op.rank))}
+
+
+def load(stem: str) -> dict[str, Op]:
+    """The declarations of one file by name."""
+    module = importlib.import_module(f"{__name__}.{stem}")
+    return {op.name: replace(op, stem=stem) for op in module.OPS}

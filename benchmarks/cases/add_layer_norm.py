@@ -1,15 +1,10 @@
 """`ops.add_layer_norm` on the residual stream of the encoder."""
 
-import torch
 from torch import Tensor
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 
 
 def _liger(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
@@ -19,23 +14,9 @@ def _liger(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Ten
     return total, liger_layer_norm(total, weight, bias, 1e-5)
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    features, channels = (shape.rows, shape.tokens, shape.channels), (shape.channels,)
-    sizes = {"x": features, "update": features, "weight": channels, "bias": channels}
-    inputs = {
-        name: random_normal(size, dtype, seed=seed + i, device=device)
-        for i, (name, size) in enumerate(sizes.items())
-    }
-    return op_problem(
-        inputs,
-        tuple(sizes),
-        {**backends(ops.add_layer_norm, baselines.add_layer_norm), "liger": _liger},
-        reference.add_layer_norm,
-        output_names=("total", "normed"),
-        kinds={"dweight": "parameter", "dbias": "parameter"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
+def inputs(shape: Shape, draw: Draw) -> dict[str, Tensor]:
+    x, update = (draw(shape.rows, shape.tokens, shape.channels) for _ in range(2))
+    return {"x": x, "update": update, "weight": draw(shape.channels), "bias": draw(shape.channels)}
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -50,12 +31,14 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "add_layer_norm",
-        "add_layer_norm",
-        build,
-        cost,
-        "bytes: x + update + total + normed; FLOPs: 8 per element",
-        extra_providers=("liger",),
+        inputs,
+        cost=cost,
+        formula="bytes: x + update + total + normed; FLOPs: 8 per element",
+        rank=4,
+        rivals={"liger": _liger},
+        parameters=("weight", "bias"),
+        fields=lambda shape: {"output_names": ("total", "normed")},
     ),
 )

@@ -9,12 +9,8 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, Unsupported, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape, Unsupported
 
 SDPA = {
     "sdpa_math": SDPBackend.MATH,
@@ -73,20 +69,10 @@ OTHERS = {
 }
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def inputs(shape: Shape, draw: Draw) -> dict[str, Tensor]:
     dim = shape.channels // shape.heads
     lengths = {"q": shape.tokens, "k": shape.keys, "v": shape.keys}
-    inputs = {
-        name: random_normal(
-            (shape.rows, length, shape.heads, dim), dtype, seed=seed + i, device=device
-        )
-        for i, (name, length) in enumerate(lengths.items())
-    }
-    functions = backends(ops.attention, baselines.attention) | OTHERS
-    return op_problem(
-        inputs, ("q", "k", "v"), functions, reference.attention,
-        contraction=min(shape.tokens, shape.keys),
-    )  # fmt: skip
+    return {name: draw(shape.rows, length, shape.heads, dim) for name, length in lengths.items()}
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -94,7 +80,7 @@ def cost(shape: Shape, itemsize: int) -> Cost:
     per score (what else a softmax does per score is hidden behind it and not counted).
 
     Backward: read q, k, v, out and its gradient, write three gradients; five products, one of them
-    the scores again, which nobody wants to have kept, and so their exponentials.
+    the scores, recomputed because storing them costs more, and so their exponentials.
     """
     q = shape.rows * shape.tokens * shape.channels * itemsize
     k = shape.rows * shape.keys * shape.channels * itemsize
@@ -107,12 +93,13 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "attention",
-        "attention",
-        build,
-        cost,
-        "bytes: q + k + v + out; FLOPs: 4 R Lq Lk C; exponentials: R H Lq Lk",
-        extra_providers=tuple(OTHERS),
+        inputs,
+        cost=cost,
+        formula="bytes: q + k + v + out; FLOPs: 4 R Lq Lk C; exponentials: R H Lq Lk",
+        rank=1,
+        rivals=OTHERS,
+        fields=lambda shape: {"contraction": min(shape.tokens, shape.keys)},
     ),
 )

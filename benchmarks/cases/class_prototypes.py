@@ -1,39 +1,32 @@
 """`ops.class_prototypes` on the features of a stage and the labels of the image."""
 
-import torch
+from typing import Any
 
-from benchmarks.cases.common import data
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import NUM_CLASSES, Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.data import NUM_CLASSES
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
-    inputs = {
-        "x": random_normal(size, dtype, seed=seed, device=device),
-        # As large as the padded images: whole pixels per token.
-        "labels": data.labels(
-            shape.batch, shape.h * shape.stride, shape.w * shape.stride, seed, device
-        ),
+def inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
+    """Labels as large as the padded images: whole pixels per token."""
+    height, width = shape.h * shape.stride, shape.w * shape.stride
+    return {
+        "x": draw(shape.modalities, shape.batch, shape.tokens, shape.channels),
+        "labels": draw.labels(shape.batch, height, width),
         "num_classes": NUM_CLASSES,
         "height": shape.h,
         "width": shape.w,
     }
-    return op_problem(
-        inputs,
-        ("x",),
-        backends(ops.class_prototypes, baselines.class_prototypes),
-        reference.class_prototypes,
-        output_names=("prototypes", "counts"),
-        kinds={"prototypes": "parameter"},
-        chain=shape.tokens,
-        synchronising=frozenset({"baseline"}),
-    )
+
+
+def fields(shape: Shape) -> dict[str, Any]:
+    return {
+        "output_names": ("prototypes", "counts"),
+        "kinds": {"prototypes": "parameter"},
+        "chain": shape.tokens,
+        "synchronising": frozenset({"baseline"}),
+    }
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -51,11 +44,12 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "class_prototypes",
-        "class_prototypes",
-        build,
-        cost,
-        "bytes: x + labels + prototypes (fp32); FLOPs: 1 per element",
+        inputs,
+        cost=cost,
+        formula="bytes: x + labels + prototypes (fp32); FLOPs: 1 per element",
+        rank=8,
+        fields=fields,
     ),
 )

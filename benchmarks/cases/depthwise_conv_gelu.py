@@ -1,40 +1,23 @@
 """`ops.depthwise_conv_gelu` on the four times wider hidden tokens of Mix-FFN."""
 
-import torch
+from typing import Any
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 
 RATIO = 4
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
     channels = RATIO * shape.channels
-    sizes = {
-        "x": (shape.rows, shape.tokens, channels),
-        "weight": (channels, 1, 3, 3),
-        "bias": (channels,),
+    return {
+        "x": draw(shape.rows, shape.tokens, channels),
+        "weight": draw(channels, 1, 3, 3, scale=1 / 3),
+        "bias": draw(channels),
+        "height": shape.h,
+        "width": shape.w,
     }
-    inputs = {
-        name: random_normal(
-            size, dtype, seed=seed + i, scale=1 / 3 if name == "weight" else 1.0, device=device
-        )
-        for i, (name, size) in enumerate(sizes.items())
-    }
-    return op_problem(
-        {**inputs, "height": shape.h, "width": shape.w},
-        ("x", "weight", "bias"),
-        backends(ops.depthwise_conv_gelu, baselines.depthwise_conv_gelu),
-        reference.depthwise_conv_gelu,
-        kinds={"dweight": "parameter", "dbias": "parameter"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -52,11 +35,12 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "depthwise_conv_gelu",
-        "depthwise_conv_gelu",
-        build,
-        cost,
-        "bytes: x + out, 4 C channels; FLOPs: 19, exponentials: 1 per element",
+        inputs,
+        cost=cost,
+        formula="bytes: x + out, 4 C channels; FLOPs: 19, exponentials: 1 per element",
+        rank=2,
+        parameters=("weight", "bias"),
     ),
 )

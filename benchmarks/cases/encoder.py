@@ -175,18 +175,16 @@ def _build_accelerated(
 OPS = (
     Op(
         "encoder",
-        "",
         build,
         None,
         "Mix Transformer, features of the last stage",
-        extra_providers=("baseline_cl", "transformers"),
+        rivals=("baseline_cl", "transformers"),
         stages=(0,),
         scope="encoder",
     ),
     *(
         Op(
             f"accelerate_{name}",
-            "",
             build_one,
             None,
             f"{whose}, accelerated, features of the last stage",

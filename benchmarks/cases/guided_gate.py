@@ -1,33 +1,16 @@
 """`ops.guided_gate` on the features behind the cross-attention."""
 
 import torch
+from torch import Tensor
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
-    logits = (shape.modalities, shape.batch, shape.channels)
-    inputs = {
-        "x": random_normal(size, dtype, seed=seed, device=device),
-        "logits": random_normal(logits, torch.float32, seed=seed + 1, device=device),
-    }
-    return op_problem(
-        inputs,
-        ("x", "logits"),
-        backends(ops.guided_gate, baselines.guided_gate),
-        reference.guided_gate,
-        output_names=("branches", "fused"),
-        kinds={"dlogits": "parameter"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
+def inputs(shape: Shape, draw: Draw) -> dict[str, Tensor]:
+    m, b, c = shape.modalities, shape.batch, shape.channels
+    return {"x": draw(m, b, shape.tokens, c), "logits": draw(m, b, c, dtype=torch.float32)}
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -47,11 +30,13 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "guided_gate",
-        "guided_gate",
-        build,
-        cost,
-        "bytes: x + branches + fused; FLOPs: 3 per element",
+        inputs,
+        cost=cost,
+        formula="bytes: x + branches + fused; FLOPs: 3 per element",
+        rank=7,
+        parameters=("logits",),
+        fields=lambda shape: {"output_names": ("branches", "fused")},
     ),
 )

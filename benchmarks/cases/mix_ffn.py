@@ -1,41 +1,26 @@
 """`ops.mix_ffn`, the feed-forward half of a block, with hidden tokens four times as wide."""
 
-import torch
+from typing import Any
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 from benchmarks.cases.depthwise_conv_gelu import RATIO
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+def inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
     c, e = shape.channels, RATIO * shape.channels
-    sizes = {
-        "x": ((shape.rows, shape.tokens, c), 1.0),
-        "fc1_weight": ((e, c), c**-0.5),
-        "fc1_bias": ((e,), 1.0),
-        "dw_weight": ((e, 1, 3, 3), 1 / 3),
-        "dw_bias": ((e,), 1.0),
-        "fc2_weight": ((c, e), e**-0.5),
-        "fc2_bias": ((c,), 1.0),
+    return {
+        "x": draw(shape.rows, shape.tokens, c),
+        "fc1_weight": draw(e, c, scale=c**-0.5),
+        "fc1_bias": draw(e),
+        "dw_weight": draw(e, 1, 3, 3, scale=1 / 3),
+        "dw_bias": draw(e),
+        "fc2_weight": draw(c, e, scale=e**-0.5),
+        "fc2_bias": draw(c),
+        "height": shape.h,
+        "width": shape.w,
     }
-    inputs = {
-        name: random_normal(size, dtype, seed=seed + i, scale=scale, device=device)
-        for i, (name, (size, scale)) in enumerate(sizes.items())
-    }
-    return op_problem(
-        {**inputs, "height": shape.h, "width": shape.w},
-        tuple(inputs),
-        backends(ops.mix_ffn, baselines.mix_ffn),
-        reference.mix_ffn,
-        kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
 
 
 def cost(shape: Shape, itemsize: int, ratio: int = RATIO) -> Cost:
@@ -55,11 +40,12 @@ def cost(shape: Shape, itemsize: int, ratio: int = RATIO) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "mix_ffn",
-        "mix_ffn",
-        build,
-        cost,
-        "bytes: x + out; FLOPs: 16 C^2 + 76 C, exponentials: 4 C per token",
+        inputs,
+        cost=cost,
+        formula="bytes: x + out; FLOPs: 16 C^2 + 76 C, exponentials: 4 C per token",
+        rank=3,
+        parameters=("fc1_weight", "fc1_bias", "dw_weight", "dw_bias", "fc2_weight", "fc2_bias"),
     ),
 )

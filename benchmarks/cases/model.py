@@ -10,8 +10,9 @@ from functools import partial
 import torch
 
 from benchmarks.cases.common import data
+from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.network import enliven, network_problem
-from benchmarks.cases.common.op import NUM_CLASSES, Op
+from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.providers.baseline_model import EagerBaseline
 from equiseg_fast.models import EQUISeg
@@ -76,22 +77,20 @@ def build(
 OPS = (
     Op(
         "model",
-        "",
         partial(build, training=False),
         None,
         "EQUISeg inference",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         modes=("fwd",),
         stages=(0,),
         scope="model",
     ),
     Op(
         "training",
-        "",
         partial(build, training=True),
         None,
         "EQUISeg loss and gradients of all parameters",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         modes=("fwd_train", "bwd", "step"),
         stages=(0,),
         scope="model",

@@ -1,37 +1,21 @@
 """`ops.pooling_mixer` on the hubs of all primaries."""
 
-import torch
+from typing import Any
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    c = shape.channels
-    sizes = {"x": (shape.rows, shape.tokens, c), "weight": (c, 1, 7, 7), "bias": (c,)}
-    inputs = {
-        name: random_normal(
-            size, dtype, seed=seed + i, scale=1 / 7 if name == "weight" else 1.0, device=device
-        )
-        for i, (name, size) in enumerate(sizes.items())
+def inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
+    return {
+        "x": draw(shape.rows, shape.tokens, shape.channels),
+        "weight": draw(shape.channels, 1, 7, 7, scale=1 / 7),
+        "bias": draw(shape.channels),
+        "height": shape.h,
+        "width": shape.w,
     }
-    return op_problem(
-        {**inputs, "height": shape.h, "width": shape.w},
-        ("x", "weight", "bias"),
-        {
-            **backends(ops.pooling_mixer, baselines.pooling_mixer),
-            "baseline_cl": baselines.channels_last(baselines.pooling_mixer),
-        },
-        reference.pooling_mixer,
-        kinds={"dweight": "parameter", "dbias": "parameter"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -50,12 +34,13 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "pooling_mixer",
-        "pooling_mixer",
-        build,
-        cost,
-        "bytes: x + out; FLOPs: 116 per element",
-        extra_providers=("baseline_cl",),
+        inputs,
+        cost=cost,
+        formula="bytes: x + out; FLOPs: 116 per element",
+        rank=6,
+        rivals={"baseline_cl": baselines.channels_last(baselines.pooling_mixer)},
+        parameters=("weight", "bias"),
     ),
 )

@@ -1,47 +1,28 @@
 """`ops.query_hub` on the embedded tokens of all modalities."""
 
-import torch
+from typing import Any
 
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Problem, Shape, Unsupported, op_problem
-from benchmarks.cases.common.random_data import random_normal
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
 
 
 def refuses(shape: Shape) -> str:
     return "the hub needs two modalities or more" if shape.modalities < 2 else ""
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    if reason := refuses(shape):
-        raise Unsupported(reason)
+def inputs(shape: Shape, draw: Draw) -> dict[str, Any]:
     m, c = shape.modalities, shape.channels
-    sizes = {
-        "x": ((m, shape.batch, shape.tokens, c), 1.0),
-        "dw_weight": ((m, c, 3, 3), 1 / 3),
-        "dw_bias": ((m, c), 1.0),
-        "pw_weight": ((m, c), c**-0.5),
-        "pw_bias": ((m,), 1.0),
+    return {
+        "x": draw(m, shape.batch, shape.tokens, c),
+        "dw_weight": draw(m, c, 3, 3, scale=1 / 3),
+        "dw_bias": draw(m, c),
+        "pw_weight": draw(m, c, scale=c**-0.5),
+        "pw_bias": draw(m),
+        "height": shape.h,
+        "width": shape.w,
     }
-    inputs = {
-        name: random_normal(size, dtype, seed=seed + i, scale=scale, device=device)
-        for i, (name, (size, scale)) in enumerate(sizes.items())
-    }
-    return op_problem(
-        {**inputs, "height": shape.h, "width": shape.w},
-        tuple(inputs),
-        {
-            **backends(ops.query_hub, baselines.query_hub),
-            "baseline_cl": baselines.channels_last(baselines.query_hub),
-        },
-        reference.query_hub,
-        kinds={f"d{name}": "parameter" for name in inputs if name != "x"},
-        contraction=0,
-        chain=shape.rows * shape.tokens,
-    )
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -60,13 +41,14 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "query_hub",
-        "query_hub",
-        build,
-        cost,
-        "bytes: x + hubs; FLOPs: 25 per element; exponentials: 1 per token",
-        extra_providers=("baseline_cl",),
+        inputs,
+        cost=cost,
+        formula="bytes: x + hubs; FLOPs: 25 per element; exponentials: 1 per token",
+        rank=5,
+        rivals={"baseline_cl": baselines.channels_last(baselines.query_hub)},
+        parameters=("dw_weight", "dw_bias", "pw_weight", "pw_bias"),
         refuses=refuses,
     ),
 )

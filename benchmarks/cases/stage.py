@@ -72,11 +72,10 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
 OPS = (
     Op(
         "stage",
-        "",
         build,
         None,
         "one stage of the Mix Transformer",
-        extra_providers=("baseline_cl",),
+        rivals=("baseline_cl",),
         scope="stage",
     ),
 )

@@ -1,17 +1,12 @@
 """`ops.upsample_cross_entropy` on the logits of the head; one map, of the size of stage 1."""
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases.common import data
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.op import NUM_CLASSES, Op
-from benchmarks.cases.common.problem import Problem, Shape, op_problem
-from benchmarks.cases.common.random_data import random_normal
-from benchmarks.providers import baselines
-from benchmarks.providers.provider import backends
-from equiseg_fast import ops, reference
+from benchmarks.cases.common.data import IGNORE, NUM_CLASSES
+from benchmarks.cases.common.op import Draw, operation
+from benchmarks.cases.common.problem import Shape
 
 
 def _liger(logits: Tensor, labels: Tensor) -> Tensor:
@@ -21,27 +16,15 @@ def _liger(logits: Tensor, labels: Tensor) -> Tensor:
     size = tuple(labels.shape[-2:])
     full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
     rows = full.permute(0, 2, 3, 1).flatten(0, 2)
-    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=data.IGNORE, reduction="none")
+    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
     return loss.view(labels.shape)
 
 
-def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    size = (shape.batch, NUM_CLASSES, shape.h, shape.w)
-    inputs = {
-        "logits": random_normal(size, dtype, seed=seed, device=device),
-        "labels": data.labels(shape.batch, shape.height, shape.width, seed, device),
+def inputs(shape: Shape, draw: Draw) -> dict[str, Tensor]:
+    return {
+        "logits": draw(shape.batch, NUM_CLASSES, shape.h, shape.w),
+        "labels": draw.labels(shape.batch, shape.height, shape.width),
     }
-    return op_problem(
-        inputs,
-        ("logits",),
-        {
-            **backends(ops.upsample_cross_entropy, baselines.upsample_cross_entropy),
-            "liger": _liger,
-        },
-        reference.upsample_cross_entropy,
-        contraction=0,
-        synchronising=frozenset({"liger"}),
-    )
 
 
 def cost(shape: Shape, itemsize: int) -> Cost:
@@ -63,13 +46,16 @@ def cost(shape: Shape, itemsize: int) -> Cost:
 
 
 OPS = (
-    Op(
+    operation(
         "upsample_cross_entropy",
-        "upsample_cross_entropy",
-        build,
-        cost,
-        "bytes: logits + labels + fp32 loss; FLOPs: 11, exponentials: 1 per pixel and class",
-        extra_providers=("liger",),
+        inputs,
+        cost=cost,
+        formula=(
+            "bytes: logits + labels + fp32 loss; FLOPs: 11, exponentials: 1 per pixel and class"
+        ),
+        rank=9,
+        rivals={"liger": _liger},
+        fields=lambda shape: {"contraction": 0, "synchronising": frozenset({"liger"})},
         stages=(1,),
     ),
 )

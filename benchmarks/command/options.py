@@ -19,6 +19,27 @@ def kernel_stems() -> list[str]:
     return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_"))
 
 
+def device_arguments(parser: argparse.ArgumentParser, measured: bool = False) -> None:
+    """Where, and on which inputs; measured: also how times are taken, for `run` and `against`."""
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--dry-run", action="store_true",
+        help="only say what would run, and who is left out and why",
+    )  # fmt: skip
+    if measured:
+        parser.add_argument(
+            "--method", choices=("graph", "eager"), default="graph", help="how a GPU is timed"
+        )
+        threads_argument(parser)
+
+
+def threads_argument(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own choice"
+    )
+
+
 def verdict_arguments(parser: argparse.ArgumentParser) -> None:
     """When a difference counts, for `compare` and `against`."""
     parser.add_argument(
@@ -44,6 +65,17 @@ def to_threads(text: str) -> int:
     if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
         raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}; got {text!r}")
     return int(text)
+
+
+def use_threads(number: int | None) -> None:
+    """As many threads of PyTorch, or as it has by itself."""
+    if number is not None:
+        torch.set_num_threads(number)
+
+
+def full_fp32() -> None:
+    """Every provider multiplies fp32 in fp32, whatever cuDNN would like."""
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
 
 
 def names(text: str) -> tuple[str, ...]:

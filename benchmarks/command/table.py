@@ -3,7 +3,7 @@ how numbers are written."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 from rich.box import SIMPLE_HEAD
@@ -100,3 +100,13 @@ def percent(value: float | None) -> str:
 def times(value: float | None) -> str:
     """A ratio, e.g. "1.68x"."""
     return "" if value is None else f"{significant(value)}x"
+
+
+def markdown_table(columns: Sequence[str], rows: Iterable[Sequence[str]], words: int) -> str:
+    """A Markdown table; so many of the first columns hold words, the others numbers."""
+    rule = "|" + "---|" * words + "--:|" * (len(columns) - words)
+    return "\n".join([_line(columns), rule, *map(_line, rows)])
+
+
+def _line(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"

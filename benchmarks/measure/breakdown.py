@@ -1,24 +1,39 @@
 """Where the time of the model goes: its forward split into parts, for the baseline and for ours.
 
-The functions and modules that are one part each are watched while the model runs, with the clock on
-a CPU and with events on a GPU (where gaps between kernels count, too: no CUDA graph hides them).
-What no part claims is the rest: norms, residuals, copies. A compiled model has no such seams.
+For the first whole model in the results of a run; written beside them, for `report` to draw. The
+functions and modules that are one part each are watched while the model runs, with the clock on a
+CPU and with events on a GPU (where gaps between kernels count, too: no CUDA graph hides them). What
+no part claims is the rest: norms, residuals, copies. A compiled model has no such seams.
 """
 
 from __future__ import annotations
 
+import argparse
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from functools import wraps
+from pathlib import Path
 from time import perf_counter
 from typing import Any
 
 import torch
+from rich.console import Console
 from torch import nn
 
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Shape
+from benchmarks.command import outputs
+from benchmarks.command.options import (
+    choose_device,
+    full_fp32,
+    threads_argument,
+    to_path,
+    use_threads,
+)
+from benchmarks.command.table import FittedTable, significant
+from benchmarks.measure.record import read
 from benchmarks.providers import baseline_model
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.nn import (
@@ -29,7 +44,9 @@ from equiseg_fast.nn import (
     SelfQueryHub,
 )
 
-PROVIDERS = ("baseline", "torch", "triton")
+FILE = "breakdown.json"
+SEAMS = ("baseline", "torch", "triton")
+"""Providers that have parts."""
 REPEATS = 3
 REST = "norms, residuals, copies"
 
@@ -66,6 +83,37 @@ WATCHED: tuple[tuple[Any, str, Label], ...] = (
     (EQUISeg, "_head", _always("head")),
     (baseline_model.EagerBaseline, "_head", _always("head")),
 )
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m benchmarks breakdown`."""
+    parser.add_argument("results", type=to_path, help="the folder of a run with the whole model")
+    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
+    parser.add_argument("--seed", type=int, default=0)
+    threads_argument(parser)
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    """Raises ValueError if the results have no whole model."""
+    device = choose_device(args.device)
+    use_threads(args.threads)
+    full_fp32()
+    measured = [r for r in read(args.results) if r.op == "model" and r.p50_us is not None]
+    if not measured:
+        raise ValueError(f"{args.results} must have times of the operation model; it has none")
+    first = measured[0]
+    providers = [r.provider for r in measured if r.group == first.group]
+    found = measure(first.shape, first.dtype, device, providers, args.seed)
+    folder: Path = args.results if args.results.is_dir() else args.results.parent
+    outputs.write(folder / FILE, json.dumps(found, indent=1) + "\n")
+    names = list(found["providers"])
+    table = FittedTable(("part", *names), words=("part",), title=f"ms of {found['label']}")
+    for part in dict.fromkeys(part for name in names for part in found["providers"][name]):
+        seconds = [found["providers"][name].get(part) for name in names]
+        table.add_row(part, *(significant(s and 1e3 * s) for s in seconds))
+    console.print(table)
+    console.print(f"written to {folder / FILE}; `report {folder}` draws it", soft_wrap=True)
+    return 0
 
 
 class Stopwatch:
@@ -136,7 +184,7 @@ def measure(
     problem = operations()["model"].build(shape, DTYPES[dtype], device, seed)
     found = {}
     for provider in providers:
-        if provider in PROVIDERS:
+        if provider in SEAMS:
             call = problem.calls[provider]
             with torch.no_grad():
                 call()

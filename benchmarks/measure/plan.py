@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import operations
+from benchmarks.cases import load, operations
 from benchmarks.cases.common.op import DTYPES, MODES, SCOPES, Op, unavailable
 from benchmarks.cases.common.problem import Shape
-from benchmarks.command.options import Pairs, names, pairs
+from benchmarks.command.options import Pairs, choose_device, names, pairs
 from benchmarks.measure.record import Record
 from benchmarks.measure.suites import SUITES, Suite
 from benchmarks.providers.provider import COMPILED, PROVIDERS
@@ -23,45 +23,6 @@ MODEL_COMPILED = "model_compiled"
 """As a mode: the whole model, its compiled providers beside the baseline."""
 SELECTORS = (*MODES, *PARTS, MODEL_COMPILED)
 SHAPE_FIELDS = tuple(field.name for field in fields(Shape))
-
-MODE_HELP = (
-    "only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and backward). "
-    "Or parts of the model, which are then all that runs, in those modes or the suite's: "
-    + "; ".join(f"{part} ({SCOPES[part]})" for part in PARTS)
-    + f"; {MODEL_COMPILED} (the model's compiled providers beside the baseline)"
-)
-
-
-def selection_arguments(parser: argparse.ArgumentParser) -> None:
-    """Which cases of the suite, and at which other shape, for `run` and `against`."""
-    for name, values in (
-        ("op", tuple(operations())), ("provider", tuple(PROVIDERS)), ("dtype", tuple(DTYPES)),
-    ):  # fmt: skip
-        parser.add_argument(
-            f"--{name}", type=names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
-        )
-    parser.add_argument("--mode", type=names, default=(), metavar="A,B", help=MODE_HELP)
-    parser.add_argument(
-        "--shape",
-        type=pairs,
-        default=(),
-        metavar="K=V,..",
-        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
-        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
-    )
-    shape_argument(parser)
-
-
-def shape_argument(parser: argparse.ArgumentParser) -> None:
-    """Another shape than those of the suite."""
-    parser.add_argument(
-        "--at",
-        type=pairs,
-        default=(),
-        metavar="K=V,..",
-        help="every case at a shape of your own, as in batch=4,height=720,width=1280; what is not "
-        f"given stays as the suite has it; of {', '.join(SHAPE_FIELDS)}",
-    )
 
 
 @dataclass(frozen=True)
@@ -85,10 +46,46 @@ class Options:
     shape: Pairs = ()
     at: Pairs = ()
 
-    @property
-    def narrowed(self) -> bool:
-        """Whether less than the whole suite was asked for."""
-        return any((self.ops, self.providers, self.dtypes, self.modes, self.shape, self.at))
+    @classmethod
+    def of(cls, args: argparse.Namespace) -> Options:
+        """From `selection_arguments` and `device_arguments`. Raises ValueError if the device cannot
+        be used."""
+        device = choose_device(args.device, needed=not args.dry_run)
+        return cls(
+            args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
+            args.seed, args.shape, args.at,
+        )  # fmt: skip
+
+
+def selection_arguments(parser: argparse.ArgumentParser) -> None:
+    """Which cases of which suite, and at which other shape, for `run` and `against`."""
+    parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
+    for name, values in (("op", operations()), ("provider", PROVIDERS), ("dtype", DTYPES)):
+        parser.add_argument(
+            f"--{name}", type=names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
+        )
+    parser.add_argument(
+        "--mode", type=names, default=(), metavar="A,B",
+        help="only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and "
+        "backward). Or parts of the model, which are then all that runs, in those modes or the "
+        f"suite's: {'; '.join(f'{part} ({SCOPES[part]})' for part in PARTS)}; {MODEL_COMPILED} "
+        "(the model's compiled providers beside the baseline)",
+    )  # fmt: skip
+    shape_arguments(parser)
+
+
+def shape_arguments(parser: argparse.ArgumentParser) -> None:
+    """Only some shapes of the suite, or others."""
+    parser.add_argument(
+        "--shape", type=pairs, default=(), metavar="K=V,..",
+        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
+        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
+    )  # fmt: skip
+    parser.add_argument(
+        "--at", type=pairs, default=(), metavar="K=V,..",
+        help="every case at a shape of your own, as in batch=4,height=720,width=1280; what is not "
+        f"given stays as the suite has it; of {', '.join(SHAPE_FIELDS)}",
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -105,14 +102,23 @@ class Case:
     def label(self) -> str:
         return f"{self.op.name} {self.shape.label} {self.dtype}"
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # A process that gets it loads the operation's own file and no other: see `against`.
+        own = self.op.stem, self.op.name, self.shape, self.dtype, self.modes, self.providers
+        return _loaded, own
+
+
+def _loaded(stem: str, name: str, *others: Any) -> Case:
+    return Case(load(stem)[name], *others)
+
 
 def plan(options: Options) -> list[Case]:
     """All cases of a run. Raises ValueError on a name that does not exist, and if there is none."""
     suite = SUITES[options.suite]
-    _check("op", options.ops, tuple(operations()))
-    _check("dtype", options.dtypes, tuple(DTYPES))
+    _check("op", options.ops, operations())
+    _check("dtype", options.dtypes, DTYPES)
     _check("mode", options.modes, SELECTORS)
-    _check("provider", options.providers, tuple(PROVIDERS))
+    _check("provider", options.providers, PROVIDERS)
     modes = [m for m in options.modes if m in MODES] or suite.modes
     values = {name: _at(name, value) for name, value in options.at}
     cases = [
@@ -137,7 +143,7 @@ def _moved(shape: Shape, values: Mapping[str, Any]) -> Shape:
 def _at(name: str, value: str) -> str | int:
     _check("at", [name], SHAPE_FIELDS)
     if name == "variant":
-        _check("at variant", [value], tuple(VARIANTS))
+        _check("at variant", [value], VARIANTS)
         return value
     if name == "stage":
         _check("at stage", [value], ("0", "1", "2", "3", "4"))
@@ -146,20 +152,15 @@ def _at(name: str, value: str) -> str | int:
     return int(value)
 
 
-def _check(what: str, wanted: Sequence[str], allowed: Sequence[str]) -> None:
+def _check(what: str, wanted: Sequence[str], allowed: Iterable[str]) -> None:
     if unknown := [name for name in wanted if name not in allowed]:
         raise ValueError(f"--{what} must be among {', '.join(allowed)}; got {unknown[0]!r}")
 
 
-def _scopes(options: Options) -> set[str]:
-    """The parts that were asked for as modes."""
-    asked = {m for m in options.modes if m in PARTS}
-    return asked | ({"model"} if MODEL_COMPILED in options.modes else set())
-
-
 def _chosen(options: Options, suite: Suite) -> list[tuple[Op, list[Shape]]]:
     """The operations of the run with their shapes."""
-    scopes = _scopes(options)
+    scopes = {m for m in options.modes if m in PARTS}
+    scopes |= {"model"} if MODEL_COMPILED in options.modes else set()
     asked = bool(options.ops or scopes)
     chosen = [operations()[name] for name in options.ops or operations()]
     return [(op, suite.shapes(op, asked)) for op in chosen if not scopes or op.scope in scopes]
@@ -176,13 +177,10 @@ def _providers(op: Op, options: Options, suite: Suite) -> tuple[str, ...]:
 
 def _filtered(shapes: Sequence[Shape], wanted: Pairs) -> list[Shape]:
     _check("shape", [name for name, _ in wanted], SHAPE_FIELDS)
-    allowed: dict[str, set[str]] = {}
-    for name, value in wanted:
-        allowed.setdefault(name, set()).add(value)
     return [
         shape
         for shape in shapes
-        if all(str(getattr(shape, name)) in values for name, values in allowed.items())
+        if all((name, str(getattr(shape, name))) in wanted for name in dict(wanted))
     ]
 
 
@@ -204,54 +202,37 @@ def remaining(cases: Sequence[Case], records: Iterable[Record]) -> list[Case]:
     done = {record.key for record in records if record.final}
     left = []
     for case in cases:
-        waiting = {
-            (mode, provider)
-            for mode in case.modes
-            for provider in case.providers
-            if (case.op.name, case.shape.label, case.dtype, mode, provider) not in done
-        }
-        modes = tuple(m for m in case.modes if any(m == mode for mode, _ in waiting))
-        providers = tuple(p for p in case.providers if any(p == name for _, name in waiting))
-        if waiting:
-            left.append(replace(case, modes=modes, providers=providers))
+        where = case.op.name, case.shape.label, case.dtype
+        pairs = [(m, p) for m in case.modes for p in case.providers if (*where, m, p) not in done]
+        if pairs:
+            modes, providers = zip(*pairs, strict=True)
+            own = tuple(p for p in case.providers if p in providers)
+            left.append(replace(case, modes=tuple(dict.fromkeys(modes)), providers=own))
     return left
-
-
-def has_breakdown(options: Options, cases: Sequence[Case]) -> bool:
-    """Whether a run measures the parts of the model, too: in whole suites that have the model, not
-    in what was picked from one."""
-    return not options.narrowed and any(case.op.name == "model" for case in cases)
 
 
 def dry_run(cases: Sequence[Case], device: torch.device, further: Sequence[str] = ()) -> list[str]:
     """What a run would do, in lines: cases with modes and providers, who is left out and why, and
-    `further` steps.
-
-    Nothing is built. For a GPU on a machine without one it says what is known.
-    """
+    `further` steps. Nothing is built. For a GPU on a machine without one it says what is known."""
     lines = []
-    skipped: dict[tuple[str, str], dict[str, None]] = {}
+    skipped: dict[tuple[str, str, str], set[str]] = {}
     for case in cases:
         reasons = {p: unavailable(case.op, p, device, case.dtype) for p in case.providers}
         usable = [p for p, reason in reasons.items() if not reason]
-        out = [(f"{case.op.name} {p}", reason) for p, reason in reasons.items() if reason]
+        out = [(case.op.name, f" {p}", reason) for p, reason in reasons.items() if reason]
         if reason := case.op.refuses(case.shape):
-            usable, out = [], [(case.op.name, reason)]
+            usable, out = [], [(case.op.name, "", reason)]
         for key in out:
-            skipped.setdefault(key, {})[case.label] = None
-        shown = ", ".join(usable) or "nobody"
-        lines.append(f"{case.label}: {', '.join(case.modes)}: {shown}")
-    per_op = {name: sum(case.op.name == name for case in cases) for name in operations()}
-    for (who, reason), labels in skipped.items():
-        total = per_op[who.split()[0]]
+            skipped.setdefault(key, set()).add(case.label)
+        lines.append(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable) or 'nobody'}")
+    for (op, provider, reason), labels in skipped.items():
+        total = sum(case.op.name == op for case in cases)
         where = "" if len(labels) == total else f" ({len(labels)} of {total} cases)"
-        lines.append(f"skipped: {who}: {reason}{where}")
+        lines.append(f"skipped: {op}{provider}: {reason}{where}")
     if device.type == "cuda" and not torch.cuda.is_available():
         lines.append(
             "torch sees no GPU here: what a GPU's capability or memory would refuse is not known, "
             "and packages are those of this machine"
         )
-    lines.extend(further)
     timings = sum(len(case.modes) for case in cases)
-    lines.append(f"{len(cases)} cases, {timings} with their modes; nothing was run")
-    return lines
+    return [*lines, *further, f"{len(cases)} cases, {timings} with their modes; nothing was run"]

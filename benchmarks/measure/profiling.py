@@ -19,9 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import outputs
-from benchmarks.command.options import choose_device, pairs, to_path
+from benchmarks.command.options import choose_device, device_arguments, to_path
 from benchmarks.command.table import FittedTable, significant
-from benchmarks.measure.plan import Case, Options, dry_run, plan, shape_argument
+from benchmarks.measure.plan import Case, Options, dry_run, plan, shape_arguments
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES
 
@@ -35,11 +35,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="", help="default: the first of the suite's")
     parser.add_argument("--provider", default="", help="default: triton on a GPU, else torch")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    parser.add_argument("--shape", type=pairs, default=(), metavar="K=V,..", help="as in `run`")
-    shape_argument(parser)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be profiled")
+    shape_arguments(parser)
+    device_arguments(parser)
     parser.add_argument("--calls", type=int, default=10, help="how many are profiled")
     parser.add_argument("--top", type=int, default=15, help="rows of the table")
     parser.add_argument(

@@ -7,7 +7,7 @@ import traceback
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import asdict, astuple, dataclass, field, replace
+from dataclasses import asdict, astuple, replace
 from functools import cached_property
 from time import perf_counter
 from typing import Any
@@ -20,39 +20,22 @@ from benchmarks.cases.common.cost import Limits, total
 from benchmarks.cases.common.op import DTYPES, unavailable
 from benchmarks.cases.common.problem import Problem, Unsupported
 from benchmarks.measure import launches, memory, parity, timing
-from benchmarks.measure.plan import Case, Options, plan
+from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import UNTIMED, Record
 from benchmarks.measure.resume import Again, Journal, is_sticky
 from benchmarks.measure.suites import SUITES, Suite
 from benchmarks.providers.provider import COMPILED, configured
 
-__all__ = ["Case", "Options", "Phases", "Prepared", "Runner", "plan"]
-
 Progress = Callable[[str], None]
 Timings = dict[str, dict[str, timing.Timing]]
 """Method -> provider -> its times."""
-Forward = Callable[[], tuple[Tensor, ...]]
-
-
-@dataclass
-class Phases:
-    """Seconds spent per kind of work, in the order in which they first happened."""
-
-    seconds: Counter[str] = field(default_factory=Counter)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        started = perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] += perf_counter() - started
 
 
 class Prepared:
     """A case made concrete: inputs, oracle, and one record per provider and mode.
 
-    rows: the records; whose status is not "ok" is out. problem: None if nothing could be built.
+    rows: the records; those with another status than "ok" are skipped from here on. problem: None
+    if nothing could be built.
     """
 
     def __init__(self, runner: Runner, case: Case, progress: Progress) -> None:
@@ -73,8 +56,9 @@ class Prepared:
             try:
                 if reason := unavailable(case.op, provider, runner.device, case.dtype):
                     raise Unsupported(reason)
-                if reason := self._lost(provider) or self._lost():
-                    raise RuntimeError(reason)
+                for who in (provider, "") if runner.journal else ():
+                    if reason := runner.journal.refused(case.label, who):
+                        raise RuntimeError(reason)
             except Exception as error:
                 self.fail([provider], error)
         if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
@@ -88,12 +72,15 @@ class Prepared:
                 raise Unsupported(reason)
             if any(map(self.ok, case.providers)):
                 with self._attempt():
-                    with runner.phases.phase("inputs"):
+                    with runner.phase("inputs"):
                         self.problem = self._build(options.seed)
-                    with runner.phases.phase("oracle"):
+                    with runner.phase("oracle"):
                         own = case.dtype == "fp32" and "reference" in case.providers
                         self.gate = parity.Gate(
-                            self.problem, options.seed, backward=self._backward, fp32_reference=own
+                            self.problem,
+                            options.seed,
+                            backward=any(mode != "fwd" for mode in case.modes),
+                            fp32_reference=own,
                         )
         except Exception as error:
             self._again_if_sticky(error)
@@ -123,7 +110,7 @@ class Prepared:
         self.checked.add(provider)
         self.progress(f"{self.case.label}: parity of {provider}")
         try:
-            with self.runner.phases.phase("parity and memory"), self._attempt(provider):
+            with self.runner.phase("parity and memory"), self._attempt(provider):
                 self._probe(provider)
         except Exception as error:
             self.fail([provider], error)
@@ -204,7 +191,7 @@ class Prepared:
         if not correct:
             return
         self.progress(f"{self.case.label}: {mode}")
-        with self.runner.phases.phase("timing"):
+        with self.runner.phase("timing"):
             try:
                 calls = self.calls(mode, correct)
                 correct = list(calls)
@@ -241,10 +228,9 @@ class Prepared:
 
     def _fill(self, provider: str, mode: str, measured: timing.Timing) -> None:
         row, case, limits = self.rows[provider, mode], self.case, self.runner.limits
-        row.method, row.n, row.noisy = measured.method, measured.n, measured.noisy
-        row.p20_us, row.p50_us, row.p80_us = measured.p20_us, measured.p50_us, measured.p80_us
-        row.min_us = measured.min_us
-        row.cpu_us, row.cpu_share = measured.cpu_us, measured.cpu_share
+        for name, value in asdict(measured).items():
+            setattr(row, name, value)
+        row.noisy = measured.noisy
         works = launches.cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize).of(mode)
         work, seconds = total(works), measured.p50_us / 1e6
         row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
@@ -275,18 +261,9 @@ class Prepared:
         journal = self.runner.journal
         return journal.attempt(self.case.label, provider) if journal else nullcontext()
 
-    def _lost(self, provider: str = "") -> str:
-        journal = self.runner.journal
-        return journal.refused(self.case.label, provider) if journal else ""
-
     def _build(self, seed: int) -> Problem:
         case = self.case
         return case.op.build(case.shape, DTYPES[case.dtype], self.runner.device, seed)
-
-    @property
-    def _backward(self) -> bool:
-        """Whether there are gradients to be looked at."""
-        return any(mode != "fwd" for mode in self.case.modes)
 
     def _probe(self, provider: str) -> None:
         """The first calls: results for the gate, memory, compilation and warm-up at once.
@@ -314,12 +291,12 @@ class Prepared:
         assert problem is not None
         assert gate is not None
         forward = problem.calls[provider]
-        saved: list[int] = []
+        saved = 0
 
         def step() -> parity.Result:
+            nonlocal saved
             with torch.set_grad_enabled(bool(leaves)):
-                kept, outputs = memory.saved_bytes(forward, problem.ignored)
-            saved.append(kept)
+                saved, outputs = memory.saved_bytes(forward, problem.ignored)
             grads = gate.gradients(outputs, leaves)
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
@@ -331,13 +308,19 @@ class Prepared:
         if leaves:
             accuracy = accuracy.worse(gate.check(result, "gradients"))
         del result
-        if self._compiles:
+        # On a GPU a first call needs memory that later ones do not: compilers measure candidates
+        # then, and libraries make their workspaces.
+        again = device.type == "cuda"
+        if again:
             step_peak, _ = memory.peak_bytes(step, device)
         for mode in modes:
             row, peak = self.rows[provider, mode], step_peak
             if mode in ("fwd_train", "bwd"):
                 try:
-                    peak = self._peak(forward, leaves, mode)
+                    call = timing.call_in_mode(forward, leaves, mode, self.runner.options.seed)
+                    if again:
+                        call()
+                    peak, _ = memory.peak_bytes(call, device)
                 except Exception as error:
                     if is_sticky(str(error)):
                         raise
@@ -345,21 +328,9 @@ class Prepared:
                     continue
             row.first_call_s = first
             row.peak_mib = peak / memory.MIB
-            row.saved_mib = saved[0] / memory.MIB if leaves else None
+            row.saved_mib = saved / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio, row.budget = astuple(accuracy)
             row.config = "; ".join(launches)
-
-    @property
-    def _compiles(self) -> bool:
-        """Whether a first call needs memory that later ones do not: compilers of a GPU measure
-        candidates then, and its libraries make their workspaces."""
-        return self.runner.device.type == "cuda"
-
-    def _peak(self, forward: Forward, leaves: Sequence[Tensor], mode: str) -> int:
-        call = timing.call_in_mode(forward, leaves, mode, self.runner.options.seed)
-        if self._compiles:
-            call()
-        return memory.peak_bytes(call, self.runner.device)[0]
 
     def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
         """What our kernels are launched with, for operations that are one of them."""
@@ -371,13 +342,13 @@ class Prepared:
 
 
 class Runner:
-    """Runs cases one by one; see `Options`. limits: of the device, for the roofline."""
+    """Runs cases one by one; see `Options`. limits: of the device, for the roofline. seconds: spent
+    per kind of work, in the order in which they first happened."""
 
     def __init__(
         self,
         options: Options,
         limits: Limits | None = None,
-        phases: Phases | None = None,
         suite: Suite | None = None,
         journal: Journal | None = None,
     ) -> None:
@@ -385,8 +356,17 @@ class Runner:
         self.suite = suite or SUITES[options.suite]
         self.device = torch.device(options.device)
         self.limits = limits
-        self.phases = phases or Phases()
         self.journal = journal
+        self.seconds: Counter[str] = Counter()
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Around work of this kind."""
+        started = perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] += perf_counter() - started
 
     def run(
         self,

@@ -5,82 +5,130 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-PROVIDERS = {
-    "baseline": "eager PyTorch as public models write it (benchmarks/providers/baselines.py)",
-    "baseline_cl": "the baseline with its NCHW maps in channels-last memory",
-    "reference": "equiseg_fast.reference, the mathematics in plain PyTorch",
-    "torch": "backend 'torch', the fastest composition of stock operators",
-    "triton": "backend 'triton'; for models the kernels that exist, stock operators elsewhere",
-    "tuned": "triton with the launch configurations of a file (--tuned, EQUISEG_FAST_TUNED)",
-    "compile": "torch.compile of the torch backend",
-    "compile_max": "torch.compile of the torch backend, mode max-autotune-no-cudagraphs",
-    "sdpa_math": "scaled_dot_product_attention, written out in matrix products",
-    "sdpa_flash": "scaled_dot_product_attention, FlashAttention backend",
-    "sdpa_efficient": "scaled_dot_product_attention, memory-efficient backend",
-    "sdpa_cudnn": "scaled_dot_product_attention, cuDNN backend",
-    "flex": "FlexAttention of PyTorch, compiled",
-    "flash_attn": "flash_attn_func of the package flash_attn",
-    "xformers": "memory_efficient_attention of xformers",
-    "liger": "the kernel of liger_kernel, stock operators around it",
-    "transformers": "SegformerModel of transformers, eager",
-}
-
 TUNED = "EQUISEG_FAST_TUNED"
 """The environment variable that names a file of `python -m benchmarks tune`."""
 
-OURS = ("reference", "torch", "triton", "tuned")
-"""What this package is; everybody else is somebody to be faster than."""
+KERNELS = "kernels are timed on a GPU only"
+ITS_KERNELS = "its kernels run on a GPU only"
+FLASH = "FlashAttention takes fp16 and bf16 only"
 
-EVERYWHERE = ("baseline", "reference", "torch", "triton", "tuned", "compile", "compile_max")
-"""What every operation has. The others are named by the operations that have them."""
 
+@dataclass(frozen=True)
+class Provider:
+    """One implementation of operations.
+
+    colour: in pictures. everywhere: whether every operation has it; the others are named by the
+    operations that have them. ours: whether it is of this package; everybody else is somebody to be
+    faster than. package: what must be installed. gpu_only, half_only: why not on a CPU, or on a GPU
+    in fp32.
+    """
+
+    name: str
+    what: str
+    colour: str
+    everywhere: bool = False
+    ours: bool = False
+    package: str = ""
+    gpu_only: str = ""
+    half_only: str = ""
+
+
+PROVIDERS = {
+    provider.name: provider
+    for provider in (
+        Provider(
+            "baseline", "eager PyTorch as public models write it (providers/baselines.py)",
+            "#8c8c8c", everywhere=True,
+        ),
+        Provider(
+            "baseline_cl", "the baseline with its NCHW maps in channels-last memory", "#b8b09a"
+        ),
+        Provider(
+            "reference", "equiseg_fast.reference, the mathematics in plain PyTorch", "#4c72b0",
+            everywhere=True, ours=True,
+        ),
+        Provider(
+            "torch", "backend 'torch', the fastest composition of stock operators", "#dd8452",
+            everywhere=True, ours=True,
+        ),
+        Provider(
+            "triton",
+            "backend 'triton'; for models the kernels that exist, stock operators elsewhere",
+            "#2a9d4e", everywhere=True, ours=True, package="triton", gpu_only=KERNELS,
+        ),
+        Provider(
+            "tuned", f"triton with the launch configurations of a file (--tuned, {TUNED})",
+            "#8bd17c", everywhere=True, ours=True, package="triton", gpu_only=KERNELS,
+        ),
+        Provider(
+            "compile", "torch.compile of the torch backend", "#8172b3", everywhere=True
+        ),
+        Provider(
+            "compile_max", "torch.compile of the torch backend, mode max-autotune-no-cudagraphs",
+            "#b9a7e0", everywhere=True,
+        ),
+        Provider(
+            "sdpa_math", "scaled_dot_product_attention, written out in matrix products", "#d9b38c"
+        ),
+        Provider(
+            "sdpa_flash", "scaled_dot_product_attention, FlashAttention backend", "#c44e52",
+            half_only=FLASH,
+        ),
+        Provider(
+            "sdpa_efficient", "scaled_dot_product_attention, memory-efficient backend", "#937860",
+            gpu_only="PyTorch has this backend on a GPU only",
+        ),
+        Provider(
+            "sdpa_cudnn", "scaled_dot_product_attention, cuDNN backend", "#da8bc3",
+            gpu_only="PyTorch has this backend on a GPU only",
+            half_only="cuDNN's attention takes fp16 and bf16 only",
+        ),
+        Provider(
+            "flex", "FlexAttention of PyTorch, compiled", "#ccb974",
+            gpu_only="FlexAttention has no backward on a CPU",
+        ),
+        Provider(
+            "flash_attn", "flash_attn_func of the package flash_attn", "#8b1e2b",
+            package="flash_attn", gpu_only=ITS_KERNELS, half_only=FLASH,
+        ),
+        Provider(
+            "xformers", "memory_efficient_attention of xformers", "#1f6f8b", package="xformers",
+            gpu_only=ITS_KERNELS,
+        ),
+        Provider(
+            "liger", "the kernel of liger_kernel, stock operators around it", "#e377c2",
+            package="liger_kernel", gpu_only=ITS_KERNELS,
+        ),
+        Provider(
+            "transformers", "SegformerModel of transformers, eager", "#64b5cd",
+            package="transformers",
+        ),
+    )
+}  # fmt: skip
+EVERYWHERE = tuple(p.name for p in PROVIDERS.values() if p.everywhere)
+OURS = tuple(p.name for p in PROVIDERS.values() if p.ours)
 COMPILED = {"compile": None, "compile_max": "max-autotune-no-cudagraphs"}
 """Providers that `torch.compile` makes, and its mode."""
 
-_PACKAGES = {
-    "triton": "triton",
-    "tuned": "triton",
-    "flash_attn": "flash_attn",
-    "xformers": "xformers",
-    "liger": "liger_kernel",
-    "transformers": "transformers",
-}
-_GPU_ONLY = {
-    "triton": "kernels are timed on a GPU only",
-    "tuned": "kernels are timed on a GPU only",
-    "sdpa_efficient": "PyTorch has this backend on a GPU only",
-    "sdpa_cudnn": "PyTorch has this backend on a GPU only",
-    "flex": "FlexAttention has no backward on a CPU",
-    "flash_attn": "its kernels run on a GPU only",
-    "xformers": "its kernels run on a GPU only",
-    "liger": "its kernels run on a GPU only",
-}
-_HALF_ON_GPU = {
-    "sdpa_flash": "FlashAttention takes fp16 and bf16 only",
-    "sdpa_cudnn": "cuDNN's attention takes fp16 and bf16 only",
-    "flash_attn": "FlashAttention takes fp16 and bf16 only",
-}
 
-
-def impossible(provider: str, device: torch.device, dtype: str = "") -> str:
+def impossible(name: str, device: torch.device, dtype: str = "") -> str:
     """Why a provider is out on every machine with such a device, or on this one for what is not
     installed; empty if it is not. dtype: its short name, "" if it does not matter."""
-    package = _PACKAGES.get(provider)
-    if device.type != "cuda" and provider in _GPU_ONLY:
-        return f"{_GPU_ONLY[provider]}; the device is {device.type!r}"
-    if package and not find_spec(package):
-        return f"{package} is not installed"
-    if provider == "tuned" and not os.environ.get(TUNED):
+    provider = PROVIDERS[name]
+    if device.type != "cuda" and provider.gpu_only:
+        return f"{provider.gpu_only}; the device is {device.type!r}"
+    if provider.package and not find_spec(provider.package):
+        return f"{provider.package} is not installed"
+    if name == "tuned" and not os.environ.get(TUNED):
         return f"no file is named, neither by --tuned nor by {TUNED}"
-    if device.type == "cuda" and dtype == "fp32":
-        return _HALF_ON_GPU.get(provider, "")
-    return ""
+    return provider.half_only if device.type == "cuda" and dtype == "fp32" else ""
 
 
 @contextmanager
@@ -120,7 +168,7 @@ def _compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., A
     return lazily_compiled(lambda **inputs: function(**inputs, backend="torch"), mode)
 
 
-def lazily_compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+def lazily_compiled(function: Callable[..., Any], mode: str | None) -> Callable[..., Any]:
     """`torch.compile` of it at the first call; importing the compiler takes seconds."""
     compiled = cache(lambda: torch.compile(function, dynamic=False, mode=mode))
     return lambda *args, **kwargs: compiled()(*args, **kwargs)

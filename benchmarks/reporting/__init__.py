@@ -1,2 +1,1 @@
-"""From records to what people read: tables, pictures, the report as Markdown and as a page, and the
-numbers in the README. Nothing here measures."""
+"""From records to what people read: tables, pictures and the report. Nothing here measures."""

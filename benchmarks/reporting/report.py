@@ -1,22 +1,26 @@
-"""Records as a report: one document, written as `report.md` and as `report.html`."""
+"""Records as `report.md`, with its plots beside it."""
 
 from __future__ import annotations
 
-import json
+import argparse
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rich.console import Console
+
 from benchmarks.cases import operations
 from benchmarks.cases.common import data
-from benchmarks.command.table import milliseconds, significant, times
-from benchmarks.measure import host
-from benchmarks.measure.record import Record, write_table
+from benchmarks.command import outputs
+from benchmarks.command.options import to_path
+from benchmarks.command.table import markdown_table, milliseconds, significant, times
+from benchmarks.measure import breakdown, host, record
+from benchmarks.measure.record import Record
 from benchmarks.measure.timing import FEWEST, WIDEST
 from benchmarks.providers.provider import PROVIDERS
-from benchmarks.reporting import document
+from benchmarks.reporting import plots, terminal
 from benchmarks.reporting.analysis import (
     OURS,
     Contest,
@@ -28,35 +32,24 @@ from benchmarks.reporting.analysis import (
     ratios,
     skipped,
 )
-from benchmarks.reporting.document import (
-    Bullets,
-    Card,
-    Cards,
-    Cell,
-    Document,
-    Picture,
-    Section,
-    Table,
-    Text,
-)
 
 if TYPE_CHECKING:
     from benchmarks.measure.launches import Row
 
 HOW = """\
-Nothing is timed that was not found correct in the same run: operations against the reference in \
-fp64 under the tolerance policy of `equiseg_fast.testing`, models against the reference in fp32. \
-*budget* is the largest share of an allowance that an error used. *vs eager* and *vs best other* \
-are the median of the eager baseline, and of the fastest other provider, over that of the row: \
-above 1 the row is faster. For {ours} and the reference, which are ours, another provider is \
-somebody else's. A band p20 to p80 wider than 10 % of the median is called noisy; *CPU* is the CPU \
-time of all threads.
+A provider is timed only after it passes the parity check in the same run: operations against the \
+reference in fp64 under the tolerance policy of `equiseg_fast.testing`, models against the \
+reference in fp32. *budget* is the largest share of an allowance that an error used. *vs eager* \
+and *vs best other* are the median of the eager baseline, and of the fastest other provider, over \
+that of the row: above 1 the row is faster. For {ours} and the reference, which are ours, another \
+provider is somebody else's. A band p20 to p80 wider than 10 % of the median is called noisy; \
+*CPU* is the CPU time of all threads.
 
 *GB/s*, *TFLOP/s* and *floor* use the declared minimal bytes, FLOPs and exponentials of the \
 operation, the same for every provider: the floor is the least time they need with the bandwidth \
 and peaks measured in the same run, each pass as the slowest of memory, matrix products, other \
 arithmetic and exponentials, and of a network the sum over its parts. *% roofline* is that floor \
-over the median; above 100 the peaks, which are those of one size, were seen too low.
+over the median; above 100 the peaks, which are those of one size, were measured too low.
 
 *peak* is what a call allocates above the state before it, *saved* what its forward keeps for the \
 backward, parameters and inputs not counted. Times by {method}. TF32 is off for all. A training \
@@ -68,28 +61,25 @@ METHODS = {
     "events": "CUDA events around single calls, L2 flushed",
     "graph": "CUDA events around replays of a CUDA graph over rotating inputs",
 }
+COLUMNS = (
+    "case", "dtype", "mode", "provider", "median ms", "p20 to p80", "CPU ms", "n", "vs eager",
+    "vs best other", "GB/s", "TFLOP/s", "floor ms", "% roofline", "peak MiB", "saved MiB", "budget",
+)  # fmt: skip
 
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
-    """`report.md`, `report.html`, `results.csv` and the plots of the results in a folder, which may
-    also hold `breakdown.json` and `host.json`."""
-    from benchmarks.reporting import html, plots
-
+    """`report.md` and the plots of the results in a folder, which may also hold `breakdown.json`
+    and `host.json`."""
     launches = []
     if find_spec("triton") and any(row.op in ("model", "training") for row in records):
         from benchmarks.measure.launches import cross_modal_blocks
 
         launches = cross_modal_blocks()
-    path = folder / "breakdown.json"
-    breakdown = json.loads(path.read_text()) if path.is_file() else None
-    write_table(records, folder / "results.csv")
-    drawn = plots.draw(records, folder / "plots", env.get("limits"), breakdown)
+    parts = outputs.read_json(path) if (path := folder / breakdown.FILE).is_file() else None
+    host_times = host.read(path) if (path := folder / host.FILE).is_file() else []
+    drawn = plots.draw(records, folder / "plots", env.get("limits"), parts)
     images = [f"plots/{name}" for name in drawn]
-    path = folder / host.FILE
-    host_times = host.read(path) if path.is_file() else []
-    report = build(records, env, images, launches, host_times)
-    (folder / "report.md").write_text(document.markdown(report))
-    (folder / "report.html").write_text(html.page(report, folder))
+    (folder / "report.md").write_text(markdown(records, env, images, launches, host_times))
 
 
 def markdown(
@@ -97,75 +87,61 @@ def markdown(
     env: Mapping[str, Any],
     images: Sequence[str],
     launches: Sequence[Row] = (),
-) -> str:
-    """The whole report; arguments as for `build`."""
-    return document.markdown(build(records, env, images, launches))
-
-
-def build(
-    records: Sequence[Record],
-    env: Mapping[str, Any],
-    images: Sequence[str],
-    launches: Sequence[Row] = (),
     host_times: Sequence[host.HostTime] = (),
-) -> Document:
-    """images: file names next to the report; launches: rows of `launches.cross_modal_blocks`;
-    host_times: of `host`."""
-    suites = ", ".join(dict.fromkeys(r.suite for r in records))
-    found = contests(records)
-    sections = [
-        Section("Headline", _headline(found)),
-        Section("Where ours is not the fastest", [_losses(records)]),
-        Section("Environment", [_environment(env), _providers(records)]),
-    ]
-    ops: dict[str, list[Record]] = {}
-    for record in records:
-        ops.setdefault(record.op, []).append(record)
-    sections += [Section(op, _operation(op, rows)) for op, rows in ops.items()]
+) -> str:
+    """The whole report. images: file names next to it; launches: rows of
+    `launches.cross_modal_blocks`; host_times: of `host`."""
+    sections = {
+        "Headline": _headline(contests(records)),
+        "Where ours is not the fastest": [_bullets(losses(records)) or "Nowhere in this run."],
+        "Environment": [_environment(env), _providers(records)],
+    }
+    for op in dict.fromkeys(r.op for r in records):
+        sections[op] = _operation(op, [r for r in records if r.op == op])
     if images:
-        sections.append(Section("Pictures", [Picture(name) for name in images]))
+        sections["Pictures"] = [f"![{Path(name).stem}]({name})" for name in images]
     if launches:
-        sections.append(_launches(launches))
+        sections["Kernels per cross-modal block"] = _launches(launches)
     if host_times:
-        rows = [[Cell(text) for text in host.cells(time)] for time in host_times]
-        sections.append(Section(host.title(host_times), [Table(host.COLUMNS, rows, names=2)]))
-    methods = dict.fromkeys(METHODS[r.method] for r in records if r.method)
-    how = HOW.format(method="; ".join(methods) or "nothing", ours=", ".join(OURS), images=data.WHAT)
-    sections.append(Section("How to read this", [Text(part) for part in how.split("\n\n")]))
-    title = (
-        f"Benchmarks of equiseg_fast: suite {suites} on {env.get('device', 'an unknown device')}"
-    )
-    return Document(title, [Text(line) for line in contention(records)], sections)
+        rows = [host.cells(time) for time in host_times]
+        sections[host.title(host_times)] = [markdown_table(host.COLUMNS, rows, words=2)]
+    methods = "; ".join(dict.fromkeys(METHODS[r.method] for r in records if r.method))
+    how = HOW.format(method=methods or "nothing", ours=", ".join(OURS), images=data.WHAT)
+    sections["How to read this"] = [how]
+    suites = ", ".join(dict.fromkeys(r.suite for r in records))
+    device = env.get("device", "an unknown device")
+    page = [f"# Benchmarks of equiseg_fast: suite {suites} on {device}", *contention(records)]
+    for title, blocks in sections.items():
+        page += [f"## {title}", *filter(None, blocks)]
+    return "\n\n".join(page) + "\n"
 
 
-def _headline(everything: Sequence[Contest]) -> list[document.Block]:
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _headline(everything: Sequence[Contest]) -> list[str]:
     if not everything:
-        return [Text("No case was measured both with ours and with somebody else's.")]
+        return ["No case was measured both with ours and with somebody else's."]
     found = [contest for contest in everything if contest.settled]
-    notes = []
-    if unsettled := len(everything) - len(found):
-        notes.append(
-            Text(
-                f"{unsettled} of {len(everything)} comparisons are left out here: fewer than "
-                f"{FEWEST} samples, a band p20 to p80 wider than {100 * WIDEST:.0f} % of the "
-                "median, or a busy machine. All are in the tables below."
-            )
-        )
+    left_out = len(everything) - len(found)
+    note = (
+        f"{left_out} of {len(everything)} comparisons are left out here: fewer than {FEWEST} "
+        f"samples, a band p20 to p80 wider than {100 * WIDEST:.0f} % of the median, or a busy "
+        "machine. All are in the tables below."
+    )
     if not found:
-        return notes
+        return [note]
     best, worst = max(found, key=lambda c: c.ratio), min(found, key=lambda c: c.ratio)
-    won = sum(c.ratio > 1 for c in found)
-    cards = [
-        Card(times(best.ratio), "best against the strongest other", _sentence(best), _tone(best)),
-        Card(times(worst.ratio), "worst against the same", _sentence(worst), _tone(worst)),
-        Card(f"{won} of {len(found)}", "cases that ours wins", "by medians"),
-    ]
-    with_eager = [c for c in found if c.eager is not None]
-    if with_eager:
+    cards = [f"**{times(best.ratio)}** best against the strongest other: {_sentence(best)}"]
+    if with_eager := [c for c in found if c.eager is not None]:
         eager = max(with_eager, key=lambda c: c.eager)
-        tone = "good" if eager.eager > 1 else "bad"
-        cards.insert(1, Card(times(eager.eager), "best against eager", _alone(eager), tone))
-    return [Cards(cards), *notes, _summary(found)]
+        cards.append(f"**{times(eager.eager)}** best against eager: {_alone(eager)}")
+    cards += [
+        f"**{times(worst.ratio)}** worst against the same: {_sentence(worst)}",
+        f"**{sum(c.ratio > 1 for c in found)} of {len(found)}** cases that ours wins: by medians",
+    ]
+    return [_bullets(cards), note if left_out else "", _summary(found)]
 
 
 def _alone(contest: Contest) -> str:
@@ -177,11 +153,7 @@ def _sentence(contest: Contest) -> str:
     return f"{_alone(contest)}, {other}" + ("" if contest.clear else "; the bands overlap")
 
 
-def _tone(contest: Contest) -> str:
-    return "good" if contest.ratio > 1 else "bad"
-
-
-def _summary(found: Sequence[Contest]) -> Table:
+def _summary(found: Sequence[Contest]) -> str:
     """One row per operation, mode and dtype: the best of ours over all its cases."""
     groups: dict[tuple[str, str, str], list[Contest]] = {}
     for contest in found:
@@ -193,30 +165,17 @@ def _summary(found: Sequence[Contest]) -> Table:
     )  # fmt: skip
     rows = []
     for names, members in groups.items():
-        others = ", ".join(dict.fromkeys(c.other.provider for c in members))
         values = sorted(c.ratio for c in members)
         eager = [c.eager for c in members if c.eager is not None]
-        rows.append(
-            [
-                *(Cell(name) for name in (*names, others)),
-                _number(len(members), str),
-                _number(sum(v > 1 for v in values), str),
-                *(
-                    Cell(times(v), v, warn=v < 1)
-                    for v in (values[0], statistics.median(values), values[-1])
-                ),
-                _number(statistics.median(eager) if eager else None, times),
-            ]
-        )
-    return Table(columns, rows, names=4)
+        rows.append([
+            *names, ", ".join(dict.fromkeys(c.other.provider for c in members)), str(len(members)),
+            str(sum(v > 1 for v in values)), times(values[0]), times(statistics.median(values)),
+            times(values[-1]), times(statistics.median(eager) if eager else None),
+        ])  # fmt: skip
+    return markdown_table(columns, rows, words=4)
 
 
-def _losses(records: Sequence[Record]) -> document.Block:
-    found = losses(records)
-    return Bullets(found) if found else Text("Nowhere in this run.")
-
-
-def _environment(env: Mapping[str, Any]) -> Table:
+def _environment(env: Mapping[str, Any]) -> str:
     dirty = ", with uncommitted changes" if env.get("git_dirty") else ""
     rows = {
         "equiseg_fast": f"{env.get('package')} (git {str(env.get('git_sha'))[:10]}{dirty})",
@@ -232,105 +191,82 @@ def _environment(env: Mapping[str, Any]) -> Table:
     }
     if limits := env.get("limits"):
         rows["measured copy"] = f"{limits['bandwidth'] / 1e9:.0f} GB/s"
-        rows |= {
-            f"measured matrix product {name}": f"{rate / 1e12:.3g} TFLOP/s"
-            for name, rate in limits["peak"].items()
-        }
+        for name, rate in limits["peak"].items():
+            rows[f"measured matrix product {name}"] = f"{rate / 1e12:.3g} TFLOP/s"
         if limits.get("exps"):
             rows["measured exponentials"] = f"{limits['exps'] / 1e9:.3g} G/s"
-    shown = [[Cell(name), Cell(str(value))] for name, value in rows.items() if value]
-    return Table(("what", "value"), shown, names=2)
+    shown = [[name, str(value)] for name, value in rows.items() if value]
+    return markdown_table(("what", "value"), shown, words=2)
 
 
-def _providers(records: Iterable[Record]) -> Bullets:
+def _providers(records: Iterable[Record]) -> str:
     used = {r.provider for r in records if r.status != "unsupported"}
-    return Bullets([f"**{name}** {text}" for name, text in PROVIDERS.items() if name in used])
+    return _bullets(f"**{p.name}** {p.what}" for p in PROVIDERS.values() if p.name in used)
 
 
-def _operation(op: str, rows: Sequence[Record]) -> list[document.Block]:
-    blocks: list[document.Block] = []
+def _operation(op: str, rows: Sequence[Record]) -> list[str]:
     declared = operations().get(op)
-    if declared is not None and declared.function:
-        blocks.append(Text(f"Minimum: {declared.formula}."))
+    minimum = ""
+    if declared is not None and declared.scope == "operation":
+        minimum = f"Minimum: {declared.formula}."
     elif declared is not None:
-        parts = (
-            "that of its calls, one after the other, as counted (`benchmarks/measure/launches.py`)"
+        minimum = (
+            f"{declared.formula}. Minimum: that of its calls, as counted, one after the other."
         )
-        blocks.append(Text(f"{declared.formula}. Minimum: {parts}."))
-    blocks.append(_table(rows))
-    if why := skipped(rows):
-        blocks.append(Bullets(why))
-    return blocks
+    return [minimum, _table(rows), _bullets(skipped(rows))]
 
 
-COLUMNS = (
-    "case", "dtype", "mode", "provider", "median ms", "p20 to p80", "CPU ms", "n", "vs eager",
-    "vs best other", "GB/s", "TFLOP/s", "floor ms", "% roofline", "peak MiB", "saved MiB", "budget",
-)  # fmt: skip
-
-
-def _table(rows: Sequence[Record]) -> Table:
-    cells = []
-    for group in grouped(rows):
+def _table(records: Sequence[Record]) -> str:
+    rows = []
+    for group in grouped(records):
         winner = fastest(group)
         for r in group:
-            if r.status == "unsupported":
-                continue
-            head = [Cell(text) for text in (r.shape.label, r.dtype, r.mode, r.provider)]
-            if r.p50_us is None:
-                blank = [Cell("")] * (len(COLUMNS) - 5)
-                cells.append([*head, Cell(r.status, warn=True), *blank])
-            else:
-                cells.append([*head, *_numbers(r, group, r is winner)])
-    return _without_empty_columns(Table(COLUMNS, cells, names=4))
+            if r.status != "unsupported":
+                numbers = [r.status] if r.p50_us is None else _numbers(r, group, r is winner)
+                rows.append([r.shape.label, r.dtype, r.mode, r.provider, *numbers])
+    # Columns of numbers are left out where nobody has one.
+    kept = [i for i in range(len(COLUMNS)) if i < 4 or any(row[i : i + 1] > [""] for row in rows)]
+    cells = [["".join(row[i : i + 1]) for i in kept] for row in rows]
+    return markdown_table([COLUMNS[i] for i in kept], cells, words=4)
 
 
-def _without_empty_columns(table: Table) -> Table:
-    """Names are kept in any case."""
-    columns, rows, names = table.columns, table.rows, table.names
-    kept = [i for i in range(len(columns)) if i < names or any(row[i].text for row in rows)]
-    return Table([columns[i] for i in kept], [[row[i] for i in kept] for row in rows], names)
-
-
-def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[Cell]:
+def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[str]:
     baseline, other = ratios(r, group)
+    median = milliseconds(r.p50_us)
     band = f"{milliseconds(r.p20_us)} to {milliseconds(r.p80_us)}"
     floor_us = None if r.roofline_pct is None else r.roofline_pct * r.p50_us / 100
+    show: Callable[[float | None], str] = significant
     return [
-        Cell(milliseconds(r.p50_us), r.p50_us, best=winner),
-        Cell(band + (" (noisy)" if r.noisy else ""), r.p80_us - r.p20_us),
-        _number(r.cpu_us, milliseconds),
-        _number(r.n, str),
-        _number(baseline, times),
-        Cell(times(other), other, warn=other is not None and other < 1 and r.provider in OURS),
-        _number(r.gbps),
-        _number(r.tflops),
-        _number(floor_us, milliseconds),
-        _number(r.roofline_pct),
-        _number(r.peak_mib),
-        _number(r.saved_mib),
-        _number(r.budget, lambda value: f"{100 * value:.0f} %"),
-    ]
+        f"**{median}**" if winner else median, band + (" (noisy)" if r.noisy else ""),
+        milliseconds(r.cpu_us), str(r.n), times(baseline), times(other), show(r.gbps),
+        show(r.tflops), milliseconds(floor_us), show(r.roofline_pct), show(r.peak_mib),
+        show(r.saved_mib), "" if r.budget is None else f"{100 * r.budget:.0f} %",
+    ]  # fmt: skip
 
 
-def _number(value: float | None, show: Any = significant) -> Cell:
-    return Cell("") if value is None else Cell(show(value), value)
-
-
-def _launches(rows: Sequence[Row]) -> Section:
+def _launches(rows: Sequence[Row]) -> list[str]:
     """Kernels per forward of the cross-modal blocks and gates, ours beside the baseline's."""
     text = (
         "What one forward of EQUISeg-B0 with four modalities gives to a GPU, whatever the size of "
         "the images: launches of our kernels plus calls of stock operators that are more than a "
-        "view. Counted, not measured (`benchmarks/measure/launches.py`)."
+        "view. Counted, not measured."
     )
     columns = ("stage", "part", "provider", "our kernels", "stock operators", "all")
-    cells = [
-        [
-            *(Cell(str(x)) for x in (r.stage, r.part, r.provider)),
-            *(_number(x, str) for x in (r.fused, r.stock, r.total)),
-        ]
-        for r in rows
-    ]
-    table = Table(columns, cells, names=3)
-    return Section("Kernels per cross-modal block", [Text(text), table])
+    numbers = [(r.stage, r.part, r.provider, r.fused, r.stock, r.total) for r in rows]
+    cells = [[str(x) for x in row] for row in numbers]
+    return [text, markdown_table(columns, cells, words=3)]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `python -m benchmarks report`."""
+    parser.add_argument("results", type=to_path, help="results.jsonl or its folder")
+    parser.set_defaults(kept="the records are as they were")
+
+
+def main(args: argparse.Namespace, console: Console) -> int:
+    rows = record.read(args.results)
+    folder = args.results if args.results.is_dir() else args.results.parent
+    outputs.writable(folder)
+    write(rows, record.read_environment(args.results), folder)
+    terminal.show(rows, console)
+    return 0

@@ -19,11 +19,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
 from benchmarks.command import outputs
-from benchmarks.command.options import ROOT, choose_device, to_path, to_threads, verdict_arguments
+from benchmarks.command.options import ROOT, device_arguments, to_path, verdict_arguments
 from benchmarks.measure.plan import Options, dry_run, plan, selection_arguments
 from benchmarks.measure.record import Record, write_jsonl
 from benchmarks.measure.suites import SUITES
@@ -38,17 +39,10 @@ BLOCK_ROUNDS = (2, 100)
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks against`."""
     parser.add_argument("--base", required=True, metavar="REV", help="any revision git knows")
-    parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
     selection_arguments(parser)
-    parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
+    device_arguments(parser, measured=True)
     parser.add_argument(
         "--blocks", type=int, default=9, help="measurements of each version, at least 3"
-    )
-    parser.add_argument("--method", choices=("graph", "eager"), default="graph")
-    parser.add_argument(
-        "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own"
     )
     parser.add_argument(
         "--out", type=to_path, help="default: benchmark-results/against-<base>-<date>"
@@ -60,12 +54,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 under --fail if anything is slower or lost."""
     if args.blocks < 3:
         raise ValueError(f"--blocks must be at least 3, or bands mean nothing; got {args.blocks}")
-    device = choose_device(args.device, needed=not args.dry_run)
-    options = Options(
-        suite=args.suite, ops=args.op, providers=args.provider or OURS, dtypes=args.dtype,
-        modes=args.mode, device=str(device), method=args.method, seed=args.seed,
-        shape=args.shape, at=args.at,
-    )  # fmt: skip
+    options = Options.of(args)
+    options = replace(options, providers=options.providers or OURS)
+    device = torch.device(options.device)
     suite = replace(SUITES[args.suite], seconds=BLOCK_SECONDS, rounds=BLOCK_ROUNDS)
     cases = plan(options)
     tasks = [

@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.command.options import to_path, verdict_arguments
-from benchmarks.command.table import FittedTable
+from benchmarks.command.table import FittedTable, milliseconds
 from benchmarks.measure import record
 from benchmarks.measure.record import Record
 from benchmarks.reporting import analysis
@@ -93,8 +93,8 @@ def _cells(change: Change) -> list[str]:
 
 
 def _band(row: Record) -> str:
-    low, high = analysis.milliseconds(row.p20_us), analysis.milliseconds(row.p80_us)
-    return f"{analysis.milliseconds(row.p50_us)} ({low} to {high})"
+    low, high = milliseconds(row.p20_us), milliseconds(row.p80_us)
+    return f"{milliseconds(row.p50_us)} ({low} to {high})"
 
 
 def markdown(changes: Sequence[Change], title: str) -> str:

@@ -16,16 +16,14 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.cases import operations
 from benchmarks.measure import host
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.suites import SUITES
 
 PYTHON = sys.executable
-# The hottest first, for the case that time runs out.
-HOTTEST = (
-    "attention", "depthwise_conv_gelu", "add_layer_norm", "mix_ffn", "query_hub", "pooling_mixer",
-    "guided_gate", "class_prototypes", "upsample_cross_entropy",
-)  # fmt: skip
+HOTTEST = tuple(name for name, op in operations().items() if op.function)
+"""The hottest first, for the case that time runs out."""
 GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 HEADLINE = ("training", "model", "encoder")
@@ -143,9 +141,8 @@ def _host(folder: Path, cuda: bool) -> list[Task]:
 
 def core_operations() -> list[str]:
     """Those of the suite core but the whole networks, single operations first."""
-    names = [case.op.name for case in plan(Options(suite="core"))]
-    first = [name for name in HOTTEST if name in names]
-    return [name for name in dict.fromkeys((*first, *names)) if name not in HEADLINE]
+    names = dict.fromkeys(case.op.name for case in plan(Options(suite="core")))
+    return [name for name in names if name not in HEADLINE]
 
 
 def _timed(folder: Path, cuda: bool, name: str) -> Iterator[Task]:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.cases.common.op import NUM_CLASSES
 from benchmarks.cases.common.random_data import generator, random_normal
 
 NAMES = ("left", "right", "disparity")
 SIZE = (480, 736)
 BANDS = 8
 IGNORE = 255
+NUM_CLASSES = 25
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
 WHAT = (

@@ -8,11 +8,15 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from benchmarks.cases.common import data
 from benchmarks.cases.common.cost import Cost
-from benchmarks.cases.common.problem import Problem, Shape
-from benchmarks.providers.provider import EVERYWHERE, impossible
-from equiseg_fast import explain
+from benchmarks.cases.common.problem import Problem, Shape, Unsupported, op_problem
+from benchmarks.cases.common.random_data import random_normal
+from benchmarks.providers import baselines
+from benchmarks.providers.provider import EVERYWHERE, backends, impossible
+from equiseg_fast import explain, ops, reference
 
 MODES = ("fwd", "fwd_train", "bwd", "step")
 
@@ -26,7 +30,6 @@ SCOPES = {
 }
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-NUM_CLASSES = 25
 
 
 def _anything(shape: Shape) -> str:
@@ -37,28 +40,84 @@ def _anything(shape: Shape) -> str:
 class Op:
     """The declaration of one operation, or of a larger part of the model.
 
-    name: in tables. function: the public function that `explain` knows, "" where there is none.
-    build: (shape, dtype, device, seed) -> `Problem`, or `Unsupported`. cost: (shape, bytes per
-    element) -> `Cost`, None where it is counted (`launches.cost_of`). formula: bytes and FLOPs of
-    the forward, in words. extra_providers: besides those that all have. modes, stages: those that
-    make sense. scope: a key of `SCOPES`. refuses: shape -> why no provider can do it, empty if
-    some can.
+    name: in tables; of an operation that of its public function. build: (shape, dtype, device,
+    seed) -> `Problem`, or `Unsupported`. cost: (shape, bytes per element) -> `Cost`, None where it
+    is counted (`launches.cost_of`). formula: bytes and FLOPs of the forward, in words. rank: among
+    the operations by their share of a training step, the largest first. rivals: providers besides
+    those that all have. modes, stages: those that make sense. scope: a key of `SCOPES`. refuses:
+    shape -> why no provider can do it, empty if some can. stem: its file in `benchmarks/cases`,
+    which `operations` fills in.
     """
 
     name: str
-    function: str
     build: Callable[[Shape, torch.dtype, torch.device, int], Problem]
     cost: Callable[[Shape, int], Cost] | None
     formula: str
-    extra_providers: tuple[str, ...] = ()
+    rank: int = 0
+    rivals: tuple[str, ...] = ()
     modes: tuple[str, ...] = MODES
     stages: tuple[int, ...] = (1, 2, 3, 4)
     scope: str = "operation"
     refuses: Callable[[Shape], str] = _anything
+    stem: str = ""
+
+    @property
+    def function(self) -> str:
+        """The public function that `explain` knows, "" where there is none."""
+        return self.name if self.scope == "operation" else ""
 
     @property
     def providers(self) -> tuple[str, ...]:
-        return (*EVERYWHERE, *self.extra_providers)
+        return (*EVERYWHERE, *self.rivals)
+
+
+class Draw:
+    """Inputs of one case: normal random numbers, each tensor from a seed of its own."""
+
+    def __init__(self, dtype: torch.dtype, device: torch.device, seed: int) -> None:
+        self.dtype, self.device, self.seed = dtype, device, seed
+        self.drawn = 0
+
+    def __call__(self, *size: int, scale: float = 1.0, dtype: torch.dtype | None = None) -> Tensor:
+        seed = self.seed + self.drawn
+        self.drawn += 1
+        return random_normal(size, dtype or self.dtype, seed=seed, scale=scale, device=self.device)
+
+    def labels(self, batch: int, height: int, width: int) -> Tensor:
+        return data.labels(batch, height, width, self.seed, self.device)
+
+
+def operation(
+    name: str,
+    inputs: Callable[[Shape, Draw], Mapping[str, Any]],
+    *,
+    rivals: Mapping[str, Callable[..., Any]] | None = None,
+    parameters: tuple[str, ...] = (),
+    fields: Callable[[Shape], Mapping[str, Any]] = lambda shape: {},
+    **declared: Any,
+) -> Op:
+    """An operation of `equiseg_fast.ops`, which has the same name in `reference` and `baselines`.
+
+    inputs: its arguments, of which floating tensors are differentiated. parameters: inputs whose
+    gradients add up over all tokens. fields: of `Problem`; declared: of `Op`.
+    """
+    refuses = declared.get("refuses", _anything)
+
+    def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+        if reason := refuses(shape):
+            raise Unsupported(reason)
+        own = dict(fields(shape))
+        if parameters:
+            kinds = {f"d{parameter}": "parameter" for parameter in parameters}
+            own |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
+        return op_problem(
+            inputs(shape, Draw(dtype, device, seed)),
+            {**backends(getattr(ops, name), getattr(baselines, name)), **(rivals or {})},
+            getattr(reference, name),
+            **own,
+        )
+
+    return Op(name, build, rivals=tuple(rivals or ()), **declared)
 
 
 def unavailable(op: Op, provider: str, device: torch.device, dtype: str = "") -> str:
@@ -79,10 +138,6 @@ def unavailable(op: Op, provider: str, device: torch.device, dtype: str = "") ->
 @cache
 def _against_triton(op: Op, device: torch.device) -> str:
     tiny = op.build(Shape("b0", 1, 64, 64), torch.float16, device, 0)
-    return "; ".join(_reasons(op.function, tiny.inputs))
-
-
-def _reasons(function: str, inputs: Mapping[str, Any]) -> list[str]:
-    lines = explain(function, **inputs).splitlines()
+    lines = explain(op.function, **tiny.inputs).splitlines()
     found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("  triton:")]
-    return [reason for reason in found if reason != "usable"]
+    return "; ".join(reason for reason in found if reason != "usable")

@@ -111,33 +111,28 @@ class Problem:
 
 def op_problem(
     inputs: Mapping[str, Any],
-    differentiable: Sequence[str],
     functions: Mapping[str, Callable[..., Any]],
     reference: Callable[..., Any],
     **fields: Any,
 ) -> Problem:
-    """A problem from functions of the same keyword arguments; fields: of `Problem`."""
-    inputs = dict(inputs)
-    for name in differentiable:
-        inputs[name].requires_grad_()
+    """A problem from functions of the same keyword arguments, of which floating tensors are
+    differentiated; fields: of `Problem`."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
 
     def cast(dtype: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
-        moved = {
-            name: x.detach().to(dtype) if isinstance(x, Tensor) and x.is_floating_point() else x
-            for name, x in inputs.items()
-        }
-        leaves = [moved[name].requires_grad_() for name in differentiable]
-        return lambda: _as_tuple(reference(**moved)), leaves
+        moved = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+        return lambda: _as_tuple(reference(**{**inputs, **moved})), list(moved.values())
 
     def bound(function: Callable[..., Any]) -> Callable[[], Outputs]:
         return lambda: _as_tuple(function(**inputs))
 
     return Problem(
         calls={name: bound(function) for name, function in functions.items()},
-        leaves={name: inputs[name] for name in differentiable},
+        leaves=leaves,
         cast=cast,
         inputs=inputs,
-        ignored=[x for x in inputs.values() if isinstance(x, Tensor)],
+        ignored=list(tensors.values()),
         **fields,
     )
 

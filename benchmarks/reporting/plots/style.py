@@ -7,33 +7,13 @@ from typing import Any
 
 from benchmarks.providers.provider import PROVIDERS
 
-COLOURS = {
-    "baseline": "#8c8c8c",
-    "baseline_cl": "#b8b09a",
-    "reference": "#4c72b0",
-    "torch": "#dd8452",
-    "triton": "#2a9d4e",
-    "tuned": "#8bd17c",
-    "compile": "#8172b3",
-    "compile_max": "#b9a7e0",
-    "sdpa_math": "#d9b38c",
-    "sdpa_flash": "#c44e52",
-    "sdpa_efficient": "#937860",
-    "sdpa_cudnn": "#da8bc3",
-    "flex": "#ccb974",
-    "flash_attn": "#8b1e2b",
-    "xformers": "#1f6f8b",
-    "liger": "#e377c2",
-    "transformers": "#64b5cd",
-}
-"""Of providers, the same in every picture."""
-
 DPI = 130
 PALETTE = 128
 
 
 def colour(provider: str) -> str:
-    return COLOURS[provider]
+    """The same in every picture."""
+    return PROVIDERS[provider].colour
 
 
 def in_order(providers: Iterable[str]) -> list[str]:
