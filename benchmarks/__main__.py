@@ -33,7 +33,7 @@ from benchmarks.measure import breakdown, host, profiling
 from benchmarks.measure import record as records_of
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.suites import SUITES
-from benchmarks.miniature import experiment as miniature
+from benchmarks.miniature import run as miniature
 from benchmarks.offline import dry, exercise, resources
 from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import report
@@ -121,17 +121,11 @@ def _parser() -> argparse.ArgumentParser:
         command.set_defaults(run=module.main)
         if name == "run":
             command.set_defaults(run=partial(run.main, started=STARTED))
-        if name == "calibrate":
-            command.set_defaults(run=_calibrate)
         if name == "resources":
             command.set_defaults(run=lambda args, console: resources.main(args))
     env = commands.add_parser("env", help="the environment record of this machine")
     env.set_defaults(run=_env)
     return parser
-
-
-def _calibrate(args: argparse.Namespace, console: Console) -> int:
-    return calibrate.main(args, console, choose_device(args.device, needed=not args.dry_run))
 
 
 def _list(args: argparse.Namespace, console: Console) -> int:

@@ -18,8 +18,6 @@ from typing import Any
 
 from rich.console import Console
 
-from benchmarks.cases.common import model_cost
-from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Shape
 from benchmarks.command.options import ROOT
 from benchmarks.command.table import milliseconds, significant, times
@@ -183,8 +181,9 @@ def _predictions() -> str:
     titles = [gpus.by_name(name).title for name in PREDICTED]
     lines = [
         "No GPU has been measured yet. What follows are predictions, not measurements: the least",
-        "time in ms that bytes, FLOPs and exponentials of EQUISeg allow at published peaks, bf16",
-        "with four modalities at 1024 x 1024, batch 1 (`python -m benchmarks roofline`).",
+        "time in ms that the bytes, FLOPs and exponentials of what EQUISeg calls take at published",
+        "peaks, one call after the other, under autocast to bf16, with four modalities at",
+        "1024 x 1024, batch 1 (`python -m benchmarks roofline`).",
         "",
         f"| predicted floor | {' | '.join(titles)} |",
         f"|---|{'--:|' * len(titles)}",
@@ -198,8 +197,8 @@ def _predictions() -> str:
 
 def _floor(variant: str, mode: str, name: str) -> float:
     shape = Shape(variant, 0, 1024, 1024, batch=1, modalities=4)
-    parts = model_cost.model_parts(shape, DTYPES["bf16"].itemsize, training=mode == "step")
-    return roofline.floor_of_parts(parts, mode, gpus.by_name(name).limits, "bf16").seconds
+    works = roofline.model_works(shape, "bf16", mode)
+    return gpus.by_name(name).limits.floor(works, "bf16")
 
 
 REGIONS: dict[str, Callable[[Sequence[Folder]], str]] = {

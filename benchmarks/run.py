@@ -20,6 +20,7 @@ from benchmarks.cases.common.op import DTYPES
 from benchmarks.command import outputs
 from benchmarks.command.options import device_arguments, full_fp32, to_path, use_threads
 from benchmarks.machines import calibrate
+from benchmarks.measure.launches import cost_of
 from benchmarks.measure.plan import (
     Case,
     Options,
@@ -146,7 +147,7 @@ def main(args: argparse.Namespace, console: Console, started: float) -> int:
 
 
 def _bytes(case: Case) -> float:
-    return case.op.cost(case.shape, DTYPES[case.dtype].itemsize).fwd_bytes
+    return cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize).fwd_bytes
 
 
 def _folder(args: argparse.Namespace, device: torch.device) -> Path:

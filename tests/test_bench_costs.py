@@ -4,6 +4,7 @@ counter; floors from costs and limits."""
 from __future__ import annotations
 
 import math
+from collections import Counter
 from dataclasses import replace
 
 import pytest
@@ -11,9 +12,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks.cases import operations
-from benchmarks.cases.common import model_cost
 from benchmarks.cases.common.cost import Cost, Limits, Work, total
 from benchmarks.cases.common.problem import Shape
+from benchmarks.measure.launches import cost_of, counting_operations, on_meta
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.models.config import VARIANTS
 
@@ -49,7 +50,7 @@ HAND = {
 
 @pytest.mark.parametrize("name", HAND)
 def test_costs_equal_a_hand_count(name: str) -> None:
-    cost = operations()[name].cost(replace(SMALL, stage=2), 4)
+    cost = cost_of(operations()[name], replace(SMALL, stage=2), 4)
     forward, backward = (Work(*counts) for counts in HAND[name])
     assert cost.of("fwd") == cost.of("fwd_train") == (forward,)
     assert cost.of("bwd") == (backward,)
@@ -128,78 +129,95 @@ def test_parts_add_up_to_the_multiply_adds_of_the_model(
     variant: str, size: int, modalities: int, gmac: float
 ) -> None:
     shape = Shape(variant, 0, size, size, 1, modalities)
-    parts = model_cost.model_parts(shape, 2, training=False, fold_head=False)
-    matrix = total(model_cost.combined(parts).forward).matrix
+    with on_meta():
+        names = [f"m{i}" for i in range(modalities)]
+        model = EQUISeg.from_name(variant, modalities=names, num_classes=25, fold_head=False).eval()
+        images = torch.empty(modalities, 1, 3, size, size)
+        with torch.no_grad(), counting_operations() as counter:
+            model(images)
+    matrix = sum(work.matrix for call in counter.calls for work in call.works)
     assert (matrix / 2 + stencils(shape)) / 1e9 == pytest.approx(gmac, abs=1e-3)
+
+
+def works(op: str, shape: Shape, itemsize: int, group: str = "") -> tuple[list[Work], list[Work]]:
+    """Forward and backward, of the modules whose names begin so."""
+    cost = cost_of(operations()[op], shape, itemsize)
+    forward, backward = (
+        [w for w in half if w.part.startswith(group)] for half in (cost.forward, cost.backward)
+    )
+    return forward, backward
 
 
 def test_the_folded_head_and_the_backward_are_those_that_pytorch_counts() -> None:
     shape = Shape("b0", 0, 64, 64, 2, 3)
-    parts = model_cost.model_parts(shape, 4, training=True)
-    head = model_cost.combined([p for p in parts if p.group == "head"])
+    forward, backward = (total(half).matrix for half in works("training", shape, 4, "head"))
     model = EQUISeg.from_name("b0", modalities=("a", "b", "c"))
     stages = [replace(shape, stage=s) for s in (1, 2, 3, 4)]
     features = [torch.randn(2, s.tokens, s.channels, requires_grad=True) for s in stages]
     sizes = [(s.h, s.w) for s in stages]
     with FlopCounterMode(display=False) as counter, use_backend("reference"):
         out = model.head(features, sizes)
-    assert counter.get_total_flops() == total(head.forward).matrix
+    assert counter.get_total_flops() == forward
     with FlopCounterMode(display=False) as counter:
         out.backward(torch.randn_like(out))
-    assert counter.get_total_flops() == total(head.backward).matrix
+    assert counter.get_total_flops() == backward
 
 
-def test_encoder_is_a_part_of_the_model() -> None:
+@pytest.mark.parametrize("itemsize", [2, 4])
+def test_the_encoder_is_a_part_of_the_model(itemsize: int) -> None:
     shape = Shape("b2", 0, 128, 192, 2, 4)
-    encoder = model_cost.encoder_parts(shape, 2)
-    whole = model_cost.model_parts(shape, 2, training=False)
-    assert [p for p in whole if p.group == "encoder"] == encoder
-    blocks = {p.stage: p.count for p in encoder if p.name == "mix_ffn"}
-    assert blocks == {1: 3, 2: 4, 3: 6, 4: 3}
-    assert operations()["encoder"].cost(shape, 2) == model_cost.combined(encoder)
-    assert operations()["model"].cost(shape, 2) == model_cost.combined(whole)
+    alone, _ = works("encoder", shape, itemsize)
+    inside, _ = works("model", shape, itemsize, "encoder")
+    assert len(alone) > 100
+    assert Counter(inside) <= Counter(alone)
+    parts = [w.part.split(".")[1] for w in inside if "depthwise" in w.part]
+    assert Counter(parts) == {"block1": 3, "block2": 4, "block3": 6, "block4": 3}
 
 
 def test_images_get_no_gradient() -> None:
     embeddings = [
-        p.cost
-        for p in model_cost.encoder_parts(Shape("b0", 0, 64, 64), 2)
-        if p.name == "patch embedding"
+        [
+            total(half)
+            for half in works("encoder", Shape("b0", 0, 64, 64), 4, f"patch_embed{s}.proj")
+        ]
+        for s in (1, 2, 3, 4)
     ]
-    works = [(cost.forward[0].matrix, cost.backward[0].matrix) for cost in embeddings]
-    assert [backward / forward for forward, backward in works] == [1, 2, 2, 2]
+    assert [backward.matrix / forward.matrix for forward, backward in embeddings] == [1, 2, 2, 2]
     # stage 1: 3 images of 64 x 64 x 3, 16 x 16 tokens of 32 channels, 7 x 7 taps
     images, tokens, weight = 3 * 64 * 64 * 3, 3 * 16 * 16 * 32, 49 * 3 * 32
-    assert works[0][0] == 2 * tokens * 49 * 3
-    assert embeddings[0].forward[0].bytes == embeddings[0].backward[0].bytes
-    assert embeddings[0].forward[0].bytes == 2 * (images + tokens + weight)
+    forward, backward = embeddings[0]
+    assert forward.matrix == 2 * tokens * 49 * 3
+    assert forward.bytes == 4 * (images + tokens + weight)
+    # and the gradient of the bias, which reads that of the tokens again
+    assert backward.bytes == forward.bytes + 4 * (tokens + 32)
 
 
 def test_training_needs_the_losses_and_statistics() -> None:
     shape = Shape("b0", 0, 64, 64, 1, 2)
-    inference, training = (
-        model_cost.model_parts(shape, 4, training=mode) for mode in (False, True)
-    )
-    names = [{p.name for p in parts} for parts in (inference, training)]
-    assert names[1] - names[0] == {
-        "prototypes", "divergence", "upsample_cross_entropy", "hard pixels", "folded weights"
+    inference, training = (works(op, shape, 4)[0] for op in ("model", "training"))
+    names = [{w.part.split()[-1] for w in found} for found in (inference, training)]
+    assert names[1] - names[0] >= {
+        "class_prototypes_fwd", "upsample_cross_entropy_fwd", "_native_batch_norm_legit", "mm"
     }  # fmt: skip
-    assert names[0] - names[1] == {"upsample logits"}
+    assert names[0] - names[1] == {"_native_batch_norm_legit_no_training"}
     norms = [
-        total(model_cost.combined([p for p in parts if p.name == "BatchNorm"]).forward)
-        for parts in (inference, training)
+        sum(w.bytes for w in found if "batch_norm" in w.part) for found in (inference, training)
     ]
     # 16 x 16 to 2 x 2 tokens of two images; two norms in a mixer, one of them folded for inference;
     # one in the head, which is folded too. Statistics take a third pass.
     mixers = 4 * 2 * (256 * 32 + 64 * 64 + 16 * 160 + 4 * 256)
-    assert norms[0].bytes == 2 * mixers
-    assert norms[1].bytes == 3 * (2 * mixers + 4 * 256 * 256)
-    assert operations()["training"].cost(shape, 4) == model_cost.combined(training)
+    assert norms[0] == 2 * mixers
+    assert norms[1] == 3 * (2 * mixers + 4 * 256 * 256)
+
+
+def test_logits_are_written_at_the_size_of_the_images() -> None:
+    forward, _ = works("model", Shape("b0", 0, 64, 64, 1, 2), 2, " upsample")
+    assert [w.bytes for w in forward] == [2 * 25 * (16 * 16 + 64 * 64)]
 
 
 def test_one_modality_has_nothing_to_fuse() -> None:
-    parts = model_cost.model_parts(Shape("b0", 0, 64, 64, 1, 1), 4, training=True)
-    assert {p.group for p in parts} == {"encoder", "head", "loss"}
+    forward, backward = works("training", Shape("b0", 0, 64, 64, 1, 1), 4)
+    assert not [w for w in forward + backward if w.part.startswith(("fusion", "gates"))]
 
 
 # ---- floors -------------------------------------------------------------------------------------

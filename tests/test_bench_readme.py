@@ -12,8 +12,7 @@ import pytest
 
 from benchmarks import readme
 from benchmarks.__main__ import _parser, main
-from benchmarks.cases.common import model_cost
-from benchmarks.machines import gpus
+from benchmarks.machines import gpus, roofline
 from benchmarks.measure.record import Record
 from benchmarks.readme import README, REGION, Folder, cpu, folders, gpu, rewritten
 
@@ -85,8 +84,8 @@ def test_without_a_gpu_there_are_predictions_called_that() -> None:
     assert text.startswith("No GPU has been measured yet.")
     assert "predictions, not measurements" in text
     # The bytes alone take this long.
-    parts = model_cost.model_parts(readme.Shape("b0", 0, 1024, 1024, 1, 4), 2, training=False)
-    moved = sum(w.bytes for w in model_cost.combined(parts).of("fwd"))
+    works = roofline.model_works(readme.Shape("b0", 0, 1024, 1024, 1, 4), "bf16", "fwd")
+    moved = sum(w.bytes for w in works)
     row = next(line for line in text.splitlines() if line.startswith("| EQUISeg-B0, forward"))
     predicted = [float(cell) for cell in row.split("|")[2:-1]]
     assert len(predicted) == len(readme.PREDICTED)

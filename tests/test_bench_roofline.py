@@ -15,11 +15,11 @@ import torch
 
 from benchmarks.__main__ import main
 from benchmarks.cases import operations
-from benchmarks.cases.common import model_cost
 from benchmarks.cases.common.cost import Limits, total
 from benchmarks.cases.common.problem import Shape
 from benchmarks.machines import calibrate, gpus, roofline
 from benchmarks.machines.calibrate import Measurement, Sizes
+from benchmarks.measure.launches import cost_of
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES
@@ -204,7 +204,7 @@ def test_measured_rows_are_held_against_all_four_limits() -> None:
         seconds = rows[mode].p50_us / 1e6
         assert rows[mode].roofline_pct == pytest.approx(100 * passes * scores / 1e6 / seconds)
         assert rows[mode].tflops == pytest.approx(
-            total(op.cost(shape, 4).of(mode)).flops / seconds / 1e12
+            total(cost_of(op, shape, 4).of(mode)).flops / seconds / 1e12
         )
 
 
@@ -214,17 +214,16 @@ def test_measured_rows_are_held_against_all_four_limits() -> None:
 def test_floors_of_parts_and_stages_add_up() -> None:
     shape = Shape("b0", 0, 256, 256, 1, 4)
     limits = gpus.by_name("a100").limits
-    for training, mode in ((False, "fwd"), (True, "step")):
-        parts = model_cost.model_parts(shape, 2, training=training)
-        whole = roofline.floor_of_parts(parts, mode, limits, "bf16")
-        groups = roofline.groups_of(parts)
+    for mode in ("fwd", "step"):
+        works = roofline.model_works(shape, "bf16", mode)
+        groups = roofline.groups_of(works)
         assert list(groups)[:2] == ["encoder, stage 1", "encoder, stage 2"]
-        assert [p for members in groups.values() for p in members] != []
-        assert sum(map(len, groups.values())) == len(parts)
-        stages = [roofline.floor_of_parts(m, mode, limits, "bf16") for m in groups.values()]
-        assert sum(f.seconds for f in stages) == pytest.approx(whole.seconds)
-        assert total(f.work for f in stages).flops == pytest.approx(whole.work.flops)
-        assert whole.seconds >= whole.work.bytes / limits.bandwidth
+        assert "fusion, stage 4" in groups
+        assert sum(map(len, groups.values())) == len(works)
+        seconds = sum(limits.floor(members, "bf16") for members in groups.values())
+        whole = limits.floor(works, "bf16")
+        assert seconds == pytest.approx(whole)
+        assert whole >= total(works).bytes / limits.bandwidth
 
 
 def test_a_training_step_takes_longer_and_a_better_gpu_less(
@@ -290,7 +289,7 @@ def test_roofline_dry_run_and_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert " ms" not in out
     assert main(["roofline", "--gpu", "b200", "--size", "64x64", "--parts"]) == 0
     out = capsys.readouterr().out
-    assert "key reduction" in out
+    assert "attn attention_fwd" in out
     assert "multiprocessors" in out
     assert "148" in out
     assert "unconfirmed" in out

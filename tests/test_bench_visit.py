@@ -9,9 +9,11 @@ import subprocess
 import sys
 import tarfile
 import time
+from collections import Counter
 from dataclasses import asdict, replace
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -22,11 +24,10 @@ from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.record import Record, read_jsonl, write_jsonl
 from benchmarks.measure.resume import AGAIN
-from benchmarks.visiting import orphans, steps, summary, visit
-from benchmarks.visiting.archive import LOG_BYTES, pack
-from benchmarks.visiting.budget import USABLE, State, Step, Task, Visit, share
+from benchmarks.visiting import orphans, summary, tasks, visit
 from benchmarks.visiting.outcomes import Outcomes
-from benchmarks.visiting.simulate import simulate
+from benchmarks.visiting.tasks import Task
+from benchmarks.visiting.visit import LOG_BYTES, USABLE, State, pack, share
 
 from .processes import alive, gone, started
 
@@ -35,13 +36,18 @@ CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 
 
-def shell(name: str, script: str, **options: object) -> Task:
-    return Task(name, ("bash", "-c", script), f"logs/{name}.log", **options)
+def shell(name: str, script: str, seconds: float = 2.0, **options: Any) -> Task:
+    return Task(name, ("bash", "-c", script), seconds, **options)
 
 
-def carry_out(folder: Path, steps: list[Step], seconds: float = 20.0) -> State:
+def carried_out(folder: Path, *plan: list[Task], seconds: float = 20.0) -> State:
+    """The tasks of each list at once, one list after the other; scripts run in the folder."""
     state = State(folder / "visit.json")
-    Visit(steps, state, folder, folder, time.monotonic() + seconds).run()
+    moved = [
+        [replace(t, command=(*t.command[:2], f"cd {folder}; {t.command[2]}")) for t in together]
+        for together in plan
+    ]
+    visit.carry_out(moved, state, folder, time.monotonic() + seconds)
     return State(folder / "visit.json")
 
 
@@ -50,15 +56,12 @@ def carry_out(folder: Path, steps: list[Step], seconds: float = 20.0) -> State:
 
 def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     stubborn = "trap '' TERM; sleep 300 & echo $! > child; echo partial; wait; sleep 300"
-    steps = [
-        Step("slow", "", 1.0, (shell("slow", stubborn),)),
-        Step("next", "", 1.0, (shell("next", "echo fine"),)),
-    ]
     started = time.monotonic()
-    state = carry_out(tmp_path, steps, seconds=14.0)
-    assert time.monotonic() - started < 25
+    plan = [shell("slow", stubborn, 1.0)], [shell("next", "echo fine")]
+    state = carried_out(tmp_path, *plan, seconds=9.0)
+    assert time.monotonic() - started < 20
     assert state.tasks["slow"]["state"] == "cut off"
-    assert 6 < state.tasks["slow"]["seconds"] < 13
+    assert 3 < state.tasks["slow"]["seconds"] < 10
     assert (tmp_path / "logs/slow.log").read_text() == "partial\n"
     assert not alive(int((tmp_path / "child").read_text()))
     assert state.tasks["next"] | {"seconds": 0, "started": ""} == {
@@ -68,18 +71,18 @@ def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None
 
 def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     count = "echo x >> {0}; echo {0} $(wc -l < {0})".format
-    tasks = (
-        shell("first", count("first")),
-        shell("fails", count("fails") + "; exit 3"),
-        shell("slow", count("slow") + "; [ $(wc -l < slow) = 2 ] || sleep 300"),
-    )
-    steps = [Step("all", "", 1.0, tasks), Step("never", "", 1.0, tasks[:1], impossible="no tool")]
-    state = carry_out(tmp_path, steps, seconds=4.0)
-    states = {name: (values["state"], values["rc"]) for name, values in state.tasks.items()}
+    slow = shell("slow", count("slow") + "; [ $(wc -l < slow) = 2 ] || sleep 300")
+    plan = (
+        [shell("first", count("first"))], [shell("fails", count("fails") + "; exit 3")], [slow],
+        [shell("never", "true", impossible="no tool")],
+    )  # fmt: skip
+    state = carried_out(tmp_path, *plan, seconds=5.0)
+    states = {name: (values["state"], values.get("rc")) for name, values in state.tasks.items()}
     assert states["first"] == ("done", 0)
     assert states["fails"] == ("done", 3)
     assert states["slow"][0] == "cut off"
-    state = carry_out(tmp_path, steps)
+    assert states["never"] == ("not possible", None)
+    state = carried_out(tmp_path, *plan)
     assert state.tasks["slow"]["state"] == "done"
     assert (tmp_path / "logs/slow.log").read_text() == "slow 2\n"
     # What had ended was not run again, not even what had failed.
@@ -88,11 +91,10 @@ def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
 
 
 def test_what_was_running_when_everything_was_killed_is_run_again(tmp_path: Path) -> None:
-    task = shell("task", "echo again")
     (tmp_path / "visit.json").write_text(
         json.dumps({"tasks": {"task": {"state": "running", "attempts": 1}}})
     )
-    state = carry_out(tmp_path, [Step("step", "", 1.0, (task,))])
+    state = carried_out(tmp_path, [shell("task", "echo again")])
     assert (state.tasks["task"]["state"], state.tasks["task"]["attempts"]) == ("done", 2)
 
 
@@ -100,12 +102,13 @@ VISIT = """
 import sys, time
 from pathlib import Path
 from benchmarks.visiting import orphans
-from benchmarks.visiting.budget import State, Step, Task, Visit
+from benchmarks.visiting.tasks import Task
+from benchmarks.visiting.visit import State, carry_out
 folder = Path(sys.argv[1])
-script = "setsid sleep 300 & echo $! > child; echo $$ > leader; wait"
-step = Step("t", "", 1.0, (Task("t", ("bash", "-c", script), "t.log"),))
+script = f"cd {folder}; setsid sleep 300 & echo $! > child; echo $$ > leader; wait"
+task = Task("t", ("bash", "-c", script), 1.0)
 with orphans.ended_with_this_process(str(folder)):
-    Visit((step,), State(folder / "visit.json"), folder, folder, time.monotonic() + 99).run()
+    carry_out([[task]], State(folder / "visit.json"), folder, time.monotonic() + 99)
 """
 
 
@@ -137,12 +140,12 @@ def test_the_next_visit_ends_what_is_left_and_no_stranger(tmp_path: Path) -> Non
 
 def test_what_can_bring_nothing_leaves_its_time_at_once(tmp_path: Path) -> None:
     said: list[str] = []
-    refused = shell("refused", "echo Error: Device not supported.; sleep 300", hopeless="not supp")
-    step = Step("refused", "", 60.0, (refused,))
-    after = Step("next", "", 1.0, (shell("next", "true"),))
+    script = "echo Error: Device not supported.; sleep 300"
+    refused = shell("refused", script, 60.0, hopeless="not supp")
     started = time.monotonic()
     state = State(tmp_path / "visit.json")
-    Visit([step, after], state, tmp_path, tmp_path, started + 60, progress=said.append).run()
+    plan = [[refused], [shell("next", "true")]]
+    visit.carry_out(plan, state, tmp_path, started + 60, said=said.append)
     assert time.monotonic() - started < 20
     assert state.tasks["refused"]["state"] == "hopeless"
     assert state.tasks["next"]["state"] == "done"
@@ -151,50 +154,38 @@ def test_what_can_bring_nothing_leaves_its_time_at_once(tmp_path: Path) -> None:
 
 
 def test_without_time_nothing_is_started(tmp_path: Path) -> None:
-    state = carry_out(tmp_path, [Step("step", "", 1.0, (shell("task", "touch ran"),))], seconds=1.0)
+    state = carried_out(tmp_path, [shell("task", "touch ran")], seconds=1.0)
     assert state.tasks["task"]["state"] == "not started"
     assert not (tmp_path / "ran").exists()
 
 
 def test_what_comes_first_has_its_time_even_if_there_is_little() -> None:
-    steps = [Step(name, "", seconds, ()) for name, seconds in (("a", 10.0), ("b", 30.0))]
-    assert share(steps, 80.0) == 20.0
-    assert share(steps, 40.0) == 10.0
-    assert share(steps, 20.0) == 10.0
-    assert share(steps, 5.0) == 5.0
+    plan = [[shell("a", "", 10.0), shell("b", "", 5.0)], [shell("c", "", 30.0)]]
+    found = [share(plan, seconds) for seconds in (80.0, 40.0, 20.0, 5.0)]
+    assert found == [20.0, 10.0, 10.0, 5.0]
 
 
-def test_tasks_share_by_weight(tmp_path: Path) -> None:
-    tasks = tuple(shell(n, "echo {minutes}", weight=w) for n, w in (("long", 9.0), ("short", 1.0)))
-    carry_out(tmp_path, [Step("step", "", 1.0, tasks)], seconds=1000.0)
-    told = [60 * float((tmp_path / f"logs/{n}.log").read_text()) for n in ("long", "short")]
-    assert told[0] == pytest.approx(0.9 * 1000 * USABLE, rel=0.01)
-    assert told[1] == pytest.approx(1000 * USABLE, rel=0.01)  # the first left all of its time
+def test_a_task_that_ends_early_leaves_its_time(tmp_path: Path) -> None:
+    plan = [shell("quick", "echo {minutes}", 9.0)], [shell("last", "echo {minutes}", 1.0)]
+    carried_out(tmp_path, *plan, seconds=60.0)
+    quick, last = (float((tmp_path / f"logs/{n}.log").read_text()) for n in ("quick", "last"))
+    assert quick == pytest.approx(0.9 * USABLE, rel=0.02)
+    assert 0.9 * USABLE < last <= USABLE
 
 
-def test_a_step_that_ends_early_leaves_its_time(tmp_path: Path) -> None:
-    quick = Step("quick", "", 9.0, (shell("quick", "true"),))
-    last = Step("last", "", 1.0, (shell("last", "echo {minutes}"),))
-    carry_out(tmp_path, [quick, last], seconds=60.0)
-    told = float((tmp_path / "logs/last.log").read_text())
-    assert 0.9 * USABLE < told <= USABLE
-
-
-def test_tasks_of_a_step_at_once(tmp_path: Path) -> None:
+def test_tasks_at_once(tmp_path: Path) -> None:
     # Each waits for the file of the other.
     meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.05; done".format
-    tasks = (shell("a", meet("x", "y")), shell("b", meet("y", "x")))
-    state = carry_out(tmp_path, [Step("both", "", 1.0, tasks, at_once=2)])
+    state = carried_out(tmp_path, [shell("a", meet("x", "y")), shell("b", meet("y", "x"))])
     assert {values["state"] for values in state.tasks.values()} == {"done"}
 
 
 @pytest.mark.parametrize("end", [f"exit {AGAIN}", "kill -9 $$"])
 def test_what_wants_to_be_started_again_is(tmp_path: Path, end: str) -> None:
     script = f"echo x >> count; [ $(wc -l < count) = 3 ] || {end}"
-    state = carry_out(tmp_path, [Step("s", "", 1.0, (shell("task", script, restarts=5),))])
+    once = shell("once", script.replace("count", "other"), restarts=1)
+    state = carried_out(tmp_path, [shell("task", script, restarts=5), once])
     assert (state.tasks["task"]["state"], state.tasks["task"]["rc"]) == ("done", 0)
-    script = script.replace("count", "other")
-    state = carry_out(tmp_path, [Step("s", "", 1.0, (shell("once", script, restarts=1),))])
     assert state.tasks["once"]["rc"] in (AGAIN, -9)
     # It has not finished: a second visit goes on there.
     assert state.tasks["once"]["state"] == "cut off"
@@ -204,7 +195,7 @@ def test_what_wants_to_be_started_again_is(tmp_path: Path, end: str) -> None:
 def test_variables_are_set_and_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("UNWANTED", "1")
     task = shell("task", "echo $WANTED-$UNWANTED", variables={"WANTED": "2", "UNWANTED": None})
-    carry_out(tmp_path, [Step("step", "", 1.0, (task,))])
+    carried_out(tmp_path, [task])
     assert (tmp_path / "logs/task.log").read_text() == "2-\n"
 
 
@@ -236,6 +227,10 @@ def test_after(): note()
 """
 
 
+def counts(found: Outcomes) -> dict[str, int]:
+    return dict(Counter(line["outcome"] for line in found.ended.values()))
+
+
 def pytest_with_outcomes(folder: Path, source: str, *options: str) -> int:
     (folder / "test_some.py").write_text(source)
     command = (
@@ -245,19 +240,22 @@ def pytest_with_outcomes(folder: Path, source: str, *options: str) -> int:
     )  # fmt: skip
     # A worker of pytest-xdist tells its children so.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    env = {**clean, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    # Of PyTorch it needs to know that there is no GPU; the real one takes seconds to import.
+    (folder / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n")
+    path = os.pathsep.join((str(folder), str(ROOT)))
+    env = {**clean, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
 
 
 def test_outcomes_survive_a_death_and_are_not_asked_for_twice(tmp_path: Path) -> None:
     assert pytest_with_outcomes(tmp_path, TESTS) == 9
     found = Outcomes.read(tmp_path / "out.jsonl")
-    assert (dict(found.counts()), found.started) == ({"passed": 1}, ["test_some.py::test_dies"])
+    assert (counts(found), found.started) == ({"passed": 1}, ["test_some.py::test_dies"])
     assert found.device == "the CPU, interpreted"
 
     assert pytest_with_outcomes(tmp_path, TESTS) == 1
     found = Outcomes.read(tmp_path / "out.jsonl")
-    assert dict(found.counts()) == {"passed": 2, "failed": 2, "skipped": 1}
+    assert counts(found) == {"passed": 2, "failed": 2, "skipped": 1}
     assert found.started == []
     # What was under way when it died came last.
     assert list(found.ended)[-1] == "test_some.py::test_dies"
@@ -297,7 +295,7 @@ def test_outcomes_of_several_processes(tmp_path: Path) -> None:
     options = ("-p", "xdist", "-n", "2", "--dist", "load")
     assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
     found = Outcomes.read(tmp_path / "out.jsonl")
-    assert dict(found.counts()) == {"passed": 1, "failed": 3, "skipped": 1}
+    assert counts(found) == {"passed": 1, "failed": 3, "skipped": 1}
     died = next(line for test, line in found.ended.items() if "test_dies" in test)
     assert "crashed" in died["reason"]
     assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
@@ -308,8 +306,7 @@ def test_an_error_of_the_device_starts_a_new_process(tmp_path: Path) -> None:
     assert pytest_with_outcomes(tmp_path, STICKY) == AGAIN
     assert list(Outcomes.read(tmp_path / "out.jsonl").ended) == ["test_some.py::test_error"]
     assert pytest_with_outcomes(tmp_path, STICKY) == 1  # what is left passes, what has failed stays
-    counts = Outcomes.read(tmp_path / "out.jsonl").counts()
-    assert dict(counts) == {"failed": 1, "passed": 1}
+    assert counts(Outcomes.read(tmp_path / "out.jsonl")) == {"failed": 1, "passed": 1}
 
 
 def test_an_error_of_the_device_ends_one_of_several_processes(tmp_path: Path) -> None:
@@ -318,7 +315,7 @@ def test_an_error_of_the_device_ends_one_of_several_processes(tmp_path: Path) ->
     options = ("-p", "xdist", "-n", "1", "--dist", "load")
     assert pytest_with_outcomes(tmp_path, STICKY, *options) == 1
     found = Outcomes.read(tmp_path / "out.jsonl")
-    assert dict(found.counts()) == {"failed": 1, "passed": 1}
+    assert counts(found) == {"failed": 1, "passed": 1}
     assert "illegal memory access" in found.ended["test_some.py::test_error"]["reason"]
     assert len({*(tmp_path / "processes").read_text().split()}) == 2
 
@@ -366,21 +363,8 @@ def test_exercise(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture
 
 
 def test_exercise_can_be_listed(capsys: pytest.CaptureFixture[str]) -> None:
-    assert (
-        main(
-            [
-                "exercise",
-                "--device",
-                "cuda",
-                "--op",
-                "add_layer_norm",
-                "--dtype",
-                "bf16",
-                "--dry-run",
-            ]
-        )
-        == 0
-    )
+    words = ["--device", "cuda", "--op", "add_layer_norm", "--dtype", "bf16", "--dry-run"]
+    assert main(["exercise", *words]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert lines == [
         "add_layer_norm b0 s1 96x68 B1 M3 bf16", "add_layer_norm b0 s4 96x96 B2 M2 bf16",
@@ -405,8 +389,9 @@ def test_exercise_needs_kernels_that_run(
 # ---- the visit ----------------------------------------------------------------------------------
 
 
-def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, Step]:
-    return {step.name: step for step in steps.steps(folder, device, folder / "triton-cache")}
+def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, Task]:
+    planned = tasks.tasks(folder, device, folder / "triton-cache")
+    return {task.name: task for together in planned for task in together}
 
 
 H100 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=79 * 2**30)
@@ -418,26 +403,29 @@ def option(task: Task, name: str) -> str:
 
 
 def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(steps.shutil, "which", lambda name, path="": f"/opt/{name}")
+    monkeypatch.setattr(tasks.shutil, "which", lambda name, path="": f"/opt/{name}")
     planned = plan_of(tmp_path)
-    assert list(planned) == [
+    assert list(dict.fromkeys(name.split("/")[0] for name in planned)) == [
         "prepare", "kernels", "host", "headline", "parity", "operations", "memcheck", "compilers",
         "report", "tune",
     ]  # fmt: skip
-    assert sum(step.seconds for step in planned.values()) <= 9 * 60
+    groups = tasks.tasks(tmp_path, CUDA, tmp_path)
+    assert sum(max(task.seconds for task in together) for together in groups) <= 9 * 60
     with_kernels = [op.name for op in operations().values() if op.function]
-    assert {task.name.split("/")[1] for task in planned["kernels"].tasks} == {*with_kernels}
-    tests, large, workflows = planned["parity"].tasks
+    assert {f"kernels/{name}" for name in with_kernels} == {
+        n for n in planned if n[:8] == "kernels/"
+    }
+    tests, large, workflows = (planned[f"parity/{n}"] for n in ("kernels", "large", "workflows"))
     for name in with_kernels:
         assert f"tests/test_{name}.py" in tests.command
         assert (ROOT / "tests" / f"test_{name}.py").is_file()
     # The interpreter would prove nothing about compiled kernels.
-    assert {t.variables["TRITON_INTERPRET"] for t in planned["parity"].tasks} == {None}
+    assert {t.variables["TRITON_INTERPRET"] for t in (tests, large, workflows)} == {None}
     assert (option(tests, "-m"), option(large, "-m")) == ("not large_memory", "large_memory")
     gpu_only = {p.name for p in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in p.read_text()}
     gpu_only -= {Path(__file__).name}
     assert {Path(w).name for w in workflows.command if w.startswith("tests/")} == gpu_only
-    timed = [planned[name].tasks[0] for name in ("headline", "operations")]
+    timed = planned["headline"], planned["operations"]
     ops = [op for task in timed for op in option(task, "--op").split(",")]
     assert ops[0] == "training"
     assert {*ops} == {case.op.name for case in plan(Options(suite="core"))}
@@ -445,14 +433,16 @@ def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     quick = option(timed[1], "--provider").split(",")
     assert not {"compile", "flex", "tuned"} & {*quick}
     assert {"baseline", "sdpa_flash", "sdpa_cudnn", "triton"} <= {*quick}
-    assert {"compile", "flex"} <= {*option(planned["compilers"].tasks[0], "--provider").split(",")}
-    for task in planned["memcheck"].tasks:
+    assert {"compile", "flex"} <= {*option(planned["compilers"], "--provider").split(",")}
+    for check in ("memcheck", "racecheck"):
+        task = planned[f"memcheck/{check}"]
         assert task.command[0] == "/opt/compute-sanitizer"
         assert task.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    monkeypatch.setattr(steps.shutil, "which", lambda name, path="": None)
+    monkeypatch.setattr(tasks.shutil, "which", lambda name, path="": None)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
-    assert plan_of(tmp_path)["memcheck"].impossible == "compute-sanitizer is not on the PATH"
+    missing = plan_of(tmp_path)["memcheck/memcheck"].impossible
+    assert missing == "compute-sanitizer is not on the PATH"
 
 
 def test_marked_are_the_tests_that_need_much_memory() -> None:
@@ -463,54 +453,25 @@ def test_marked_are_the_tests_that_need_much_memory() -> None:
         assert text.count("    def test_strides_beyond") == marks, path.name
 
 
-def test_search_is_rehearsed_in_the_interpreter(tmp_path: Path) -> None:
-    for device, interpret in ((CUDA, None), (CPU, "1")):
-        (task,) = plan_of(tmp_path, device)["tune"].tasks
-        assert task.variables["TRITON_INTERPRET"] == interpret
-        assert main([*task.command[3:5], "0", *task.command[6:], "--dry-run"]) == 0
-
-
 @pytest.mark.parametrize("device", [CUDA, CPU])
 def test_every_planned_command_is_understood(
     tmp_path: Path, device: torch.device, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """As far as it can be asked without a GPU."""
-    asked = []
-    for step in plan_of(tmp_path, device).values():
-        for task in step.tasks:
-            words = list(task.command[task.command.index("-m") + 2 :])
-            if "benchmarks" not in task.command or words[0] in ("env", "report"):
-                continue
-            words = [word.replace("{minutes}", "1") for word in words]
-            assert main([*words, "--dry-run"]) == 0
-            assert "nothing was run" in capsys.readouterr().out or words[0] in ("dry", "host")
-            asked.append(words[0])
-    assert {"run", "exercise", "calibrate", "dry", "host", "tune"} == {*asked}
-
-
-def test_a_day_with_a_gpu_that_is_cut_off(tmp_path: Path) -> None:
-    """By estimates: after three minutes the whole models are home, after six the parity of all
-    kernels, after nine everything but what compilers and the search go on with."""
-    planned = list(plan_of(tmp_path).values())
-    missing = {
-        minutes: {found.task: found.missing for found in simulate(planned, 9.0, minutes)}
-        for minutes in (3.0, 6.0, 9.0)
-    }
-    for task in (
-        "prepare/calibrate",
-        "prepare/cache",
-        "kernels/upsample_cross_entropy",
-        "host",
-        "headline",
-    ):
-        assert missing[3.0][task] == []
-    assert missing[3.0]["operations"] != []
-    for task in ("parity/kernels", "parity/large", "parity/workflows"):
-        assert missing[6.0][task] == []
-    late = {task for task, left in missing[9.0].items() if left}
-    assert late <= {"compilers", "memcheck/racecheck", "tune"}
-    for found in simulate(planned, 9.0, 3.0):
-        assert found.done or found.state in ("", "not possible") or not found.missing
+    asked = set()
+    planned = plan_of(tmp_path, device)
+    for task in planned.values():
+        words = list(task.command[task.command.index("-m") + 2 :] if "-m" in task.command else ())
+        if "benchmarks" not in task.command or words[0] in ("env", "report"):
+            continue
+        words = [word.replace("{minutes}", "1") for word in words]
+        assert main([*words, "--dry-run"]) == 0
+        assert "nothing was run" in capsys.readouterr().out or words[0] in ("dry", "host")
+        asked.add(words[0])
+    assert asked == {"run", "exercise", "calibrate", "dry", "host", "tune"}
+    # The search is rehearsed in the interpreter.
+    interpret = None if device == CUDA else "1"
+    assert planned["tune"].variables["TRITON_INTERPRET"] == interpret
 
 
 def test_nothing_that_is_written_down_ends_a_visit(
@@ -519,8 +480,7 @@ def test_nothing_that_is_written_down_ends_a_visit(
     def broken(*_: object) -> None:
         raise ValueError("no such column")
 
-    fine = Step("fine", "", 1.0, (shell("fine", "echo done"),))
-    monkeypatch.setattr(visit, "steps", lambda *_: (fine,))
+    monkeypatch.setattr(visit, "tasks", lambda *_: [[shell("fine", "echo done")]])
     monkeypatch.setattr(visit, "write_summary", broken)
     out = ("--out", str(tmp_path / "v"), "--archive", str(tmp_path / "a.tar.gz"))
     assert main(["visit", "--device", "cpu", *out]) == 0
@@ -553,7 +513,7 @@ def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["visit", "--dry-run", "--device", "cuda", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert "env -u EQUISEG_FAST_BACKEND -u TRITON_INTERPRET python -m pytest" in text
-    assert "memcheck: compute-sanitizer on small shapes; " in text
+    assert "memcheck/memcheck: " in text
     assert not out.exists()
 
 
@@ -604,21 +564,20 @@ def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
 def test_a_failed_command_is_an_exit_status(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    wrong = Step("wrong", "", 1.0, (shell("wrong", "echo [broken]; exit 4"),))
-    monkeypatch.setattr(visit, "steps", lambda *_: (wrong,))
+    monkeypatch.setattr(visit, "tasks", lambda *_: [[shell("wrong", "echo [broken]; exit 4")]])
     assert main(["visit", "--device", "cpu", "--out", str(tmp_path)]) == 1
     assert "[broken]" in capsys.readouterr().out
-    assert "| wrong | done | 4 |" in (tmp_path / "summary.md").read_text()
+    assert "| wrong | failed | 4 |" in (tmp_path / "summary.md").read_text()
 
 
 def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
     script = (
         "import sys; from pathlib import Path; from benchmarks.visiting import visit\n"
         "from benchmarks.__main__ import main\n"
-        "from benchmarks.visiting.budget import Step, Task\n"
-        "task = Task('t', ('bash', '-c', 'echo $$ > pid; sleep 300'), 't.log')\n"
+        "from benchmarks.visiting.tasks import Task\n"
+        "task = Task('t', ('bash', '-c', 'echo $$ > pid; sleep 300'), 1.0)\n"
         "visit.ROOT = Path(sys.argv[1])\n"
-        "visit.steps = lambda *_: (Step('t', '', 1.0, (task,)),)\n"
+        "visit.tasks = lambda *_: [[task]]\n"
         "sys.exit(main(['visit', '--device', 'cpu', '--out', sys.argv[1]]))\n"
     )
     command = (sys.executable, "-c", script, str(tmp_path))
@@ -655,7 +614,7 @@ def without_optional_packages(folder: Path, *words: str, status: int = 0) -> str
 
 
 def test_all_parity_tests_are_found_without_optional_packages(tmp_path: Path) -> None:
-    files = [f"tests/test_{stem}.py" for stem in (*steps.HOTTEST, *steps.GPU_ONLY)]
+    files = [f"tests/test_{stem}.py" for stem in (*tasks.HOTTEST, *tasks.GPU_ONLY)]
     out = without_optional_packages(tmp_path, "-m", "pytest", "--collect-only", "-q", *files)
     assert int(out.strip().splitlines()[-1].split()[0]) > 1000
     out = without_optional_packages(

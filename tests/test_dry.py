@@ -154,20 +154,13 @@ class TestAwkward:
             ("fp32", "1", "'1' is no number"),
             ("*fp32", 7, "7 is no tensor"),
             ("*fp32", torch.empty(1), "the tensor is on the CPU"),
-        ],
-    )
-    def test_refusal(self, kind: str, value: object, why: str) -> None:
-        assert dry_device.refusal(kind, value) == why
-
-    @pytest.mark.parametrize(
-        ("kind", "value"),
-        [
-            ("i32", -(2**31)), ("i64", 2**62), ("u1", True), ("i1", False), ("fp32", 1),
-            ("constexpr", None), ("*fp32", torch.empty(1, device="meta")),
+            ("i32", -(2**31), ""), ("i64", 2**62, ""), ("u1", True, ""), ("i1", False, ""),
+            ("i1", True, ""), ("fp32", 1, ""), ("bf16", 1.5, ""), ("constexpr", None, ""),
+            ("*fp32", torch.empty(1, device="meta"), ""),
         ],
     )  # fmt: skip
-    def test_no_refusal(self, kind: str, value: object) -> None:
-        assert dry_device.refusal(kind, value) == ""
+    def test_refusal(self, kind: str, value: object, why: str) -> None:
+        assert dry_device.refusal(kind, value) == why
 
 
 def launch_wrongly() -> list[str]:
@@ -192,7 +185,7 @@ class TestCommand:
         args = parse("--what", "core", "--op", "add_layer_norm", "--count", "--processes", "1")
         assert dry.main(args, Console(width=200)) == 0
         shown = capsys.readouterr().out
-        assert "norm b0 s1 512x512 B1 M4 bf16" in shown
+        assert "add_layer_norm b0 s1 512x512 B1 M4 bf16" in shown
         assert "0 problems" in shown
 
     def test_wrong_names(self) -> None:
@@ -201,14 +194,14 @@ class TestCommand:
         with pytest.raises(SystemExit):
             parse("--arch", "91")
 
-    def test_fill_counts_hits_and_misses(self, tmp_path: Path) -> None:
-        wanted = {"what": ("core",), "only": ("add_layer_norm",)}
-        first = dry.fill(tmp_path, 1, **wanted)
+    def test_a_cache_is_filled_once(self, tmp_path: Path) -> None:
+        order = dry.Order(("core",), only=("add_layer_norm",))
+        first = dry.survey(order, tmp_path)
         steps: list[tuple[str, int, int]] = []
-        again = dry.fill(tmp_path, 1, lambda *step: steps.append(step), **wanted)
-        assert first.errors == again.errors == ()
-        assert (first.hits, again.misses) == (0, 0)
-        assert again.hits == first.misses > 0
+        again = dry.survey(order, tmp_path, progress=lambda *step: steps.append(step))
+        assert first.errors == again.errors == []
+        assert first.hits == 0
+        assert again.hits == len(again.binaries) == len(first.binaries) > 0
         assert steps[-1] == ("sm_90: compiling", again.hits, again.hits)
 
 

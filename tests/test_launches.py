@@ -10,8 +10,7 @@ from torch import Tensor
 
 from benchmarks.measure import launches
 from benchmarks.measure.kernel_work import Kernel
-from benchmarks.measure.launches import KernelCounter, counting
-from benchmarks.offline.meta import META, on_meta
+from benchmarks.measure.launches import META, KernelCounter, counting, on_meta
 from benchmarks.providers import baselines
 from equiseg_fast import (
     EQUISeg,

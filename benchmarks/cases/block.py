@@ -9,8 +9,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import model_cost
-from benchmarks.cases.common.cost import Cost
 from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import TRAINING_MODES, Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
@@ -71,14 +69,9 @@ def build(
     )  # fmt: skip
 
 
-def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
-    """The parts one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.block_parts(shape, itemsize, training=training))
-
-
 OPS = tuple(
     Op(
-        name, partial(build, training=training), partial(cost, training=training),
+        name, partial(build, training=training), None,
         f"cross-modal block and gate, {what}",
         modes=modes, rivals=("baseline_cl",), scope="block", refuses=refuses,
     )

@@ -14,8 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
@@ -67,11 +66,6 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         lambda: (baseline_model.encode(encoder, images),), dict(encoder.named_parameters()),
         device, dtype, others=others, output_names=("features",), ignored=(images,),
     )  # fmt: skip
-
-
-def cost(shape: Shape, itemsize: int) -> Cost:
-    """The parts of the encoder one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.encoder_parts(shape, itemsize))
 
 
 class _Attention(nn.Module):
@@ -148,12 +142,12 @@ def build_accelerated(
 
 OPS = (
     Op(
-        "encoder", build, cost, "Mix Transformer, features of the last stage",
+        "encoder", build, None, "Mix Transformer, features of the last stage",
         rivals=("baseline_cl", "transformers"), stages=(0,), scope="encoder",
     ),
     *(
         Op(
-            name, partial(build_accelerated, segformer=segformer), cost,
+            name, partial(build_accelerated, segformer=segformer), None,
             f"{whose}, accelerated, features of the last stage", stages=(0,), scope="accelerated",
         )
         for name, segformer, whose in (

@@ -9,8 +9,7 @@ from functools import partial
 
 import torch
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import TRAINING_MODES, Op
@@ -56,14 +55,9 @@ def build(
     )  # fmt: skip
 
 
-def cost(shape: Shape, itemsize: int, *, training: bool) -> Cost:
-    """The parts of the model one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.model_parts(shape, itemsize, training=training))
-
-
 OPS = tuple(
     Op(
-        name, partial(build, training=training), partial(cost, training=training), what,
+        name, partial(build, training=training), None, what,
         modes=modes, rivals=("baseline_cl",), stages=(0,), scope="model",
     )
     for name, training, modes, what in (

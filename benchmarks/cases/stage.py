@@ -9,8 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from benchmarks.cases.common import data, model_cost
-from benchmarks.cases.common.cost import Cost
+from benchmarks.cases.common import data
 from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape
@@ -60,14 +59,9 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     )  # fmt: skip
 
 
-def cost(shape: Shape, itemsize: int) -> Cost:
-    """The parts one after the other, see `model_cost`."""
-    return model_cost.combined(model_cost.stage_parts(shape, itemsize))
-
-
 OPS = (
     Op(
-        "stage", build, cost, "one stage of the Mix Transformer",
+        "stage", build, None, "one stage of the Mix Transformer",
         rivals=("baseline_cl",), scope="stage",
     ),
 )  # fmt: skip

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from datetime import datetime
 from functools import partial
@@ -22,9 +21,10 @@ import torch
 
 from benchmarks.cases.common.cost import Limits
 from benchmarks.command import outputs
-from benchmarks.command.options import to_path
+from benchmarks.command.options import choose_device, to_path
 from benchmarks.command.table import FittedTable
 from benchmarks.machines import gpus
+from benchmarks.measure.record import environment
 from benchmarks.measure.timing import Timing
 
 if TYPE_CHECKING:
@@ -86,111 +86,80 @@ def measure(
     and exponentials; a GPU without Triton has no measurement of those. rounds: None for `ROUNDS`.
     """
     sizes = SIZES[device.type]
-    found = [
-        _copy(sizes.copy, device, rounds),
-        *(_product(name, dtype, sizes.matrix, device, rounds) for name, dtype in dtypes.items()),
-    ]
-    exponentials = _exponentials(sizes.exps, device)
-    if exponentials is not None:
-        found.append(_timed("exps", "exp/s", *exponentials, device, rounds))
+    source = torch.randn(sizes.copy, device=device)
+    copy = partial(torch.empty_like(source).copy_, source)
+    found = [_timed("copy", "B/s", 2 * source.nbytes, copy, device, rounds)]
+    del source, copy
+    found += [_product(name, dtype, sizes.matrix, device, rounds) for name, dtype in dtypes.items()]
+    if device.type == "cpu":
+        x, out = torch.rand(2, sizes.exps)
+        call: Callable[[], Any] = partial(torch.exp, x, out=out)
+        found.append(_timed("exps", "exp/s", sizes.exps, call, device, rounds))
+    elif find_spec("triton"):  # an elementwise kernel would measure memory
+        from benchmarks.machines.exp_kernel import STEPS, exponentials
+
+        with torch.cuda.device(device):
+            call = partial(exponentials, torch.empty(sizes.exps, device=device))
+            found.append(_timed("exps", "exp/s", STEPS * sizes.exps, call, device, rounds))
     return found
-
-
-def _copy(elements: int, device: torch.device, rounds: int | None) -> Measurement:
-    source = torch.randn(elements, device=device)
-    target = torch.empty_like(source)
-    copy = partial(target.copy_, source)
-    return _timed("copy", "B/s", 2 * source.nbytes, copy, device, rounds)
 
 
 def _product(
     name: str, dtype: torch.dtype, n: int, device: torch.device, rounds: int | None
 ) -> Measurement:
     """Of small matrices where large ones take too long: not every CPU has arithmetic for halves."""
-    with _tf32(name == "tf32"):
+    matmul = torch.backends.cuda.matmul
+    before, matmul.allow_tf32 = matmul.allow_tf32, name == "tf32"
+    try:
         small = torch.randn(n // 4, n // 4, device=device).to(dtype)
         small @ small  # what the first product has to load is not its time
         if 4**3 * _seconds(lambda: small @ small, device, host=False) > SLOW_PRODUCT:
             n //= 4
         a, b = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
         return _timed(name, "FLOP/s", 2 * n**3, lambda: a @ b, device, rounds)
-
-
-@contextmanager
-def _tf32(allowed: bool) -> Iterator[None]:
-    before = torch.backends.cuda.matmul.allow_tf32
-    torch.backends.cuda.matmul.allow_tf32 = allowed
-    try:
-        yield
     finally:
-        torch.backends.cuda.matmul.allow_tf32 = before
-
-
-def _exponentials(elements: int, device: torch.device) -> tuple[int, Callable[[], Any]] | None:
-    """How many a call does, and the call. On a GPU an elementwise kernel would measure memory."""
-    if device.type == "cpu":
-        x = torch.rand(elements)
-        out = torch.empty_like(x)
-        return elements, lambda: torch.exp(x, out=out)
-    if not find_spec("triton"):
-        return None
-    from benchmarks.machines.exp_kernel import STEPS, exponentials
-
-    out = torch.empty(elements, device=device)
-
-    def call() -> int:
-        with torch.cuda.device(device):
-            return exponentials(out)
-
-    return elements * STEPS, call
+        matmul.allow_tf32 = before
 
 
 def measure_launches(device: torch.device) -> list[Measurement]:
     """What one small operator costs the host, and on a GPU how soon kernels follow one another."""
     x = torch.randn(1, device=device)
-    alone = _timed("launch", "s", 1, lambda: x.add_(1.0), device, rounds=LAUNCHES, host=True)
-    if device.type != "cuda":
-        return [alone]
 
     def in_a_row() -> None:
         for _ in range(LAUNCHES):
             x.add_(1.0)
 
-    return [alone, _timed("launch in a row", "s", LAUNCHES, in_a_row, device)]
+    found = [_timed("launch", "s", 1, lambda: x.add_(1.0), device, rounds=LAUNCHES, host=True)]
+    if device.type == "cuda":
+        found.append(_timed("launch in a row", "s", LAUNCHES, in_a_row, device))
+    return found
 
 
 def _timed(
-    name: str,
-    unit: str,
-    amount: float,
-    call: Callable[[], Any],
-    device: torch.device,
-    rounds: int | None = None,
-    host: bool = False,
-) -> Measurement:
+    name: str, unit: str, amount: float, call: Callable[[], Any], device: torch.device,
+    rounds: int | None = None, host: bool = False,
+) -> Measurement:  # fmt: skip
     """host: time until the call returns, not until the device is done."""
     call()
-    times = []
-    for _ in range(rounds or ROUNDS[device.type]):
-        times.append(_seconds(call, device, host))
+    times = [_seconds(call, device, host) for _ in range(rounds or ROUNDS[device.type])]
     timing = Timing.of(times, "wall")
     us = (timing.min_us, timing.p20_us, timing.p50_us, timing.p80_us)
     return Measurement(name, unit, amount, *(t / 1e6 for t in us), len(times))
 
 
 def _seconds(call: Callable[[], Any], device: torch.device, host: bool) -> float:
-    if device.type != "cuda" or host:
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        begin = perf_counter()
+    if device.type == "cuda" and not host:
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
         call()
-        return perf_counter() - begin
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / 1e3
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    begin = perf_counter()
     call()
-    end.record()
-    end.synchronize()
-    return start.elapsed_time(end) / 1e3
+    return perf_counter() - begin
 
 
 def limits_of(measurements: list[Measurement]) -> Limits:
@@ -203,11 +172,6 @@ def limits_of(measurements: list[Measurement]) -> Limits:
 def device_limits(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Limits:
     """Limits for the roofline of calls in these dtypes; fp32 is always among them."""
     return limits_of(measure(device, {"fp32": torch.float32, **dtypes}))
-
-
-def dtypes_of(device: torch.device) -> dict[str, torch.dtype]:
-    """What `calibrate` multiplies: on a GPU also fp32 rounded to TF32."""
-    return DTYPES | ({"tf32": torch.float32} if device.type == "cuda" else {})
 
 
 def read(path: Path) -> Limits:
@@ -234,11 +198,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dry-run", action="store_true", help="only say what would be measured")
 
 
-def main(args: argparse.Namespace, console: Console, device: torch.device) -> int:
+def main(args: argparse.Namespace, console: Console) -> int:
     """Measure, print, and write `calibration.json`."""
-    from benchmarks.measure.record import environment
-
-    dtypes, sizes = dtypes_of(device), SIZES[device.type]
+    device = choose_device(args.device, needed=not args.dry_run)
+    sizes = SIZES[device.type]
+    # On a GPU also fp32 rounded to TF32.
+    dtypes = DTYPES | ({"tf32": torch.float32} if device.type == "cuda" else {})
     if args.dry_run:
         console.print(f"copy: {4 * sizes.copy / 2**20:.0f} MiB of random fp32, read and written")
         console.print(f"matrix products: {sizes.matrix} cubed, {', '.join(dtypes)}")
@@ -247,7 +212,8 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
         return 0
     if args.rounds is not None and args.rounds < 2:
         raise ValueError(f"--rounds must be at least 2; got {args.rounds}")
-    folder = outputs.writable(args.out or outputs.fresh(_folder(device)))
+    name = f"calibration-{device.type}-{datetime.now():%Y-%m-%d-%H%M}"
+    folder = outputs.writable(args.out or outputs.fresh(Path("benchmark-results") / name))
     found = [*measure(device, dtypes, args.rounds), *measure_launches(device)]
     limits = asdict(limits_of(found))
     env = environment(device, limits)
@@ -267,37 +233,23 @@ def main(args: argparse.Namespace, console: Console, device: torch.device) -> in
     return 0
 
 
-def _folder(device: torch.device) -> Path:
-    return Path("benchmark-results") / f"calibration-{device.type}-{datetime.now():%Y-%m-%d-%H%M}"
-
-
-def published(name: str, gpu: gpus.Gpu | None) -> float | None:
-    """The datasheet's rate for a measurement of this name."""
-    if gpu is None:
-        return None
-    return {"copy": gpu.bandwidth, "exps": gpu.exps, **gpu.peak}.get(name)
-
-
 def table(measurements: list[Measurement], device: str, gpu: gpus.Gpu | None) -> FittedTable:
     """A table for the terminal, the datasheet beside what was measured."""
     shown = FittedTable(
         ("what", "best", "median", "spread", "n", "datasheet", "of it"),
-        words=("what",),
-        spare=("n", "spread", "median"),
-        title=f"measured on {device}",
+        words=("what",), spare=("n", "spread", "median"), title=f"measured on {device}",
         caption=f"datasheet: {gpu.source}" if gpu else "",
-    )
+    )  # fmt: skip
+    published = {"copy": gpu.bandwidth, "exps": gpu.exps, **gpu.peak} if gpu else {}
     for m in measurements:
-        paper = published(m.name, gpu)
+        paper = published.get(m.name)
         shown.add_row(
             f"matrix product {m.name}" if m.unit == "FLOP/s" else m.name,
-            _rate(m.rate, m.unit),
-            _rate(m.median_rate, m.unit),
-            f"{100 * (m.p80 - m.p20) / m.p50:.0f} %",
-            str(m.n),
+            _rate(m.rate, m.unit), _rate(m.median_rate, m.unit),
+            f"{100 * (m.p80 - m.p20) / m.p50:.0f} %", str(m.n),
             "" if paper is None else _rate(paper, m.unit),
             "" if paper is None else f"{100 * m.rate / paper:.0f} %",
-        )
+        )  # fmt: skip
     return shown
 
 

@@ -127,6 +127,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "convolution": ("convolution, memory", "convolution, tensor cores"),
     "stencil": ("stock stencil, memory", "stock stencil, issue slots"),
     "pointwise": ("stock pointwise",),
+    "interpolation": ("stock pointwise",),
     "reduction": ("stock reduction",),
     **{
         name: (name,)

@@ -2,29 +2,30 @@
 
     python -m benchmarks roofline --gpu h200 --variant b2 --size 1024x1024 --batch 2 --mode step
 
-The floor of a part is the longest of four times: its bytes at the memory's bandwidth, its matrix
+The floor of a call is the longest of four times: its bytes at the memory's bandwidth, its matrix
 products at the tensor cores' peak, its other FLOPs at the FP32 peak, its exponentials at the rate
-of the special function units. Floors of parts add up. Bytes are taken to come from memory: of small
-tensors that stay in the L2 cache it is no floor. All of it is a prediction from published or
-calibrated peaks; nothing here was measured.
+of the special function units. Floors of calls add up; those of the model are counted
+(`launches.cost_of`). Bytes are taken to come from memory: of small tensors that stay in the L2
+cache it is no floor. All of it is a prediction from published or calibrated peaks; nothing here was
+measured.
 """
 
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from benchmarks.cases import operations
-from benchmarks.cases.common import model_cost
 from benchmarks.cases.common.cost import Limits, Work, total
-from benchmarks.cases.common.model_cost import Part
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Shape
 from benchmarks.command.options import to_path
 from benchmarks.command.table import FittedTable
 from benchmarks.machines import calibrate, gpus
+from benchmarks.measure.launches import cost_of
 from equiseg_fast.models.config import check_variant
 
 if TYPE_CHECKING:
@@ -32,34 +33,37 @@ if TYPE_CHECKING:
 
 LABEL = "prediction, not measured"
 MODES = {"fwd": "inference", "step": "training step"}
+GROUPS = {"encoder": "encoder", "fusion": "fusion", "gates": "gate", "head": "head", "": "the rest"}
+"""Parts of the model, by the name that their modules begin with."""
 
 
-@dataclass(frozen=True)
-class Floor:
-    """What some calls need, in seconds at least, and what most of that is spent on."""
-
-    work: Work
-    seconds: float
-    bound: str
-
-    @classmethod
-    def of(cls, works: Sequence[Work], limits: Limits, dtype: str) -> Floor:
-        return cls(total(works), limits.floor(works, dtype), limits.bound(works, dtype))
+def model_works(shape: Shape, dtype: str, mode: str) -> tuple[Work, ...]:
+    """The calls of the whole model, in inference ("fwd") or a training step ("step")."""
+    op = operations()["training" if mode == "step" else "model"]
+    return cost_of(op, shape, DTYPES[dtype].itemsize).of(mode)
 
 
-def floor_of_parts(parts: Iterable[Part], mode: str, limits: Limits, dtype: str) -> Floor:
-    return Floor.of(model_cost.combined(parts).of(mode), limits, dtype)
+def groups_of(works: Sequence[Work]) -> dict[str, list[Work]]:
+    """By part and stage, in the order of the model, e.g. "encoder, stage 1"."""
+    groups: dict[tuple[int, str], list[Work]] = {}
+    order = list(GROUPS)
+    for work in works:
+        known = re.match(r"(encoder)\.\D+(\d)|(fusion|gates)\.(\d)|(head)", work.part)
+        start, stage = ([x for x in known.groups() if x] + [""])[:2] if known else ("", "")
+        name = GROUPS[start]
+        if stage:
+            name += f", stage {int(stage) + (start != 'encoder')}"
+        groups.setdefault((order.index(start), name), []).append(work)
+    return {name: groups[place, name] for place, name in sorted(groups)}
 
 
-def groups_of(parts: Iterable[Part]) -> dict[str, list[Part]]:
-    """By group and stage, in the order of the model, e.g. "encoder, stage 1"."""
-    groups: dict[str, list[Part]] = {}
-    for part in parts:
-        in_stage = part.stage and part.group != "head"
-        name = f"{part.group}, stage {part.stage}" if in_stage else part.group
-        groups.setdefault(name, []).append(part)
-    order = list(dict.fromkeys(part.group for part in parts))
-    return dict(sorted(groups.items(), key=lambda item: order.index(item[1][0].group)))
+def _kinds_of(works: Sequence[Work]) -> dict[str, list[Work]]:
+    """By module, those of all blocks together, and call; e.g. "attn.q addmm"."""
+    kinds: dict[str, list[Work]] = {}
+    for work in works:
+        name = re.sub(r"^(encoder\.)?(block)?\w+(\.\d+)*\.?(?=.* )", "", work.part).strip()
+        kinds.setdefault(name, []).append(work)
+    return kinds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -72,12 +76,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
     parser.add_argument("--mode", choices=tuple(MODES), default="fwd", help="forward or training")
     parser.add_argument(
-        "--calibration",
-        type=to_path,
-        metavar="FILE",
+        "--calibration", type=to_path, metavar="FILE",
         help="of `calibrate`, instead of the datasheet",
-    )
-    parser.add_argument("--parts", action="store_true", help="every part of every stage, too")
+    )  # fmt: skip
+    parser.add_argument("--parts", action="store_true", help="every call of every stage, too")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be predicted")
 
 
@@ -104,16 +106,37 @@ def main(args: argparse.Namespace, console: Console) -> int:
         console.print(f"floors of {what} on {gpu.title}: operations, stages and the whole model")
         console.print("nothing was computed")
         return 0
-    parts = model_cost.model_parts(shape, DTYPES[args.dtype].itemsize, training=args.mode == "step")
     limits.floor([Work()], args.dtype)  # refuses a dtype without a peak before anything is printed
     console.print(_peaks(gpu, limits, args.dtype, bool(args.calibration)))
-    console.print(_operations(shape, args.mode, limits, args.dtype, f"{what}, one call each"))
-    console.print(_model(parts, args.mode, limits, args.dtype, what, args.parts))
-    whole = floor_of_parts(parts, args.mode, limits, args.dtype)
+
+    operation = _table(f"{what}, one call each", "operation", "stage")
+    for op in operations().values():
+        if op.function:
+            for i, stage in enumerate(op.stages):
+                cost = cost_of(op, replace(shape, stage=stage), DTYPES[args.dtype].itemsize)
+                names = ("" if i else op.name, str(stage))
+                operation.add_row(*names, *_cells(cost.of(args.mode), limits, args.dtype))
+            operation.end_section()
+    console.print(operation)
+
+    works = model_works(shape, args.dtype, args.mode)
+    whole = limits.floor(works, args.dtype)
+    model = _table(f"whole model, {what}", "stage", *["part"] * args.parts)
+    blank = [""] * args.parts
+    for name, members in groups_of(works).items():
+        model.add_row(
+            name, *blank, *_cells(members, limits, args.dtype, whole), style="bold" * args.parts
+        )
+        for kind, calls in _kinds_of(members).items() if args.parts else ():
+            model.add_row("", kind, *_cells(calls, limits, args.dtype, whole))
+    model.end_section()
+    model.add_row("whole model", *blank, *_cells(works, limits, args.dtype, whole), style="bold")
+    console.print(model)
+    work = total(works)
     console.print(
-        f"{what} on {gpu.title}: at least {milliseconds(whole.seconds)} ms, "
-        f"{whole.work.flops / 1e12:.3g} TFLOP, {whole.work.bytes / 1e9:.3g} GB, "
-        f"{whole.work.exps / 1e9:.3g} G exponentials ({LABEL})"
+        f"{what} on {gpu.title}: at least {milliseconds(whole)} ms, "
+        f"{work.flops / 1e12:.3g} TFLOP, {work.bytes / 1e9:.3g} GB, "
+        f"{work.exps / 1e9:.3g} G exponentials ({LABEL})"
     )
     return 0
 
@@ -127,88 +150,39 @@ def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Fitte
         title=f"peaks of {gpu.title}",
         caption=f"published: {gpu.source}{doubts}{measured}",
     )
-    rows = [
+    for name, published, used in (
         ("memory, TB/s", gpu.bandwidth, limits.bandwidth),
         (f"matrix products {dtype}, TFLOP/s", gpu.peak[dtype], limits.peak[dtype]),
         ("other arithmetic (fp32), TFLOP/s", gpu.peak["fp32"], limits.peak["fp32"]),
         ("exponentials, T/s", gpu.exps, limits.exps),
-    ]
-    for name, published, used in rows:
-        cells = [published, used] if calibrated else [used]
-        shown = ["not known" if x is None else f"{x / 1e12:.4g}" for x in cells]
-        table.add_row(name, *shown)
-    l2 = "not confirmed" if gpu.l2 is None else f"{gpu.l2 / 1e6:.0f}"
-    for name, value in (
-        ("multiprocessors", str(gpu.multiprocessors)),
-        ("clock, GHz", f"{gpu.clock / 1e9:.2f}"),
-        ("L2, MB", l2),
     ):
-        table.add_row(name, value)
+        cells = [published, used] if calibrated else [used]
+        table.add_row(name, *("not known" if x is None else f"{x / 1e12:.4g}" for x in cells))
+    table.add_row("multiprocessors", str(gpu.multiprocessors))
+    table.add_row("clock, GHz", f"{gpu.clock / 1e9:.2f}")
+    table.add_row("L2, MB", "not confirmed" if gpu.l2 is None else f"{gpu.l2 / 1e6:.0f}")
     return table
 
 
-NUMBERS = ("calls", "MB", "GFLOP", "G exps", "floor ms", "share")
-
-
-def _table(title: str, names: Sequence[str], left_out: Sequence[str]) -> FittedTable:
+def _table(title: str, *names: str) -> FittedTable:
     return FittedTable(
-        (*names, *(name for name in NUMBERS if name not in left_out), "bound by"),
-        words=(*names, "bound by"),
-        spare=("G exps", "calls", "GFLOP"),
-        title=f"{title} ({LABEL})",
-    )
+        (*names, "calls", "MB", "GFLOP", "G exps", "floor ms", "share", "bound by"),
+        words=(*names, "bound by"), spare=("G exps", "calls", "GFLOP"), title=f"{title} ({LABEL})",
+    )  # fmt: skip
 
 
-def _cells(floor: Floor, left_out: Sequence[str], whole: float = 0.0, calls: int = 0) -> list[str]:
+def _cells(works: Sequence[Work], limits: Limits, dtype: str, whole: float = 0.0) -> list[str]:
     """One row of `_table` behind the names; whole: seconds of the model, for the share."""
-    work = floor.work
-    cells = {
-        "calls": str(calls or ""),
-        "MB": f"{work.bytes / 1e6:.4g}",
-        "GFLOP": f"{work.flops / 1e9:.4g}",
-        "G exps": f"{work.exps / 1e9:.3g}" if work.exps else "",
-        "floor ms": milliseconds(floor.seconds),
-        "share": f"{100 * floor.seconds / whole:.1f} %" if whole else "",
-    }
-    shown = [text for name, text in cells.items() if name not in left_out]
-    return [*shown, floor.bound if floor.seconds else ""]
-
-
-def _operations(shape: Shape, mode: str, limits: Limits, dtype: str, title: str) -> FittedTable:
-    """The operations that `run` measures, at every stage."""
-    left_out = ("calls", "share")
-    table = _table(title, ("operation", "stage"), left_out)
-    for op in operations().values():
-        if not op.function or op.cost is None:
-            continue
-        for i, stage in enumerate(op.stages):
-            works = op.cost(replace(shape, stage=stage), DTYPES[dtype].itemsize).of(mode)
-            cells = _cells(Floor.of(works, limits, dtype), left_out)
-            table.add_row("" if i else op.name, str(stage), *cells)
-        table.end_section()
-    return table
-
-
-def _model(
-    parts: Sequence[Part], mode: str, limits: Limits, dtype: str, title: str, every: bool
-) -> FittedTable:
-    """The sum of every stage, and of all; every part, too, if asked for."""
-    names, blank, left_out = ("stage",), [], ("calls",)
-    if every:
-        names, blank, left_out = ("stage", "part"), [""], ()
-    table = _table(f"whole model, {title}", names, left_out)
-    whole = floor_of_parts(parts, mode, limits, dtype)
-    for name, members in groups_of(parts).items():
-        subtotal = floor_of_parts(members, mode, limits, dtype)
-        cells = _cells(subtotal, left_out, whole.seconds)
-        table.add_row(name, *blank, *cells, style="bold" if every else "")
-        for part in members if every else ():
-            floor = floor_of_parts([part], mode, limits, dtype)
-            table.add_row("", part.name, *_cells(floor, left_out, whole.seconds, part.count))
-    table.end_section()
-    cells = _cells(whole, left_out, whole.seconds)
-    table.add_row("whole model", *blank, *cells, style="bold")
-    return table
+    work, seconds = total(works), limits.floor(works, dtype)
+    return [
+        str(len(works)),
+        f"{work.bytes / 1e6:.4g}",
+        f"{work.flops / 1e9:.4g}",
+        f"{work.exps / 1e9:.3g}" if work.exps else "",
+        milliseconds(seconds),
+        f"{100 * seconds / whole:.1f} %" if whole else "",
+        limits.bound(works, dtype) if seconds else "",
+    ]
 
 
 def milliseconds(seconds: float) -> str:

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import importlib
 import itertools
 import json
 import statistics
@@ -35,6 +34,7 @@ from functools import partial
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -46,7 +46,7 @@ from benchmarks.cases.common.problem import Outputs, Shape
 from benchmarks.command import outputs
 from benchmarks.command.options import choose_device, names, to_path
 from benchmarks.command.table import FittedTable
-from benchmarks.measure.launches import kernel_stems
+from benchmarks.measure.launches import launching
 from benchmarks.measure.record import environment
 from benchmarks.measure.timing import call_in_mode
 from equiseg_fast import EQUISeg, use_backend
@@ -115,36 +115,22 @@ def chosen(ops: Sequence[str]) -> Sequence[str]:
 @contextmanager
 def _ready(device: torch.device) -> Iterator[None]:
     """Our backend, no garbage collection; without a GPU one thread, and launches of nothing."""
-    threads, collects, interpret = torch.get_num_threads(), gc.isenabled(), _backend.INTERPRET
     with ExitStack() as stack:
         stack.enter_context(use_backend("triton"))
-        stack.callback(torch.set_num_threads, threads)
-        stack.callback(setattr, _backend, "INTERPRET", interpret)
-        if collects:
+        stack.callback(torch.set_num_threads, torch.get_num_threads())
+        if gc.isenabled():
             stack.callback(gc.enable)
             gc.disable()
         if device.type != "cuda":
             torch.set_num_threads(1)
-            _backend.INTERPRET = True  # so that tensors on the CPU are taken for ours
-            h100 = {"launch": _nothing, "device_facts": lambda _: H100}
-            stack.enter_context(_replaced(h100))
+            # so that tensors on the CPU are taken for ours
+            stack.enter_context(patch.object(_backend, "INTERPRET", True))
+            stack.enter_context(launching(lambda _: _nothing, H100))
         yield
 
 
 def _nothing(*_: Any, **__: Any) -> None:
     """Instead of a launch."""
-
-
-@contextmanager
-def _replaced(functions: Mapping[str, Callable[..., Any]]) -> Iterator[None]:
-    """Functions that our launchers call, by name, in every file of kernels that has them."""
-    with ExitStack() as stack:
-        for stem in kernel_stems():
-            module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
-            for name in functions.keys() & vars(module).keys():
-                stack.callback(setattr, module, name, getattr(module, name))
-                setattr(module, name, functions[name])
-        yield
 
 
 def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime]:
@@ -156,7 +142,7 @@ def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime
         step()
     launchers: dict[str, Callable[[], Any]] = {}
     function = operations()[name].function if name in OPS else ""
-    single = captured.names == [f"{function}_fwd", f"{function}_bwd"]
+    single = [call.name for call in captured.calls] == [f"{function}_fwd", f"{function}_bwd"]
     if single:
         calls["choice"] = partial(_backend.resolve, function, None, device, **inputs)
         calls |= {f"floor {mode}": call for mode, call in _floors(captured, leaves).items()}
@@ -168,7 +154,7 @@ def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime
     times = _timed(calls | launchers, device, repeats)
     least = {call: min(t) for call, t in times.items()}
     if device.type == "cuda":
-        with _replaced({"launch": _nothing}):
+        with launching(lambda _: _nothing):
             arguments = _timed(launchers, device, repeats)
         least |= {f"{call} alone": min(t) for call, t in arguments.items()}
     middle = {call: statistics.median(times[call]) for call in (*MODES, "add")}
@@ -256,7 +242,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
     if args.out:
         outputs.writable_file(args.out)
     times = measure(device, args.op, args.repeats)
-    console.print(table(times))
+    table = FittedTable(COLUMNS, words=COLUMNS[:2], title=title(times))
+    for time in times:
+        table.add_row(*cells(time))
+    console.print(table)
     for mode in MODES:
         ratios = [time.ratio for time in times if time.mode == mode and time.op in OPS]
         if ratios:
@@ -264,14 +253,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
             shown = f"{min(ratios):.0f} to {max(ratios):.0f}, median {middle:.0f}"
             console.print(f"{mode}: {shown} times torch.add")
     if args.out:
-        content = {"schema": SCHEMA, "env": environment(device), "times": as_records(times)}
+        rows = [{**asdict(time), "ratio": time.ratio} for time in times]
+        content = {"schema": SCHEMA, "env": environment(device), "times": rows}
         outputs.write(args.out, json.dumps(content, indent=1) + "\n")
     return 0
-
-
-def as_records(times: Sequence[HostTime]) -> list[dict[str, Any]]:
-    """For JSON, with the ratio."""
-    return [{**asdict(time), "ratio": time.ratio} for time in times]
 
 
 def read(path: Path) -> list[HostTime]:
@@ -293,18 +278,8 @@ def cells(time: HostTime) -> tuple[str, ...]:
     """What `COLUMNS` say of it; all but the median are or come from the least times."""
     floor = "" if time.floor_us is None else f"{time.floor_us:.0f}"
     parts = ", ".join(f"{name} {us:.0f}" for name, us in time.parts.items())
-    return (
-        f"{time.op} {time.mode}", parts, f"{time.us:.0f}", f"{time.min_us:.0f}",
-        f"{time.ratio:.0f}", floor,
-    )  # fmt: skip
-
-
-def table(times: Sequence[HostTime]) -> FittedTable:
-    """A line per operation and mode."""
-    found = FittedTable(COLUMNS, words=COLUMNS[:2], title=title(times))
-    for time in times:
-        found.add_row(*cells(time))
-    return found
+    numbers = (f"{x:.0f}" for x in (time.us, time.min_us, time.ratio))
+    return (f"{time.op} {time.mode}", parts, *numbers, floor)
 
 
 # ---- what is called, and what the calls would cost at least --------------------------------------
@@ -324,10 +299,6 @@ class _Captured(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[_Call] = []
-
-    @property
-    def names(self) -> list[str]:
-        return [call.name for call in self.calls]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None

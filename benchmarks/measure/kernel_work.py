@@ -146,6 +146,8 @@ def stock(
         kind = "reduction"
     elif name in _COPIES and _reorders(read[-1], tensors_in(out)[0]):
         kind = "transposing copy"
+    elif name == "upsample_bilinear2d":
+        kind = "interpolation"
     elif name == "upsample_bilinear2d_backward":
         kind = "bilinear backward"
     return (Kernel(name, kind, size),)

@@ -19,7 +19,7 @@ from torch import Tensor
 from benchmarks.cases.common.cost import Limits, total
 from benchmarks.cases.common.op import DTYPES, unavailable
 from benchmarks.cases.common.problem import Problem, Unsupported
-from benchmarks.measure import memory, parity, timing
+from benchmarks.measure import launches, memory, parity, timing
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import UNTIMED, Record
 from benchmarks.measure.resume import Again, Journal, is_sticky
@@ -121,7 +121,7 @@ class Prepared:
         """The rotating sets of inputs: the one that was checked, and on a GPU more."""
         case, seed = self.case, self.runner.options.seed
         assert self.problem is not None
-        cost = case.op.cost(case.shape, DTYPES[case.dtype].itemsize)
+        cost = launches.cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize)
         sets = timing.input_sets(cost.fwd_bytes, self.runner.device)
         return [self.problem, *(self._build(seed + 1000 * i) for i in range(1, sets))]
 
@@ -231,7 +231,7 @@ class Prepared:
         for name, value in asdict(measured).items():
             setattr(row, name, value)
         row.noisy = measured.noisy
-        works = case.op.cost(case.shape, DTYPES[case.dtype].itemsize).of(mode)
+        works = launches.cost_of(case.op, case.shape, DTYPES[case.dtype].itemsize).of(mode)
         work, seconds = total(works), measured.p50_us / 1e6
         row.gbps, row.tflops = work.bytes / seconds / 1e9, work.flops / seconds / 1e12
         if limits is not None:

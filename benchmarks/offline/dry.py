@@ -25,10 +25,11 @@ import importlib
 import json
 import os
 import subprocess
+import sysconfig
 import tempfile
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -99,58 +100,19 @@ class Survey:
         return sum(b.hit for b in self.binaries.values())
 
 
-@dataclass(frozen=True)
-class Filled:
-    """What `fill` did: binaries found and compiled, seconds of wall time, what failed, in words."""
-
-    hits: int
-    misses: int
-    seconds: float
-    errors: tuple[str, ...]
-
-
-def fill(
-    cache: Path,
-    processes: int,
-    progress: Shown | None = None,
-    *,
-    what: Sequence[str] = ("visit",),
-    only: Sequence[str] = (),
-    arch: int = 90,
-    num_sms: int = 132,
-) -> Filled:
-    """Put all binaries of the programs into a folder that is, or will be, TRITON_CACHE_DIR.
-
-    What the folder has already, from wherever it came, is kept. what: keys of `WHAT`; only: names
-    of operations, empty for all. arch, num_sms: of the GPU.
-    """
-    start = perf_counter()
-    found = survey(
-        Order(tuple(what), arch, num_sms, only=tuple(only)),
-        cache,
-        processes,
-        progress,
-        inspect=False,
-    )
-    hits, wanted = found.hits, len(found.binaries)
-    return Filled(hits, wanted - hits, perf_counter() - start, tuple(found.errors))
-
-
 def survey(
-    order: Order,
-    cache: Path | None = None,
-    processes: int = 1,
-    progress: Shown | None = None,
-    *,
-    compiling: bool = True,
-    inspect: bool = True,
-) -> Survey:
-    """Drive the programs of `order` in `processes` children, then compile each binary once.
-
-    inspect: also check the limits of the device and read registers and spills.
-    """
+    order: Order, cache: Path | None = None, processes: int = 1, progress: Shown | None = None,
+    *, compiling: bool = True,
+) -> Survey:  # fmt: skip
+    """Drive the programs of `order` in `processes` children, then compile each binary once."""
     found = Survey(order)
-    shown = progress or (lambda text, done, total: None)
+
+    def results(jobs: Sequence[Any], doing: str) -> Iterator[Any]:
+        for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
+            if progress:
+                progress(f"sm_{order.arch}: {doing}", done, len(jobs))
+            yield job.result()
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(cache or temporary).absolute()
         folder.mkdir(parents=True, exist_ok=True)
@@ -159,20 +121,16 @@ def survey(
             wanted = list(order.programs())
             # Networks come last and take longest, so they start first.
             jobs = [pool.submit(trace, order, key) for key in reversed(wanted)]
-            for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                shown(f"sm_{order.arch}: binding", done, len(jobs))
-                job.result()
-            found.programs = [job.result() for job in reversed(jobs)]
+            traced = {(one.what, one.name): one for one in results(jobs, "binding")}
+            found.programs = [traced[key] for key in wanted]
             for program in found.programs:
                 found.binaries |= {b.key: b for b in program.binaries}
                 found.errors += [f"{program.name}: {error}" for error in program.errors]
             if compiling:
                 # Those with the largest tiles take longest, so they start first.
                 todo = sorted(found.binaries.values(), key=_tile, reverse=True)
-                jobs = [pool.submit(compile_binary, b, order, str(folder), inspect) for b in todo]
-                for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-                    shown(f"sm_{order.arch}: compiling", done, len(jobs))
-                    binary, error = job.result()
+                jobs = [pool.submit(compile_binary, b, order, str(folder)) for b in todo]
+                for binary, error in results(jobs, "compiling"):
                     found.binaries[binary.key] = binary
                     found.errors += [f"{binary.kernel} {binary.case}: {error}"] if error else []
         adopt(folder)
@@ -180,12 +138,7 @@ def survey(
 
 
 def _tile(binary: Binary) -> int:
-    names_ = list(binary.signature)
-    size = 1
-    for path, value in binary.constexprs.items():
-        if names_[path[0]].startswith("BLOCK"):
-            size *= value
-    return size
+    return prod(value for name, value in binary.constants.items() if name.startswith("BLOCK"))
 
 
 @functools.cache
@@ -203,9 +156,7 @@ def trace(order: Order, key: tuple[str, str]) -> Traced:
     return Traced(*key, device.binaries, device.launches.total(), device.errors)
 
 
-def compile_binary(
-    binary: Binary, order: Order, cache: str, inspect: bool = True
-) -> tuple[Binary, str]:
+def compile_binary(binary: Binary, order: Order, cache: str) -> tuple[Binary, str]:
     """The binary with its costs, and why it does not compile or fit, empty if it does.
 
     In a child of `resources.children`: as a first launch would, but for the launch.
@@ -217,12 +168,11 @@ def compile_binary(
     source = ASTSource(kernel, binary.signature, binary.constexprs, binary.attrs)
     with active_driver(DryDevice(order.arch, order.num_sms), cache) as active:
         target = active.get_current_target()
-
-        def compile_() -> Any:
-            return triton.compile(source, target=target, options=binary.options)
-
         try:
-            finish(binary, active, compile_, inspect)
+            finish(
+                binary, active,
+                lambda: triton.compile(source, target=target, options=binary.options),
+            )  # fmt: skip
             _build_launcher(source)
         except Exception as error:
             return binary, said(error)
@@ -249,18 +199,14 @@ def _build_launcher(source: Any) -> None:
     """
     from triton.backends.nvidia import driver
 
-    if not hasattr(driver, "make_launcher"):
-        return
-    _build_module(
-        "__triton_launcher", driver.make_launcher(source.constants, source.signature, None)
-    )
-    _build_module("cuda_utils", (Path(driver.dirname) / "driver.c").read_text())
+    if hasattr(driver, "make_launcher"):
+        launcher = driver.make_launcher(source.constants, source.signature, None)
+        _build_module("__triton_launcher", launcher)
+        _build_module("cuda_utils", (Path(driver.dirname) / "driver.c").read_text())
 
 
 def _build_module(name: str, text: str) -> None:
     """As Triton's `compile_module_from_src`, but not loaded: there may be no libcuda."""
-    import sysconfig
-
     from triton.backends.nvidia import driver
     from triton.runtime import build
     from triton.runtime.cache import get_cache_manager
@@ -339,16 +285,25 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
 
 def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) -> None:
-    arch = found.order.arch
+    arch, binaries = found.order.arch, found.binaries.values()
     console.print(_programs_table(found))
+    kernels = {b.kernel: [x for x in binaries if x.kernel == b.kernel] for b in binaries}
     if compiled:
-        console.print(_kernels_table(found.binaries.values()))
+        columns = ("binaries", "most registers", "most spilled", "most shared KiB", "seconds")
+        table = FittedTable(("kernel", *columns), words=("kernel",), spare=("seconds",))
+        for name, own in sorted(kernels.items()):
+            numbers = (
+                len(own), max(b.registers for b in own), max(b.spills for b in own),
+                f"{max(b.shared for b in own) / resources.KIB:.1f}",
+                f"{sum(b.seconds for b in own):.1f}",
+            )  # fmt: skip
+            table.add_row(name, *map(str, numbers))
+        console.print(table)
     for error in found.errors:
         console.print(f"sm_{arch}: {error}", markup=False, soft_wrap=True)
-    binaries = found.binaries.values()
     text = (
         f"sm_{arch}: {len(found.programs)} programs, {len(binaries)} binaries of "
-        f"{len({b.kernel for b in binaries})} kernels, {len(found.errors)} problems"
+        f"{len(kernels)} kernels, {len(found.errors)} problems"
     )
     if compiled:
         spent = sum(b.seconds for b in binaries if not b.hit)
@@ -367,28 +322,8 @@ def _programs_table(found: Survey) -> FittedTable:
         new = [b for b in program.binaries if b.key not in known]
         if program.what != "model" or not known:
             known |= {b.key for b in new}
-        if program.what == "awkward" and not program.errors:
-            continue
-        kernels = Counter(b.kernel for b in new)
-        table.add_row(
-            program.what, program.name, str(program.launches), str(len(program.binaries)),
-            str(len(new)), ", ".join(sorted(kernels)),
-        )  # fmt: skip
-    return table
-
-
-def _kernels_table(binaries: Iterable[Binary]) -> FittedTable:
-    columns = (
-        "kernel", "binaries", "most registers", "most spilled", "most shared KiB", "seconds",
-    )  # fmt: skip
-    table = FittedTable(columns, words=("kernel",), spare=("seconds",))
-    kernels: dict[str, list[Binary]] = {}
-    for binary in binaries:
-        kernels.setdefault(binary.kernel, []).append(binary)
-    for name, own in sorted(kernels.items()):
-        table.add_row(
-            name, str(len(own)), str(max(b.registers for b in own)),
-            str(max(b.spills for b in own)), f"{max(b.shared for b in own) / resources.KIB:.1f}",
-            f"{sum(b.seconds for b in own):.1f}",
-        )  # fmt: skip
+        if program.what != "awkward" or program.errors:
+            numbers = map(str, (program.launches, len(program.binaries), len(new)))
+            kernels = ", ".join(sorted({b.kernel for b in new}))
+            table.add_row(program.what, program.name, *numbers, kernels)
     return table

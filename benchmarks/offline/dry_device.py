@@ -28,10 +28,10 @@ from unittest.mock import patch
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from benchmarks.measure.launches import kernel_stems
+from benchmarks.command.options import kernel_stems
+from benchmarks.measure import launches
 from benchmarks.measure.resume import said
-from benchmarks.offline import meta, resources
-from equiseg_fast import use_backend
+from benchmarks.offline import resources
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS
 
@@ -72,6 +72,12 @@ class Binary:
         return self.function.strip("_").removesuffix("_kernel")
 
     @property
+    def constants(self) -> dict[str, Any]:
+        """By the names of the parameters."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constexprs.items()}
+
+    @property
     def unaligned(self) -> list[str]:
         """Pointers and integers that are no multiples of 16, where Triton asks."""
         names = list(self.signature)
@@ -81,13 +87,11 @@ class Binary:
     @property
     def case(self) -> str:
         """What tells it from the other binaries of its kernel, for people."""
-        names = list(self.signature)
-        values = {names[path[0]]: value for path, value in self.constexprs.items()}
         pointers = Counter(kind for kind in self.signature.values() if kind.startswith("*"))
         words = [f"{kind}x{n}" for kind, n in sorted(pointers.items())]
-        words += [f"{name}={value}" for name, value in values.items() if name.isupper()]
+        words += [f"{name}={value}" for name, value in self.constants.items() if name.isupper()]
         for label, found in (
-            ("constant", [n for n in values if not n.isupper()]),
+            ("constant", [n for n in self.constants if not n.isupper()]),
             ("i64", [n for n, kind in self.signature.items() if kind == "i64"]),
             ("unaligned", self.unaligned),
         ):
@@ -132,14 +136,13 @@ def refusal(kind: str, value: Any) -> str:
         if not hasattr(value, "data_ptr"):
             return f"{value!r} is no tensor"
         return "the tensor is on the CPU" if value.device.type == "cpu" else ""
-    if kind in ("fp16", "bf16", "fp32", "fp64", "f32"):
+    if kind.lstrip("b").startswith("f"):
         return "" if isinstance(value, int | float) else f"{value!r} is no number"
     if not isinstance(value, int):
         return f"{value!r} is no integer"
     bits = int(kind[1:])
-    low, high = (0, 2**bits) if kind[0] == "u" else (-(2 ** (bits - 1)), 2 ** (bits - 1))
-    if kind in ("i1", "u1"):
-        low, high = 0, 2
+    signed = kind[0] == "i" and bits > 1
+    low, high = (-(2 ** (bits - 1)), 2 ** (bits - 1)) if signed else (0, 2**bits)
     return "" if low <= value < high else f"{value} has more than {bits} bits"
 
 
@@ -219,10 +222,8 @@ def active_driver(device: DryDevice, cache: str | Path | None) -> Iterator[_Driv
             driver._active = before
 
 
-def finish(
-    binary: Binary, active: _Driver, compile_: Callable[[], Any], inspect: bool = True
-) -> None:
-    """Compile and note what it costs. inspect: also check it against the limits of the device."""
+def finish(binary: Binary, active: _Driver, compile_: Callable[[], Any]) -> None:
+    """Compile, note what it costs, and check it against the limits of the device."""
     import triton
 
     hits = []
@@ -233,9 +234,8 @@ def finish(
         compiled = compile_()
         binary.seconds, binary.hit = resources.cpu_seconds() - start, all(hits)
         binary.shared = compiled.metadata.shared
-        if inspect:
-            compiled._init_handles()
-            binary.registers, binary.spills = active.usage
+        compiled._init_handles()
+        binary.registers, binary.spills = active.usage
     finally:
         triton.knobs.compilation.listener = listener
 
@@ -286,19 +286,14 @@ def dry_device(
             return None
 
     run_, compile_ = JITFunction.run, JITFunction._do_compile
-    modules = [
-        importlib.import_module(f"equiseg_fast.kernels.{stem}")
-        for stem in ("_common", *kernel_stems())
-    ]
-    with (
-        active_driver(device, cache) as active,
-        patch.object(JITFunction, "run", run),
-        patch.object(JITFunction, "_do_compile", do_compile),
-        contextlib.ExitStack() as stack,
-    ):
-        for module in modules:
+    with contextlib.ExitStack() as stack:
+        active = stack.enter_context(active_driver(device, cache))
+        stack.enter_context(patch.object(JITFunction, "run", run))
+        stack.enter_context(patch.object(JITFunction, "_do_compile", do_compile))
+        for stem in ("_common", *kernel_stems()):
+            module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
             if hasattr(module, "device_facts"):
-                facts = patch.object(module, "device_facts", lambda device: (arch, num_sms))
+                facts = patch.object(module, "device_facts", lambda _: (arch, num_sms))
                 stack.enter_context(facts)
         try:
             yield device
@@ -312,30 +307,15 @@ class _LookInside(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func.namespace == "equiseg_fast":
-            return LAUNCHERS[func.overloadpacket.__name__](*args, **(kwargs or {}))
+            func = LAUNCHERS[func.overloadpacket.__name__]
         return func(*args, **(kwargs or {}))
 
 
 @contextlib.contextmanager
 def on_meta(autocast: torch.dtype | None = None, backend: str = "triton") -> Iterator[None]:
-    """`meta.on_meta`, where operations of equiseg_fast take tensors for those of a GPU.
+    """`launches.on_meta`, where operations of equiseg_fast take tensors for those of a GPU.
 
     autocast: as `torch.autocast("cuda", dtype)` would. backend: as in `use_backend`.
     """
-
-    def resolve(op: str, requested: str | None, device: Any, *args: Any, **kwargs: Any) -> str:
-        choice = _backend.current() if requested is None else requested
-        if choice not in ("auto", "triton"):
-            return choice
-        reasons = [r for r in _backend._REASONS[op](*args, **kwargs) if "tensors are on" not in r]
-        if choice == "triton" and reasons:
-            raise ValueError(f"backend 'triton' cannot run {op}: " + "; ".join(reasons))
-        return "torch" if reasons else "triton"
-
-    with (
-        meta.on_meta(autocast),
-        patch.object(_backend, "resolve", resolve),
-        use_backend(backend),
-        _LookInside(),
-    ):
+    with launches.on_meta(autocast), launches.as_on_gpu(backend), _LookInside():
         yield

@@ -4,7 +4,7 @@ All on meta tensors: the full size takes no memory and little time."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -14,11 +14,11 @@ import torch
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Shape
+from benchmarks.measure import launches
+from benchmarks.measure.launches import META, run_case
 from benchmarks.measure.plan import Case, Options, plan
-from benchmarks.measure.timing import call_in_mode
-from benchmarks.offline import exercise, meta
+from benchmarks.offline import exercise
 from benchmarks.offline.dry_device import on_meta
-from benchmarks.offline.meta import META
 from equiseg_fast import EQUISeg, ops
 
 Program = Callable[[], None]
@@ -43,7 +43,7 @@ class Model:
 
     def run(self) -> None:
         names = [f"m{i}" for i in range(self.modalities)]
-        with meta.on_meta():
+        with launches.on_meta():
             model = EQUISeg.from_name(
                 self.variant, modalities=names, num_classes=self.classes, drop_path=0.0
             )
@@ -88,15 +88,11 @@ def model_programs(base: Model) -> Iterator[tuple[str, Program]]:
 
 
 def _case(case: Case) -> None:
-    whole = case.op.scope != "operation"  # parameters in fp32, autocast where it is half precision
     dtype = DTYPES[case.dtype]
-    autocast = dtype if whole and dtype != torch.float32 else None
-    with meta.on_meta():
-        problem = case.op.build(case.shape, torch.float32 if whole else dtype, META, 0)
-    leaves = list(problem.leaves.values())
-    with on_meta(autocast, backend="auto"):
+    with on_meta(None if case.op.scope == "operation" else dtype, backend="auto"):
         for mode in case.modes:
-            call_in_mode(problem.calls["triton"], leaves, mode)()
+            with torch.set_grad_enabled(mode != "fwd"):
+                run_case(case.op, case.shape, dtype, "triton", mode in ("bwd", "step"))
 
 
 def core_programs(only: Sequence[str] = ()) -> Iterator[tuple[str, Program]]:
@@ -124,113 +120,79 @@ def visit_programs(only: Sequence[str] = ()) -> Iterator[tuple[str, Program]]:
                 )
 
 
-def _awkward(function: Any, *shapes: tuple[int, ...], **how: Any) -> Program:
+def _awkward(
+    function: Any, shapes: Sequence[tuple[int, ...]], how: Mapping[str, Any], dtype: torch.dtype,
+    offset: int, wide: int | None = None, pitch: int | None = None,
+) -> None:  # fmt: skip
     """Forward and backward on inputs of these shapes.
 
     dtype: of the inputs, but for the one at position `wide`, which is fp32. offset: elements before
     the first, so that an odd one makes every address unaligned. pitch: stride of the first
     dimension of the first input.
     """
-    dtype, offset, wide = how.pop("dtype"), how.pop("offset"), how.pop("wide", None)
-    pitch = how.pop("pitch", None)
-
-    def leaf(i: int, shape: tuple[int, ...]) -> torch.Tensor:
-        like = torch.float32 if i == wide else dtype
+    leaves = []
+    for i, shape in enumerate(shapes):
+        like = {"dtype": torch.float32 if i == wide else dtype, "device": META}
+        x = torch.empty(offset + torch.Size(shape).numel(), **like)[offset:].view(shape)
         if pitch is not None and i == 0:
-            rest = torch.empty(shape, device=META).stride()[1:]
-            return torch.empty_strided(shape, (pitch, *rest), dtype=like, device=META)
-        return torch.empty(offset + torch.Size(shape).numel(), dtype=like, device=META)[
-            offset:
-        ].view(shape)
-
-    def run() -> None:
-        leaves = [leaf(i, shape).requires_grad_() for i, shape in enumerate(shapes)]
-        with on_meta():
-            found = function(*leaves, backend="triton", **how)
-            found = [x for x in (found if isinstance(found, tuple) else (found,))]
-            outputs = [x for x in found if x.requires_grad]
-            torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs])
-
-    return run
+            x = torch.empty_strided(shape, (pitch, *x.stride()[1:]), **like)
+        leaves.append(x.requires_grad_())
+    with on_meta():
+        found = function(*leaves, backend="triton", **how)
+        outputs = [x for x in (found if isinstance(found, tuple) else (found,)) if x.requires_grad]
+        torch.autograd.grad(outputs, leaves, [torch.empty_like(x) for x in outputs])
 
 
-def _awkward_programs(dtype: torch.dtype, offset: int) -> Iterator[tuple[str, Program]]:
-    make = partial(partial, _awkward, dtype=dtype, offset=offset)
+Inputs = tuple[Any, Sequence[tuple[int, ...]], dict[str, Any]]
+"""A function, the shapes of its differentiable inputs, and what else it gets (`wide` and `pitch`
+are for `_awkward`)."""
 
-    def step(function: Any, *shapes: tuple[int, ...], **how: Any) -> Program:
-        return make()(function, *shapes, **how)
+
+def _awkward_inputs() -> Iterator[tuple[str, Inputs]]:
+    far = 2**31 + 16
+
+    def zeros(*size: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(size, dtype=dtype, device=META)
 
     for b, lq, lk, h, d in (
         (1, 1, 1, 1, 32), (2, 33, 17, 3, 1), (4, 153, 8, 5, 40), (4, 300, 77, 2, 64),
         (4, 300, 77, 2, 127), (4, 300, 77, 2, 128),
     ):  # fmt: skip
-        yield (
-            f"attention B{b} Lq{lq} Lk{lk} H{h} D{d}",
-            step(
-                ops.attention,
-                (b, lq, h, d),
-                (b, lk, h, d),
-                (b, lk, h, d),
-                scale=1.0,
-                return_lse=True,
-            ),
-        )
-    far = 2**31 + 16
-    yield (
-        "attention far apart",
-        step(ops.attention, (2, 300, 2, 64), (2, 77, 2, 64), (2, 77, 2, 64), pitch=far),
-    )
+        shapes = ((b, lq, h, d), *2 * ((b, lk, h, d),))
+        how = {"scale": 1.0, "return_lse": True}
+        yield f"attention B{b} Lq{lq} Lk{lk} H{h} D{d}", (ops.attention, shapes, how)
+    shapes = ((2, 300, 2, 64), *2 * ((2, 77, 2, 64),))
+    yield "attention far apart", (ops.attention, shapes, {"pitch": far})
     for b, h, w, c in ((1, 1, 1, 1), (2, 17, 9, 33), (1, 17, 9, 64), (2, 3, 3, 160)):
         tokens, size = (b, h * w, c), {"height": h, "width": w}
         for op, side in ((ops.depthwise_conv_gelu, 3), (ops.pooling_mixer, 7)):
-            pitches = {"": {}, " far apart": {"pitch": far}} if (b, c) == (2, 33) else {"": {}}
-            for how, pitch in pitches.items():
-                yield (
-                    f"{op.__name__} {tokens}{how}",
-                    step(op, tokens, (c, 1, side, side), (c,), **size, **pitch),
-                )
-        for m, absent in ((1, False), (3, True), (8, False)):
-            present = torch.ones(m, b, dtype=torch.bool, device=META) if absent else None
-            nets = ((m, c, 3, 3), (m, c), (m, c), (m,))
-            yield (
-                f"query_hub M{m} {tokens}",
-                step(ops.query_hub, (m, *tokens), *nets, present=present, **size),
-            )
-            yield (
-                f"guided_gate M{m} {tokens}",
-                step(ops.guided_gate, (m, *tokens), (m, b, c), wide=1, present=present, rho=1.0),
-            )
+            inputs = (tokens, (c, 1, side, side), (c,))
+            yield f"{op.__name__} {tokens}", (op, inputs, size)
+            if c == 33:
+                yield f"{op.__name__} {tokens} far apart", (op, inputs, size | {"pitch": far})
+        for m, masked in ((1, False), (3, True), (8, False)):
+            present = {
+                "present": torch.ones(m, b, dtype=torch.bool, device=META) if masked else None
+            }
+            hubs = ((m, *tokens), (m, c, 3, 3), (m, c), (m, c), (m,))
+            yield f"query_hub M{m} {tokens}", (ops.query_hub, hubs, size | present)
+            gate = ((m, *tokens), (m, b, c))
+            how = {"wide": 1, "rho": 1.0} | present
+            yield f"guided_gate M{m} {tokens}", (ops.guided_gate, gate, how)
         for k, kind in (
             (1, torch.int64), (25, torch.int64), (150, torch.int32), (256, torch.uint8),
         ):  # fmt: skip
-            labels = torch.zeros(b, 4 * h, 4 * w, dtype=kind, device=META)
-            yield (
-                f"class_prototypes K{k} {tokens}",
-                step(ops.class_prototypes, (2, *tokens), labels=labels, num_classes=k, **size),
-            )
-            yield f"upsample_cross_entropy K{k} {tokens}", step(
-                ops.upsample_cross_entropy, (b, k, h, w),
-                labels=torch.zeros(b, 65, 33, dtype=kind, device=META),
-            )  # fmt: skip
+            how = {"labels": zeros(b, 4 * h, 4 * w, dtype=kind), "num_classes": k} | size
+            yield f"class_prototypes K{k} {tokens}", (ops.class_prototypes, ((2, *tokens),), how)
+            how = {"labels": zeros(b, 65, 33, dtype=kind)}
+            loss = (ops.upsample_cross_entropy, ((b, k, h, w),), how)
+            yield f"upsample_cross_entropy K{k} {tokens}", loss
     for c in (129, 1024):
-        yield (
-            f"query_hub M4 C{c}",
-            step(
-                ops.query_hub,
-                (4, 1, 153, c),
-                (4, c, 3, 3),
-                (4, c),
-                (4, c),
-                (4,),
-                height=17,
-                width=9,
-            ),
-        )
+        shapes = ((4, 1, 153, c), (4, c, 3, 3), (4, c), (4, c), (4,))
+        yield f"query_hub M4 C{c}", (ops.query_hub, shapes, {"height": 17, "width": 9})
     for c in (1, 33, 160, 512, 4095, 4096):
-        yield (
-            f"add_layer_norm C{c}",
-            step(ops.add_layer_norm, (2, 17, c), (2, 17, c), (c,), (c,), eps=1.0),
-        )
+        shapes = ((2, 17, c), (2, 17, c), (c,), (c,))
+        yield f"add_layer_norm C{c}", (ops.add_layer_norm, shapes, {"eps": 1.0})
 
 
 def awkward_programs(only: Sequence[str] = ()) -> Iterator[tuple[str, Program]]:
@@ -238,8 +200,11 @@ def awkward_programs(only: Sequence[str] = ()) -> Iterator[tuple[str, Program]]:
     multiple of 16 bytes ("x[1:]"), strides over 2^31. `only`: names of functions."""
     for name, dtype in DTYPES.items():
         for offset in (0, 1):
-            for label, program in _awkward_programs(dtype, offset):
-                if not only or label.split()[0] in only:
+            for label, (function, shapes, given) in _awkward_inputs():
+                how = dict(given)
+                special = {name: how.pop(name, None) for name in ("wide", "pitch")}
+                if not only or function.__name__ in only:
+                    program = partial(_awkward, function, shapes, how, dtype, offset, **special)
                     yield f"{label} {name}" + " x[1:]" * offset, program
 
 
@@ -255,8 +220,5 @@ def programs(what: str, base: Model, only: Sequence[str] = ()) -> dict[str, Prog
     """The programs of a key of `WHAT`, by name."""
     if what == "model":
         return dict(model_programs(base))
-    if what == "core":
-        return dict(core_programs(only))
-    if what == "awkward":
-        return dict(awkward_programs(only))
-    return dict(visit_programs(only))
+    made = {"core": core_programs, "awkward": awkward_programs, "visit": visit_programs}
+    return dict(made[what](only))

@@ -37,7 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.command import outputs
-from benchmarks.measure.launches import kernel_stems
+from benchmarks.command.options import kernel_stems
 
 KIB = 1024
 ARCHS = (80, 89, 90, 100, 120)

@@ -210,7 +210,9 @@ def _operation(op: str, rows: Sequence[Record]) -> list[str]:
     if declared is not None and declared.scope == "operation":
         minimum = f"Minimum: {declared.formula}."
     elif declared is not None:
-        minimum = f"{declared.formula}. Minimum: that of its parts, one after the other."
+        minimum = (
+            f"{declared.formula}. Minimum: that of its calls, as counted, one after the other."
+        )
     return [minimum, _table(rows), _bullets(skipped(rows))]
 
 

@@ -1,1 +1,1 @@
-"""One command for a short visit to a GPU machine: its steps, their time, and what came of them."""
+"""One command for a short visit to a GPU machine: its tasks, their time, and what came of them."""

@@ -15,8 +15,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +23,8 @@ from benchmarks.measure.resume import AGAIN, drop_half_a_line, is_sticky
 
 if TYPE_CHECKING:
     import pytest
+
+LATE = ("opcheck", "export", "compile", "reduce_overhead")
 
 
 @dataclass
@@ -54,75 +54,55 @@ class Outcomes:
         found.started = [test for test in started if test not in found.ended]
         return found
 
-    def counts(self) -> Counter[str]:
-        return Counter(line["outcome"] for line in self.ended.values())
-
-
-def merged(paths: Iterable[Path]) -> Outcomes:
-    """Several files as one."""
-    whole = Outcomes()
-    for found in map(Outcomes.read, paths):
-        whole.ended |= found.ended
-        whole.started += found.started
-        whole.device = whole.device or found.device
-    return whole
-
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--outcomes", type=Path, help="file that keeps the outcome of every test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if hasattr(config, "workerinput"):
-        before = Outcomes({test: {} for test in config.workerinput["ended"]})
-        before.started = config.workerinput["started"]
-        config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
-        config.pluginmanager.register(_Worker(), "outcomes-worker")
+    plugins: list[Any] = []
+    if before := getattr(config, "workerinput", {}).get("outcomes"):
+        plugins = [_Chooser(*before), _Worker()]
     elif path := config.getoption("outcomes"):
-        before = Outcomes.read(path)
-        config.pluginmanager.register(_Chooser(before), "outcomes-chooser")
+        found = Outcomes.read(path)
         alone = not config.getoption("numprocesses", None)
-        config.pluginmanager.register(_Writer(path, alone), "outcomes-writer")
+        chosen = list(found.ended), found.started
+        plugins = [_Chooser(*chosen), _Writer(path, alone)]
         if config.pluginmanager.hasplugin("xdist"):
-            config.pluginmanager.register(_Sharer(before), "outcomes-sharer")
-
-
-LATE = ("opcheck", "export", "compile", "reduce_overhead")
-
-
-def _urgency(test: str) -> int:
-    return 2 if any(word in test for word in LATE) else "::TestParity::" not in test
+            plugins.append(_Sharer(chosen))
+    for plugin in plugins:
+        config.pluginmanager.register(plugin)
 
 
 class _Chooser:
     """Which tests are left to be run, in which order."""
 
-    def __init__(self, before: Outcomes) -> None:
-        self.before = before
+    def __init__(self, ended: list[str], started: list[str]) -> None:
+        self.ended, self.started = {*ended}, {*started}
 
     def pytest_collection_modifyitems(self, config: pytest.Config, items: list[Any]) -> None:
-        ended = [item for item in items if item.nodeid in self.before.ended]
-        config.hook.pytest_deselected(items=ended)
-        left = [item for item in items if item.nodeid not in self.before.ended]
-        started = set(self.before.started)
-        items[:] = sorted(left, key=lambda x: (x.nodeid in started, _urgency(x.nodeid)))
+        config.hook.pytest_deselected(items=[x for x in items if x.nodeid in self.ended])
+        left = [item for item in items if item.nodeid not in self.ended]
+        items[:] = sorted(left, key=lambda x: (x.nodeid in self.started, self._urgency(x.nodeid)))
+
+    def _urgency(self, test: str) -> int:
+        return 2 if any(word in test for word in LATE) else "::TestParity::" not in test
 
 
 class _Sharer:
     """Tells the processes of pytest-xdist what has ended: all must choose the same."""
 
-    def __init__(self, before: Outcomes) -> None:
+    def __init__(self, before: tuple[list[str], list[str]]) -> None:
         self.before = before
 
     def pytest_configure_node(self, node: Any) -> None:
-        node.workerinput |= {"ended": list(self.before.ended), "started": self.before.started}
+        node.workerinput["outcomes"] = self.before
 
 
 class _Worker:
     """One process of pytest-xdist: it ends after an error of the device, and another is started."""
 
-    def __init__(self) -> None:
-        self.broken = False
+    broken = False
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         self.broken |= report.failed and is_sticky(report.longreprtext)
@@ -136,50 +116,42 @@ class _Writer:
     """alone: whether the tests run in this process, which an error of the device ends."""
 
     def __init__(self, path: Path, alone: bool) -> None:
-        self.path = path
-        self.alone = alone
+        import torch
+
+        self.path, self.alone = path, alone
         self.sticky: set[str] = set()
         if path.is_file():
             drop_half_a_line(path)
-        self._write(device=_device())
+        where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
+        interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+        self._write(device=f"{where}, {'interpreted' if interpreted else 'compiled'}")
 
     def pytest_sessionfinish(self, session: pytest.Session, exitstatus: int) -> None:
-        counts = Outcomes.read(self.path).counts()
-        if exitstatus in (0, 5) and counts:  # all has passed here, or no test was left
-            session.exitstatus = int(counts["failed"] > 0)
+        ended = Outcomes.read(self.path).ended.values()
+        if exitstatus in (0, 5) and ended:  # all has passed here, or no test was left
+            session.exitstatus = int(any(line["outcome"] == "failed" for line in ended))
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self._write(test=nodeid)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.when != "call" and report.passed:
+        # Of a test whose process has ended it is known already, and why.
+        if (report.when != "call" and report.passed) or report.nodeid in self.sticky:
             return
-        if report.nodeid in self.sticky:
-            return  # that its process has ended is known, and why
         self._write(
             test=report.nodeid, outcome=report.outcome, seconds=round(report.duration, 2),
             reason=_reason(report),
         )  # fmt: skip
-        if not (report.failed and is_sticky(report.longreprtext)):
-            return
-        self.sticky.add(report.nodeid)
-        if self.alone:
-            import pytest  # who only reads outcomes may do without
+        if report.failed and is_sticky(report.longreprtext):
+            self.sticky.add(report.nodeid)
+            if self.alone:
+                import pytest  # who only reads outcomes may do without
 
-            pytest.exit("the device is in error; to be run again", returncode=AGAIN)
+                pytest.exit("the device is in error; to be run again", returncode=AGAIN)
 
     def _write(self, **values: Any) -> None:
         with self.path.open("a") as file:
             file.write(json.dumps(values) + "\n")
-
-
-def _device() -> str:
-    """Where kernels run in these tests: the name of the GPU, or the interpreter."""
-    import torch
-
-    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else "the CPU"
-    return f"{where}, {'interpreted' if interpreted else 'compiled'}"
 
 
 def _reason(report: pytest.TestReport) -> str:

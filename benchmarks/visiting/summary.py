@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,94 +18,149 @@ from benchmarks.machines import judgement
 from benchmarks.measure import host, record
 from benchmarks.measure.record import Key, Record
 from benchmarks.reporting.analysis import contests, grouped
-from benchmarks.visiting.budget import State, Step, Task
-from benchmarks.visiting.outcomes import merged
-from benchmarks.visiting.steps import ENVIRONMENT
+from benchmarks.visiting.outcomes import Outcomes
+from benchmarks.visiting.tasks import RUNS, Task
 
-RUNS = ("headline", "operations", "compilers")
-"""Folders of records; of one measurement the first that has numbers counts."""
-
-
-def failed(state: State, task: Task) -> bool:
-    return state.of(task).get("state") == "done" and state.of(task).get("rc") != 0
+States = Mapping[str, Mapping[str, Any]]
+"""What became of tasks, by name; see `visit.State`."""
 
 
-def unfinished(state: State, task: Task) -> bool:
-    return state.of(task).get("state") in ("cut off", "not started", "running")
+def failed(values: Mapping[str, Any]) -> bool:
+    """Whether a task ended by itself, and badly."""
+    return values.get("state") == "done" and values.get("rc") != 0
 
 
-def brought(step: Step, state: State, folder: Path) -> str:
-    """What a step has brought, in words; empty if nothing."""
-    if step.name in OUTCOMES:
-        return OUTCOMES[step.name](step.tasks, folder)
+def brought(task: Task, values: Mapping[str, Any], folder: Path) -> str:
+    """What a task has brought, in words; empty if nothing."""
+    if task.name.startswith("parity/"):
+        found = Outcomes.read(folder / f"{task.name}.jsonl")
+        counts = Counter(line["outcome"] for line in found.ended.values())
+        shown = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
+        late = f", {len(found.started)} under way" if found.started else ""
+        return f"{shown}{late} on {found.device}" if counts else ""
+    if task.name in RUNS:
+        rows = _measured(folder / task.name)
+        counts = Counter(row.status if row.final else "not timed" for row in rows)
+        wrong = {f"{r.op} {r.provider}: {r.status}" for r in rows if _wrong(r)}
+        return "; ".join([*(f"{n} {status}" for status, n in counts.items()), *sorted(wrong)])
+    if task.name == "prepare/environment":
+        env = _environment(folder)
+        return env and "{device}, torch {torch}, triton {triton}, python {python}".format(**env)
+    if task.name == "report":
+        made = [p for p in (folder / "results").rglob("*") if p.suffix in (".md", ".html", ".png")]
+        return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
+    lines = _log(task, folder)
+    if said := [line for line in lines if "SUMMARY: " in line]:
+        return said[-1].partition("SUMMARY: ")[2]
     # The last line of what has failed or was cut off is no result.
-    return _last_lines([t for t in step.tasks if state.of(t).get("rc") == 0], folder)
+    return "".join(lines[-1:]) if values.get("rc") == 0 else ""
 
 
-def _rows(planned: Sequence[Step], state: State, folder: Path) -> list[tuple[str, str, str, str]]:
-    """(step, state, seconds, what came out)."""
-    rows = []
-    for step in planned:
-        found = [state.of(task) for task in step.tasks]
-        states = Counter(
-            "failed" if failed(state, task) else state.of(task).get("state", "waiting")
-            for task in step.tasks
-        )
-        shown = ", ".join(f"{n} {s}" if len(step.tasks) > 1 else s for s, n in states.items())
-        seconds = sum(values.get("seconds", 0.0) for values in found)
-        reasons = [values["reason"] for values in found if "reason" in values]
-        bad = _last_lines([task for task in step.tasks if failed(state, task)], folder)
-        what = [*reasons, brought(step, state, folder), bad and f"failed: {bad}"]
-        out = step.impossible or "; ".join(filter(None, what))
-        rows.append((step.name, shown, f"{seconds:.0f}", out))
-    return rows
+def _wrong(row: Record) -> bool:
+    return row.status in ("incorrect", "error", "oom")
 
 
-def table(planned: Sequence[Step], state: State, folder: Path) -> FittedTable:
-    columns = ("step", "state", "seconds", "what came out")
-    whole = FittedTable(columns, words=("step", "state", "what came out"))
-    for step, shown, seconds, out in _rows(planned, state, folder):
-        style = "red" if "failed" in shown else "yellow" if "cut off" in shown else ""
-        whole.add_row(step, shown, seconds, escape(out), style=style)
+def _log(task: Task, folder: Path) -> list[str]:
+    path = folder / task.log
+    text = path.read_text(errors="replace") if path.is_file() else ""
+    return [line.strip() for line in text.split("\n") if line.strip()]
+
+
+COLUMNS = ("task", "state", "exit status", "seconds", "what came out")
+
+
+def _rows(tasks: Sequence[Task], states: States, folder: Path) -> Iterator[tuple[str, ...]]:
+    for task in tasks:
+        values = states.get(task.name, {})
+        bad = "".join(_log(task, folder)[-1:]) if failed(values) else ""
+        out = [values.get("reason"), brought(task, values, folder), bad and f"failed: {bad}"]
+        state = "failed" if failed(values) else values.get("state", "waiting")
+        rc, seconds = (str(values.get(name, "")) for name in ("rc", "seconds"))
+        yield task.name, state, rc, seconds, "; ".join(filter(None, out))
+
+
+def table(tasks: Sequence[Task], states: States, folder: Path) -> FittedTable:
+    whole = FittedTable(COLUMNS, words=(*COLUMNS[:2], COLUMNS[4]), spare=("exit status",))
+    for *cells, out in _rows(tasks, states, folder):
+        style = {"failed": "red", "cut off": "yellow"}.get(cells[1], "")
+        whole.add_row(*cells, escape(out), style=style)
     return whole
 
 
-def write_summary(planned: Sequence[Step], state: State, folder: Path) -> None:
+def write_summary(tasks: Sequence[Task], states: States, folder: Path) -> None:
     """`summary.md`, and all records in the folder `results`, for `report` and `compare`."""
     records = merge(folder)
-    lines = ["# Visit", "", _environment(folder) or "no environment yet", ""]
-    lines += ["| step | state | seconds | what came out |", "|---|---|--:|---|"]
-    lines += [f"| {' | '.join(row)} |" for row in _rows(planned, state, folder)]
-    lines += _networks(records)
-    lines += _operations(records)
+    lines = ["# Visit", "", *_markdown(COLUMNS, _rows(tasks, states, folder))]
+    networks, single = (
+        [r for r in records if (operations()[r.op].scope == "operation") is small]
+        for small in (False, True)
+    )
+    if networks:
+        lines += ["", "## Networks", ""]
+        lines += [
+            "Milliseconds: by replays of a CUDA graph, and by events around single calls, launches",
+            "included (on a CPU by wall clock). Ratios are within one method.",
+            "",
+            *_markdown(NETWORK, _networks(networks)),
+        ]
+    if found := contests(single):
+        rows = [
+            (c.label, c.other.provider, milliseconds(c.other.p50_us), c.ours.provider,
+             milliseconds(c.ours.p50_us), times(c.ratio) if c.clear else f"({times(c.ratio)})")
+            for c in found
+        ]  # fmt: skip
+        columns = ("case", "strongest other", "ms", "ours", "ms", "ratio")
+        lines += ["", "## Operations", "", *_markdown(columns, rows)]
     if records:
-        comparison = judgement.compare(records, _device(folder))
+        comparison = judgement.compare(records, _environment(folder).get("device", ""))
         lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
-    lines += _host(folder)
+    if (folder / host.FILE).is_file():
+        measured = host.read(folder / host.FILE)
+        lines += ["", f"## {host.title(measured)}", ""]
+        lines += _markdown(host.COLUMNS, map(host.cells, measured))
     lines += _trouble(records, folder)
-    lines += ["", "## Commands", ""]
-    lines += ["| command | state | exit status | seconds | log |", "|---|---|--:|--:|---|"]
-    for step in planned:
-        for task in step.tasks:
-            values = state.of(task)
-            cells = [str(values.get(name, "")) for name in ("state", "rc", "seconds")]
-            lines.append(f"| {task.name} | {' | '.join(cells)} | {task.output} |")
     # It is read elsewhere: what commands said of files is said relative to the folder.
     text = "\n".join(lines).replace(f"{folder}/", "") + "\n"
     (folder / "summary.md").write_text(text)
 
 
+def _markdown(columns: Sequence[str], rows: Any) -> list[str]:
+    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
+    return lines + [f"| {' | '.join(row)} |" for row in rows]
+
+
+NETWORK = ("case", "provider", "graph", "events", "eager / this", "peak MiB", "saved MiB", "note")
+
+
+def _networks(records: Sequence[Record]) -> Iterator[tuple[str, ...]]:
+    """Provider by provider: both ways of timing, and memory."""
+    for group in grouped(records):
+        base = next((r for r in group if r.provider == "baseline"), None)
+        for row in (r for r in group if r.status != "unsupported"):
+            uncaptured = f"no graph: {row.uncaptured}" if row.uncaptured else ""
+            ratio = ""
+            for name in ("p50_us", "events_us", "graph_us"):  # the last that both have
+                if base and getattr(base, name) and getattr(row, name):
+                    ratio = times(getattr(base, name) / getattr(row, name))
+            yield (
+                f"{row.op} {row.mode} {row.shape.label} {row.dtype}", row.provider,
+                milliseconds(row.graph_us), milliseconds(row.events_us or row.p50_us), ratio,
+                significant(row.peak_mib), significant(row.saved_mib),
+                "; ".join(filter(None, [row.reason, uncaptured])),
+            )  # fmt: skip
+
+
 def merge(folder: Path) -> list[Record]:
     """The records of all runs, also written to the folder `results`."""
     best: dict[Key, Record] = {}
-    env = None
+    env = ""
     for name in RUNS:
         for row in _measured(folder / name):
             known = best.get(row.key)
             if known is None or (known.p50_us is None and row.p50_us is not None):
                 best[row.key] = row
         path = folder / name / "env.json"
-        env = env or (path.read_text() if path.is_file() else None)
+        env = env or (path.read_text() if path.is_file() else "")
     if best and env:
         (folder / "results").mkdir(exist_ok=True)
         if (folder / host.FILE).is_file():
@@ -119,156 +174,30 @@ def _measured(folder: Path) -> list[Record]:
     return record.read_jsonl(folder) if (folder / "results.jsonl").is_file() else []
 
 
-def _device(folder: Path) -> str:
-    return _json(folder / ENVIRONMENT).get("device", "")
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """The object in a file, whatever warnings were printed around it; empty if none."""
+def _environment(folder: Path) -> dict[str, Any]:
+    """What `env` has printed, whatever warnings were printed around it; empty if nothing."""
     try:
-        text = path.read_text()
-        return json.JSONDecoder().raw_decode(text[text.index("{") :])[0]
-    except (OSError, ValueError):
+        text = (folder / "logs" / "prepare-environment.log").read_text()
+        return json.JSONDecoder().raw_decode(text[re.search(r"^\{", text, re.M).start() :])[0]  # type: ignore[union-attr]
+    except (OSError, ValueError, AttributeError):
         return {}
-
-
-def _environment(folder: Path) -> str:
-    env = _json(folder / ENVIRONMENT)
-    if not env:
-        return ""
-    triton = env["triton"] or "not installed"
-    return f"{env['device']}, torch {env['torch']}, triton {triton}, python {env['python']}"
-
-
-def _networks(records: Sequence[Record]) -> Iterator[str]:
-    """Whole networks, provider by provider: both ways of timing, and memory."""
-    groups = [g for g in grouped(records) if operations()[g[0].op].scope != "operation"]
-    if not groups:
-        return
-    yield from ("", "## Networks", "")
-    yield "Milliseconds: by replays of a CUDA graph, and by events around"
-    yield "single calls, launches included (on a CPU by wall clock). Ratios are within one method."
-    yield ""
-    yield "| case | provider | graph | events | eager / this | peak MiB | saved MiB | note |"
-    yield "|---|---|--:|--:|--:|--:|--:|---|"
-    for group in groups:
-        base = next((r for r in group if r.provider == "baseline"), None)
-        for row in group:
-            if row.status == "unsupported":
-                continue
-            note = "; ".join(filter(None, [row.reason, _no_graph(row)]))
-            yield (
-                f"| {row.op} {row.mode} {row.shape.label} {row.dtype} | {row.provider} "
-                f"| {milliseconds(row.graph_us)} | {milliseconds(row.events_us or row.p50_us)} "
-                f"| {_ratio(base, row)} | {significant(row.peak_mib)} "
-                f"| {significant(row.saved_mib)} | {note} |"
-            )
-
-
-def _no_graph(row: Record) -> str:
-    return f"no graph: {row.uncaptured}" if row.uncaptured else ""
-
-
-def _ratio(base: Record | None, row: Record) -> str:
-    """Of graphs where both have one, else of events."""
-    if base is None:
-        return ""
-    for name in ("graph_us", "events_us", "p50_us"):
-        one, other = getattr(base, name), getattr(row, name)
-        if one and other:
-            return times(one / other)
-    return ""
-
-
-def _operations(records: Sequence[Record]) -> Iterator[str]:
-    found = [c for c in contests(records) if operations()[c.ours.op].scope == "operation"]
-    if not found:
-        return
-    yield from ("", "## Operations", "", "| case | strongest other | ms | ours | ms | ratio |")
-    yield "|---|---|--:|---|--:|--:|"
-    for c in found:
-        ratio = times(c.ratio) if c.clear else f"({times(c.ratio)})"
-        other, ours = milliseconds(c.other.p50_us), milliseconds(c.ours.p50_us)
-        yield f"| {c.label} | {c.other.provider} | {other} | {c.ours.provider} | {ours} | {ratio} |"
-
-
-def _host(folder: Path) -> Iterator[str]:
-    if not (folder / host.FILE).is_file():
-        return
-    found = host.read(folder / host.FILE)
-    yield from ("", f"## {host.title(found)}", "", f"| {' | '.join(host.COLUMNS)} |")
-    yield f"|---|---|{'--:|' * (len(host.COLUMNS) - 2)}"
-    yield from (f"| {' | '.join(host.cells(time))} |" for time in found)
 
 
 def _trouble(records: Sequence[Record], folder: Path) -> Iterator[str]:
     """Records without numbers, failed and skipped tests."""
-    wrong = [r for r in records if r.status in ("incorrect", "error", "oom")]
-    if wrong:
-        yield from ("", "## Records without numbers", "")
-        reasons = Counter((r.op, r.provider, r.status, r.reason) for r in wrong)
-        yield from (f"- {' '.join(what)} ({n})" for what, n in reasons.items())
-    outcomes = merged(sorted((folder / "parity").glob("*.jsonl")))
-    bad = [line for line in outcomes.ended.values() if line["outcome"] == "failed"]
-    if bad:
-        yield from ("", "## Failed tests", "", *(f"- `{x['test']}`: {x['reason']}" for x in bad))
-    skipped = Counter(x["reason"] for x in outcomes.ended.values() if x["outcome"] == "skipped")
-    if skipped:
-        yield from ("", "## Skipped tests", "", *(f"- {n}: {why}" for why, n in skipped.items()))
-
-
-def _last_lines(tasks: Sequence[Task], folder: Path) -> str:
-    """The last line that each task has printed."""
-    found = []
-    for task in tasks:
-        path = folder / task.output
-        lines = path.read_text(errors="replace").split("\n") if path.is_file() else []
-        found += [line.strip() for line in lines if line.strip()][-1:]
-    return "; ".join(found)
-
-
-def _prepared(tasks: Sequence[Task], folder: Path) -> str:
-    cache = [task for task in tasks if task.name == "prepare/cache"]
-    return "; ".join(filter(None, [_environment(folder), _last_lines(cache, folder)]))
-
-
-def _tested(tasks: Sequence[Task], folder: Path) -> str:
-    found = merged(sorted((folder / "parity").glob("*.jsonl")))
-    counts = found.counts()
-    shown = ", ".join(f"{counts[name]} {name}" for name in ("passed", "failed", "skipped"))
-    late = f", {len(found.started)} under way" if found.started else ""
-    return f"{shown}{late} on {found.device}" if counts else ""
-
-
-def _timed(tasks: Sequence[Task], folder: Path) -> str:
-    rows = [row for task in tasks for row in _measured(folder / task.name)]
-    counts = Counter(row.status if row.final else "not timed" for row in rows)
-    wrong = {f"{r.op} {r.provider}: {r.status}" for r in rows if r.status in ("incorrect", "error")}
-    shown = ", ".join(f"{n} {status}" for status, n in counts.items())
-    return "; ".join(filter(None, [shown, *sorted(wrong)]))
-
-
-def _reported(tasks: Sequence[Task], folder: Path) -> str:
-    results = folder / "results"
-    made = [*results.glob("report.*"), *(results / "plots").glob("*.png")]
-    return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
-
-
-def _checked(tasks: Sequence[Task], folder: Path) -> str:
-    found = []
-    for task in tasks:
-        path = folder / task.output
-        text = path.read_text(errors="replace") if path.is_file() else ""
-        found += [f"{task.name.split('/')[1]}: {x}" for x in re.findall(r"SUMMARY: (.*)", text)]
-    return "; ".join(found) or _last_lines(tasks, folder)
-
-
-OUTCOMES = {
-    "prepare": _prepared,
-    "headline": _timed,
-    "parity": _tested,
-    "operations": _timed,
-    "memcheck": _checked,
-    "compilers": _timed,
-    "report": _reported,
-}
+    tests = [
+        line
+        for path in sorted((folder / "parity").glob("*.jsonl"))
+        for line in Outcomes.read(path).ended.values()
+    ]
+    skipped = Counter(x["reason"] for x in tests if x["outcome"] == "skipped")
+    reasons = Counter(f"{r.op} {r.provider} {r.status} {r.reason}" for r in records if _wrong(r))
+    for title, found in (
+        ("Records without numbers", [f"{what} ({n})" for what, n in reasons.items()]),
+        ("Failed tests", [
+            f"`{x['test']}`: {x['reason']}" for x in tests if x["outcome"] == "failed"
+        ]),
+        ("Skipped tests", [f"{n}: {why}" for why, n in skipped.items()]),
+    ):  # fmt: skip
+        if found:
+            yield from ("", f"## {title}", "", *(f"- {line}" for line in found))

@@ -42,16 +42,17 @@ class Op:
     """The declaration of one operation, or of a larger part of the model.
 
     name: in tables; of an operation that of its public function. build: (shape, dtype, device,
-    seed) -> `Problem`, or `Unsupported`. cost: (shape, bytes per element) -> `Cost`. formula: bytes
-    and FLOPs of the forward, in words. rank: among the operations by their share of a training
-    step, the largest first. rivals: providers besides those that all have. modes, stages: those
-    that make sense. scope: a key of `SCOPES`. refuses: shape -> why no provider can do it, empty if
-    some can. stem: its file in `benchmarks/cases`, which `operations` fills in.
+    seed) -> `Problem`, or `Unsupported`. cost: (shape, bytes per element) -> `Cost`, None where it
+    is counted (`launches.cost_of`). formula: bytes and FLOPs of the forward, in words. rank: among
+    the operations by their share of a training step, the largest first. rivals: providers besides
+    those that all have. modes, stages: those that make sense. scope: a key of `SCOPES`. refuses:
+    shape -> why no provider can do it, empty if some can. stem: its file in `benchmarks/cases`,
+    which `operations` fills in.
     """
 
     name: str
     build: Callable[[Shape, torch.dtype, torch.device, int], Problem]
-    cost: Callable[[Shape, int], Cost]
+    cost: Callable[[Shape, int], Cost] | None
     formula: str
     rank: int = 0
     rivals: tuple[str, ...] = ()
