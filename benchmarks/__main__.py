@@ -33,7 +33,7 @@ from benchmarks.measure import breakdown, host, profiling
 from benchmarks.measure import record as records_of
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.suites import SUITES
-from benchmarks.miniature import experiment as miniature
+from benchmarks.miniature import run as miniature
 from benchmarks.offline import dry, exercise, resources
 from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import report

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import importlib
 import json
 import os
@@ -22,7 +21,6 @@ from benchmarks.measure import timing
 from benchmarks.measure.launches import recorded
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import (
-    COLUMNS,
     MACHINE_INFO,
     UNTIMED,
     Record,
@@ -30,7 +28,6 @@ from benchmarks.measure.record import (
     read,
     read_environment,
     write_jsonl,
-    write_table,
 )
 from benchmarks.measure.runner import Prepared, Runner
 from equiseg_fast import add_layer_norm
@@ -71,20 +68,6 @@ def test_lines_grow_and_the_last_of_a_measurement_counts(tmp_path: Path) -> None
     assert record().final
     Writer(tmp_path, resume=True).add([record(p50_us=4.0)])
     assert read(tmp_path) == [record(p50_us=4.0), second]
-
-
-def test_table(tmp_path: Path) -> None:
-    second = record("flex", status="unsupported", reason='no "backward", on a CPU', p50_us=None)
-    write_table([record(), second], tmp_path / "results.csv")
-    with (tmp_path / "results.csv").open(newline="") as file:
-        table = list(csv.DictReader(file))
-    assert tuple(table[0]) == COLUMNS
-    assert "case" not in COLUMNS
-    assert {name: table[0][name] for name in asdict(SHAPE)} == {
-        name: str(value) for name, value in asdict(SHAPE).items()
-    }
-    assert table[0]["p50_us"] == "5.0"
-    assert (table[1]["p50_us"], table[1]["reason"]) == ("", 'no "backward", on a CPU')
 
 
 # ---- reading ------------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from io import StringIO
 from pathlib import Path
 from time import perf_counter, sleep
@@ -316,7 +316,7 @@ def test_host_times_beside_the_records_are_a_section(tmp_path: Path) -> None:
         host.HostTime("add_layer_norm", "fwd", 12.4, 10.2, 1.1, 1.0, 4.0, False, {"checks": 6.0}),
         host.HostTime("mix_ffn", "bwd", 300.0, 280.0, 2.2, 2.0, None, False),
     ]
-    content = {"times": host.as_records(times)}
+    content = {"times": [asdict(time) for time in times]}
     (tmp_path / host.FILE).write_text(json.dumps(content))
     assert host.read(tmp_path / host.FILE) == times
     report.write(some_records(), {}, tmp_path)

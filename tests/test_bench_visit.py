@@ -27,7 +27,7 @@ from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import orphans, summary, tasks, visit
 from benchmarks.visiting.outcomes import Outcomes
 from benchmarks.visiting.tasks import Task
-from benchmarks.visiting.visit import LOG_BYTES, USABLE, State, pack, share, simulate
+from benchmarks.visiting.visit import LOG_BYTES, USABLE, State, pack, share
 
 from .processes import alive, gone, started
 
@@ -472,24 +472,6 @@ def test_every_planned_command_is_understood(
     # The search is rehearsed in the interpreter.
     interpret = None if device == CUDA else "1"
     assert planned["tune"].variables["TRITON_INTERPRET"] == interpret
-
-
-def test_a_day_with_a_gpu_that_is_cut_off(tmp_path: Path) -> None:
-    """By estimates: after three minutes the whole models are home, after six the parity of all
-    kernels, after nine everything but what compilers and the search go on with."""
-    planned = tasks.tasks(tmp_path, CUDA, tmp_path)
-    missing = {
-        minutes: {task.name: left for task, _, left in simulate(planned, 9.0, minutes)}
-        for minutes in (3.0, 6.0, 9.0)
-    }
-    early = ("prepare/calibrate", "prepare/cache", "kernels/upsample_cross_entropy", "host")
-    for name in (*early, "headline"):
-        assert missing[3.0][name] == []
-    assert missing[3.0]["operations"] != []
-    for name in ("parity/kernels", "parity/large", "parity/workflows"):
-        assert missing[6.0][name] == []
-    late = {name for name, left in missing[9.0].items() if left}
-    assert late <= {"compilers", "memcheck/racecheck", "tune"}
 
 
 def test_nothing_that_is_written_down_ends_a_visit(

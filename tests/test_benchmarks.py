@@ -427,7 +427,7 @@ def test_sensors_are_real_and_labels_are_bands() -> None:
 
 
 def test_other_sizes_get_random_images_and_patches_of_labels() -> None:
-    images = data.images(2, 2, 64, 96, 0, CPU)
+    images = data.images(Shape("b0", 0, 64, 96, 2, 2), 0, CPU)
     assert images.shape == (2, 2, 3, 64, 96)
     assert images.std() > 0.9
     labels = data.labels(2, 256, 320, 0, CPU)

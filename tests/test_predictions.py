@@ -1,7 +1,6 @@
 """Predicted times: what is counted, what is assumed, what is committed, and who was wrong."""
 
 import importlib.util
-import json
 import random
 from collections.abc import Callable
 from dataclasses import asdict, replace
@@ -156,9 +155,8 @@ class TestCommitted:
     def test_what_the_sources_say(self, gpu: str) -> None:
         assert len(subset()) == len(SUBSET)
         rows = predictions.predict(subset(), gpu)
-        committed = {row.key: asdict(row) for row in predictions.read(gpu)}
-        before = [committed[row.key] for row in rows]
-        found = list(predictions.differences(before, [asdict(row) for row in rows]))
+        committed = {row.key: row for row in predictions.read(gpu)}
+        found = list(predictions.differences([committed[row.key] for row in rows], rows))
         assert found == [], "`python -m benchmarks predict` writes them anew"
 
     def test_times_are_spent_on_assumptions(self, gpu: str) -> None:
@@ -168,31 +166,27 @@ class TestCommitted:
             assert spent == sorted(spent, reverse=True)
             assert 0.95 * row.us < sum(spent) < 1.001 * row.us
 
-    def test_kernel_by_kernel(self, gpu: str) -> None:
-        lines = (predictions.FOLDER / f"{gpu}-kernels.jsonl").read_text().splitlines()
-        rows = [json.loads(line) for line in lines]
-        # Five reductions of attention more than at batch 2, where no queries are split there.
-        assert sum(row["launches"] for row in rows) == 340
-        assert {row["phase"] for row in rows} == {"fwd", "bwd"}
-        whole = next(
-            row for row in predictions.read(gpu)
-            if row.key == ("training", "b2 1024x1024 B1 M4", "bf16", "step", "triton")
-        )  # fmt: skip
-        backward = sum(
-            row["launches"] * row["us"] for row in rows if row["limit"] == "attention backward D=64"
-        )
-        assert backward == pytest.approx(whole.spent["attention backward D=64"], rel=1e-3)
+
+def test_launches_of_a_large_step() -> None:
+    """Five reductions of attention more than at batch 2, where no queries are split there."""
+    step = next(
+        case for case in predictions.cases()
+        if (case.op.name, case.shape) == ("training", predictions.LARGE)
+    )  # fmt: skip
+    calls = predictions.counted(step, "triton", HOPPER)["step"]
+    assert sum(call.ours for call in calls) == 340
+    assert {call.phase for call in calls} == {"fwd", "bwd"}
 
 
 def test_differences() -> None:
-    row = {"op": "a", "mode": "fwd", "us": 10.0, "spent": {}}
-    other = row | {"mode": "step"}
-    assert list(predictions.differences([row], [row | {"us": 10.09}])) == []
-    assert list(predictions.differences([row], [row | {"us": 10.2}])) == [
-        "a fwd: 10 us are 10.2 us now"
+    row = Prediction("a", "s", "bf16", "fwd", "triton", 10.0, 1, 0, 0, {})
+    other = replace(row, mode="step")
+    assert list(predictions.differences([row], [replace(row, us=10.09)])) == []
+    assert list(predictions.differences([row], [replace(row, us=10.2)])) == [
+        "a s bf16 fwd triton: 10 us are 10.2 us now"
     ]
     found = sorted(predictions.differences([row], [other]))
-    assert found == ["a fwd: no longer there", "a step: new"]
+    assert found == ["a s bf16 fwd triton: no longer there", "a s bf16 step triton: new"]
 
 
 def test_command_writes_and_checks(
@@ -208,7 +202,7 @@ def test_command_writes_and_checks(
     command = ["predict", "--gpu", "H200", "--out", str(tmp_path)]
     assert main([*command, "--check"]) == 1
     assert main(command) == 0
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["h200-kernels.jsonl", "h200.jsonl"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["h200.jsonl"]
     assert main([*command, "--check"]) == 0
     monkeypatch.setitem(ASSUMPTIONS, GAP, replace(ASSUMPTIONS[GAP], value=3.0))
     assert main([*command, "--check"]) == 1

@@ -9,8 +9,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.common.network import enliven, network_problem
-from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.network import alive, network_problem
+from benchmarks.cases.common.op import TRAINING_MODES, Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
 from benchmarks.cases.common.random_data import random_normal
 from benchmarks.providers import baseline_model
@@ -20,22 +20,18 @@ from equiseg_fast.nn import CrossModalBlock, SelfGuidedGate
 
 
 def modules(shape: Shape, device: torch.device, seed: int) -> nn.ModuleDict:
-    """Block and gate as in an `EQUISeg` of that shape, whose weights let everything matter."""
+    """Block and gate as in an `EQUISeg` of that shape."""
     config, s = EQUISegConfig(variant=shape.variant), shape.stage - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
+
+    def make() -> nn.ModuleDict:
         block = CrossModalBlock(
-            config.dims[s],
-            shape.modalities,
-            config.cross_heads[s],
-            config.cross_sr[s],
-            ppx_depth=config.ppx_depth,
-            ppx_ratio=config.ppx_ratio[s],
-        )
+            config.dims[s], shape.modalities, config.cross_heads[s], config.cross_sr[s],
+            ppx_depth=config.ppx_depth, ppx_ratio=config.ppx_ratio[s],
+        )  # fmt: skip
         gate = SelfGuidedGate(config.dims[s], config.gate_reduction, config.gate_rho)
-        parts = nn.ModuleDict({"block": block, "gate": gate})
-        enliven(parts)
-    return parts.to(device)
+        return nn.ModuleDict({"block": block, "gate": gate})
+
+    return alive(make, seed, device)
 
 
 def refuses(shape: Shape) -> str:
@@ -67,36 +63,20 @@ def build(
         leaves = {name: x.requires_grad_() for name, x in inputs.items()}
         leaves |= dict(parts.named_parameters())
     return network_problem(
-        ours,
-        lambda network: network(embedded, encoded),
-        theirs,
-        leaves,
-        device,
-        dtype,
+        ours, lambda network: network(embedded, encoded), theirs, leaves, device, dtype,
         output_names=("branches", "fused"),
         ignored=(embedded, encoded, *parts.parameters(), *parts.buffers()),
+    )  # fmt: skip
+
+
+OPS = tuple(
+    Op(
+        name, partial(build, training=training), None,
+        f"cross-modal block and gate, {what}",
+        modes=modes, rivals=("baseline_cl",), scope="block", refuses=refuses,
     )
-
-
-OPS = (
-    Op(
-        "block",
-        partial(build, training=False),
-        None,
-        "cross-modal block and gate, inference",
-        rivals=("baseline_cl",),
-        modes=("fwd",),
-        scope="block",
-        refuses=refuses,
-    ),
-    Op(
-        "block_training",
-        partial(build, training=True),
-        None,
-        "cross-modal block and gate, gradients of all inputs and parameters",
-        rivals=("baseline_cl",),
-        modes=("fwd_train", "bwd", "step"),
-        scope="block",
-        refuses=refuses,
-    ),
-)
+    for name, training, modes, what in (
+        ("block", False, ("fwd",), "inference"),
+        ("block_training", True, TRAINING_MODES, "gradients of all inputs and parameters"),
+    )
+)  # fmt: skip

@@ -7,6 +7,7 @@ the gradients of all parameters.
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -14,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.cases.common import data
-from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
 from benchmarks.providers import baseline_model
@@ -31,12 +32,9 @@ def _segformer(variant: str) -> Any:
 
     dims, depths = VARIANTS[variant]
     config = SegformerConfig(
-        hidden_sizes=dims,
-        depths=depths,
-        hidden_dropout_prob=0.0,
-        attention_probs_dropout_prob=0.0,
-        drop_path_rate=0.0,
-    )
+        hidden_sizes=dims, depths=depths, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
     return SegformerModel(config).eval()
 
 
@@ -57,28 +55,17 @@ def _transformers(encoder: MixTransformer, variant: str, images: Tensor) -> Call
 
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        # The eps of transformers.
-        encoder = MixTransformer(shape.variant, drop_path=0.0, ln_eps_block=1e-5)
-        enliven(encoder)
-    encoder.to(device)
-    size = (shape.modalities, shape.batch, shape.height, shape.width)
-    images = data.images(*size, seed, device).flatten(0, 1)
+    of_transformers = {"drop_path": 0.0, "ln_eps_block": 1e-5}
+    encoder = alive(lambda: MixTransformer(shape.variant, **of_transformers), seed, device)
+    images = data.images(shape, seed, device).flatten(0, 1)
     others = {}
     if find_spec("transformers"):
         others["transformers"] = _transformers(encoder, shape.variant, images)
     return network_problem(
-        encoder,
-        lambda network: (network(images)[-1],),
-        lambda: (baseline_model.encode(encoder, images),),
-        dict(encoder.named_parameters()),
-        device,
-        dtype,
-        others=others,
-        output_names=("features",),
-        ignored=(images,),
-    )
+        encoder, lambda network: (network(images)[-1],),
+        lambda: (baseline_model.encode(encoder, images),), dict(encoder.named_parameters()),
+        device, dtype, others=others, output_names=("features",), ignored=(images,),
+    )  # fmt: skip
 
 
 class _Attention(nn.Module):
@@ -118,82 +105,54 @@ def _mit(variant: str) -> MixTransformer:
     return encoder
 
 
-def build_segformer(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    if not find_spec("transformers"):
-        raise Unsupported("transformers is not installed")
-    return _build_accelerated(
-        shape, dtype, device, seed, _segformer, lambda out: out.last_hidden_state,
-        lambda model: accelerate_segformer(model, verbose=False),
-    )  # fmt: skip
-
-
-def build_mit(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-    return _build_accelerated(
-        shape, dtype, device, seed, _mit, lambda out: out[-1],
-        lambda model: accelerate_module(model, MIT_RULES, verbose=False),
-    )  # fmt: skip
-
-
-def _build_accelerated(
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-    make: Callable[[str], nn.Module],
-    features: Callable[[Any], Tensor],
-    accelerate: Callable[[nn.Module], Any],
+def build_accelerated(
+    shape: Shape, dtype: torch.dtype, device: torch.device, seed: int, *, segformer: bool
 ) -> Problem:
-    """A model of others is the baseline, ours the same one accelerated, on the same parameters."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        original = make(shape.variant)
-        enliven(original)
-    original.to(device)
+    """A model of others is the baseline, ours the same one accelerated, on the same parameters.
+
+    segformer: that of transformers, else the authors'.
+    """
+    if segformer and not find_spec("transformers"):
+        raise Unsupported("transformers is not installed")
+    make = _segformer if segformer else _mit
+
+    def features(out: Any) -> Tensor:
+        return out.last_hidden_state if segformer else out[-1]
+
+    original = alive(lambda: make(shape.variant), seed, device)
     accelerated = copy.deepcopy(original, {id(p): p for p in original.parameters()})
-    report = accelerate(accelerated)
+    if segformer:
+        report = accelerate_segformer(accelerated, verbose=False)
+    else:
+        report = accelerate_module(accelerated, MIT_RULES, verbose=False)
     if report.paths("skipped"):
         raise RuntimeError(str(report))
-    size = (shape.modalities, shape.batch, shape.height, shape.width)
-    images = data.images(*size, seed, device).flatten(0, 1)
+    images = data.images(shape, seed, device).flatten(0, 1)
 
     def theirs() -> Outputs:
         with use_backend("torch"):  # for what the frame around the authors' layers has of ours
             return (features(original(images)),)
 
     return network_problem(
-        accelerated,
-        lambda network: (features(network(images)),),
-        theirs,
-        dict(original.named_parameters()),
-        device,
-        dtype,
-        output_names=("features",),
+        accelerated, lambda network: (features(network(images)),), theirs,
+        dict(original.named_parameters()), device, dtype, output_names=("features",),
         ignored=(images,),
-    )
+    )  # fmt: skip
 
 
 OPS = (
     Op(
-        "encoder",
-        build,
-        None,
-        "Mix Transformer, features of the last stage",
-        rivals=("baseline_cl", "transformers"),
-        stages=(0,),
-        scope="encoder",
+        "encoder", build, None, "Mix Transformer, features of the last stage",
+        rivals=("baseline_cl", "transformers"), stages=(0,), scope="encoder",
     ),
     *(
         Op(
-            f"accelerate_{name}",
-            build_one,
-            None,
-            f"{whose}, accelerated, features of the last stage",
-            stages=(0,),
-            scope="accelerated",
+            name, partial(build_accelerated, segformer=segformer), None,
+            f"{whose}, accelerated, features of the last stage", stages=(0,), scope="accelerated",
         )
-        for name, build_one, whose in (
-            ("segformer", build_segformer, "SegformerModel of transformers"),
-            ("mit", build_mit, "SegFormer's encoder as its authors spell it"),
+        for name, segformer, whose in (
+            ("accelerate_segformer", True, "SegformerModel of transformers"),
+            ("accelerate_mit", False, "SegFormer's encoder as its authors spell it"),
         )
     ),
-)
+)  # fmt: skip

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases.common import data
-from benchmarks.cases.common.network import enliven, network_problem
+from benchmarks.cases.common.network import alive, network_problem
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape
 from benchmarks.cases.common.random_data import random_normal
@@ -22,7 +22,7 @@ from equiseg_fast.ops._layout import to_map
 
 def _inputs(shape: Shape, device: torch.device, seed: int) -> Tensor:
     if shape.stage == 1:
-        return data.images(shape.modalities, shape.batch, shape.height, shape.width, seed, device)
+        return data.images(shape, seed, device)
     before = replace(shape, stage=shape.stage - 1)
     size = (shape.modalities, shape.batch, before.tokens, before.channels)
     return random_normal(size, seed=seed, device=device).requires_grad_()
@@ -30,11 +30,7 @@ def _inputs(shape: Shape, device: torch.device, seed: int) -> Tensor:
 
 def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
     s = shape.stage - 1
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        encoder = MixTransformer(shape.variant, drop_path=0.0)
-        enliven(encoder)
-    encoder.to(device)
+    encoder = alive(lambda: MixTransformer(shape.variant, drop_path=0.0), seed, device)
     x = _inputs(shape, device, seed)
     before = replace(shape, stage=s)
     own = tuple(f"{name}{shape.stage}." for name in ("patch_embed", "block", "norm"))
@@ -58,24 +54,14 @@ def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
         return (*(to_tokens(embedded) for embedded, _ in pairs), *(tokens for _, tokens in pairs))
 
     return network_problem(
-        ours,
-        lambda network: network(x),
-        theirs,
-        leaves,
-        device,
-        dtype,
-        output_names=("embedded", "encoded"),
-        ignored=(x, *encoder.parameters()),
-    )
+        ours, lambda network: network(x), theirs, leaves, device, dtype,
+        output_names=("embedded", "encoded"), ignored=(x, *encoder.parameters()),
+    )  # fmt: skip
 
 
 OPS = (
     Op(
-        "stage",
-        build,
-        None,
-        "one stage of the Mix Transformer",
-        rivals=("baseline_cl",),
-        scope="stage",
+        "stage", build, None, "one stage of the Mix Transformer",
+        rivals=("baseline_cl",), scope="stage",
     ),
-)
+)  # fmt: skip

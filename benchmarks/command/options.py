@@ -13,6 +13,12 @@ MOST_THREADS = 1024
 Pairs = tuple[tuple[str, str], ...]
 
 
+def kernel_stems() -> list[str]:
+    """The files of kernels, each of which has `offline_entries(arch)`. (Here because who compiles
+    them must not import equiseg_fast before it has said that nothing is interpreted.)"""
+    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_"))
+
+
 def device_arguments(parser: argparse.ArgumentParser, measured: bool = False) -> None:
     """Where, and on which inputs; measured: also how times are taken, for `run` and `against`."""
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
@@ -32,12 +38,6 @@ def threads_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own choice"
     )
-
-
-def kernel_stems() -> list[str]:
-    """The files of kernels, each of which has `offline_entries(arch)`. (Here because who compiles
-    them must not import equiseg_fast before it has said that nothing is interpreted.)"""
-    return sorted(p.stem for p in (ROOT / "kernels").glob("*.py") if not p.stem.startswith("_"))
 
 
 def verdict_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,6 +14,7 @@ from statistics import median
 
 import numpy as np
 
+from benchmarks.command.table import markdown_table
 from benchmarks.machines import predictions
 from benchmarks.machines.efficiency import ASSUMPTIONS
 from benchmarks.machines.gpus import GPUS, of_device
@@ -74,16 +75,24 @@ class Verdict:
         """By how much of a row's time it was wrong, in the mean."""
         return 0.0 if self.implied is None else abs(self.stretch - 1) * self.weight
 
+    @property
+    def text(self) -> str:
+        """The implied value in words."""
+        implied = self.implied
+        if implied is None:
+            return "not told apart"
+        return ASSUMPTIONS[self.assumption].show(implied)
+
 
 @dataclass(frozen=True)
 class Comparison:
     """gpu: a key of `gpus.GPUS`, "" where nothing was predicted; reason: why not. rows: measured
-    ones, and whole models without a measurement."""
+    ones, and whole models without a measurement. verdicts: the one to blame most first."""
 
     gpu: str
     reason: str
-    rows: tuple[Row, ...]
-    verdicts: tuple[Verdict, ...]
+    rows: tuple[Row, ...] = ()
+    verdicts: tuple[Verdict, ...] = ()
 
     @property
     def measured(self) -> list[Row]:
@@ -104,51 +113,43 @@ def compare(
         reason = f"no predictions for {device_name!r}, only for {', '.join(known) or 'no GPU'}"
         if gpu:
             reason += f" (`python -m benchmarks predict --gpu {gpu}` makes them)"
-        return Comparison("", reason, (), ())
-    times: dict[Key, Record] = {
-        r.key: r for r in records if r.status == "ok" and r.p50_us is not None
-    }
+        return Comparison("", reason)
+    times: dict[Key, Record] = {r.key: r for r in records if r.status == "ok" and r.p50_us}
     rows = []
     for prediction in predictions.read(gpu, folder):
-        record = times.get(prediction.key)
-        if record is not None and record.p50_us is not None:
-            us, method = record.p50_us, record.method
-            if record.graph_us is not None:
-                us, method = record.graph_us, "graph"
+        if record := times.get(prediction.key):
+            method = record.method if record.graph_us is None else "graph"
+            us = record.graph_us or record.p50_us or 0.0
             starved = method != "graph" and (record.host_us or 0) > STARVED * us
             rows.append(Row(prediction, us, method, starved))
         elif prediction.op in NETWORKS[:2] and prediction.mode in ("fwd", "step"):
             rows.append(Row(prediction))
-    rows.sort(key=lambda row: _place(row.prediction.op))
+    rows.sort(key=lambda row: [*ORDER, row.prediction.op].index(row.prediction.op))
     return Comparison(gpu, "", tuple(rows), tuple(_verdicts(rows)))
 
 
-def _place(op: str) -> int:
-    return ORDER.index(op) if op in ORDER else len(ORDER)
-
-
 def _verdicts(rows: Sequence[Row]) -> list[Verdict]:
-    """The one to blame most first."""
     rows = [row for row in rows if row.measured_us is not None and not row.starved]
     names = sorted({name for row in rows for name in row.prediction.spent})
     if not rows:
         return []
-    shares, off = np.zeros((len(rows), len(names))), np.zeros(len(rows))
-    for i, row in enumerate(rows):
-        # Neither a row far too slow nor one far too fast outweighs the others.
-        scale = max(row.prediction.us, row.measured_us or 0.0)
-        off[i] = ((row.measured_us or 0.0) - row.prediction.us) / scale
-        shares[i] = [row.prediction.spent.get(name, 0.0) / scale for name in names]
+    predicted, measured = (
+        np.array(x) for x in zip(*((r.prediction.us, r.measured_us) for r in rows), strict=True)
+    )
+    # Neither a row far too slow nor one far too fast outweighs the others.
+    scale = np.maximum(predicted, measured)
+    spent = np.array([[row.prediction.spent.get(name, 0.0) for name in names] for row in rows])
+    shares, off = spent / scale[:, None], (measured - predicted) / scale
     prior = (ROW_ERROR / ASSUMPTION_ERROR) ** 2 * np.eye(len(names))
     covariance = np.linalg.inv(shares.T @ shares + prior)
     stretches = np.maximum(1 + covariance @ shares.T @ off, LEAST_STRETCH)
     errors = ROW_ERROR * np.sqrt(np.diag(covariance))
+    weights = (spent / predicted[:, None]).mean(0)
     found = []
-    for name, stretch, error in zip(names, stretches, errors, strict=True):
+    for i, name in enumerate(names):
         own = [row.ratio for row in rows if row.prediction.dominating[0] == name and row.ratio]
-        weight = sum(r.prediction.spent.get(name, 0.0) / r.prediction.us for r in rows) / len(rows)
-        ratio = median(own) if own else None
-        found.append(Verdict(name, len(own), ratio, float(stretch), float(error), weight))
+        numbers = (float(x[i]) for x in (stretches, errors, weights))
+        found.append(Verdict(name, len(own), median(own) if own else None, *numbers))
     return sorted(found, key=lambda verdict: -verdict.blame)
 
 
@@ -157,29 +158,33 @@ def markdown(comparison: Comparison) -> list[str]:
     then parts and single operations."""
     if comparison.reason:
         return [f"Nothing to compare with: {comparison.reason}."]
-    lines = [_sentence(comparison), ""]
+    blocks = [_sentence(comparison)]
     networks = [row for row in comparison.rows if row.prediction.op in NETWORKS]
     parts = [row for row in comparison.rows if row.prediction.op not in NETWORKS]
     if networks:
-        lines += [*_table(networks, comparison.rows), ""]
+        blocks.append(_table(networks, comparison.rows))
     if comparison.verdicts:
-        lines += [
-            "| assumption | of the predicted time | rows it dominates | their median ratio "
-            "| assumed | implied | known to |",
-            "|---|--:|--:|--:|---|---|--:|",
-            *(_verdict_line(verdict) for verdict in comparison.verdicts),
-            "",
-        ]
+        columns = (
+            "assumption", "assumed", "implied", "known to", "of the predicted time",
+            "rows it dominates", "their median ratio",
+        )  # fmt: skip
+        rows = [
+            (
+                v.assumption, ASSUMPTIONS[v.assumption].text, v.text,
+                f"{100 * v.error / v.stretch:.0f} %", f"{100 * v.weight:.0f} %", str(v.rows),
+                "-" if v.ratio is None else f"{v.ratio:.2f}",
+            )
+            for v in comparison.verdicts
+        ]  # fmt: skip
+        blocks.append(markdown_table(columns, rows, words=3))
     if parts:
-        lines += [*_table(parts, comparison.rows), ""]
-    starved = sum(row.starved for row in comparison.rows)
-    if starved:
-        lines += [
+        blocks.append(_table(parts, comparison.rows))
+    if starved := sum(row.starved for row in comparison.rows):
+        blocks.append(
             f"\\* {starved} rows may have timed the host, which needs more than "
-            f"{100 * STARVED:.0f} % of the time to enqueue them; no assumption is judged by them.",
-            "",
-        ]
-    return lines[:-1]
+            f"{100 * STARVED:.0f} % of the time to enqueue them; no assumption is judged by them."
+        )
+    return "\n\n".join(blocks).split("\n")
 
 
 def _sentence(comparison: Comparison) -> str:
@@ -194,56 +199,32 @@ def _sentence(comparison: Comparison) -> str:
     if not comparison.verdicts or comparison.verdicts[0].implied is None:
         return f"{start}. No row tells one assumption from the others."
     worst = comparison.verdicts[0]
-    return (
-        f"{start}. Most wrong: {worst.assumption}, assumed {ASSUMPTIONS[worst.assumption].text}, "
-        f"implied {_implied(worst)}."
-    )
-
-
-def _implied(verdict: Verdict) -> str:
-    if verdict.implied is None:
-        return "not told apart"
-    return ASSUMPTIONS[verdict.assumption].show(verdict.implied)
-
-
-def _verdict_line(verdict: Verdict) -> str:
-    assumed = ASSUMPTIONS[verdict.assumption].text
-    ratio = "-" if verdict.ratio is None else f"{verdict.ratio:.2f}"
-    return (
-        f"| {verdict.assumption} | {100 * verdict.weight:.0f} % | {verdict.rows} | {ratio} | "
-        f"{assumed} | {_implied(verdict)} | {100 * verdict.error / verdict.stretch:.0f} % |"
-    )
-
-
-def _table(rows: Sequence[Row], everybody: Sequence[Row]) -> list[str]:
-    by_key = {row.prediction.key: row for row in everybody}
-    return [
-        "| | mode | provider | predicted us | measured us | ratio | of the prediction "
-        "| faster than torch, predicted: measured |",
-        "|---|---|---|--:|--:|--:|---|--:|",
-        *(_line(row, by_key.get((*row.prediction.key[:4], "torch"))) for row in rows),
-    ]
+    assumed = ASSUMPTIONS[worst.assumption].text
+    return f"{start}. Most wrong: {worst.assumption}, assumed {assumed}, implied {worst.text}."
 
 
 def _us(value: float) -> str:
     return f"{value:.0f}" if value >= 1000 else f"{value:.3g}"
 
 
-def _line(row: Row, torch: Row | None) -> str:
-    p = row.prediction
-    measured = ratio = "-"
-    if row.measured_us is not None:
-        measured = f"{_us(row.measured_us)} ({row.method}){'*' * row.starved}"
-        ratio = f"{row.ratio:.2f}"
-    name, share = p.dominating
-    faster = ""
-    if torch and torch is not row:
-        faster = f"{torch.prediction.us / p.us:.2f}: "
-        if row.measured_us is None or torch.measured_us is None:
-            faster += "-"
-        else:
-            faster += f"{torch.measured_us / row.measured_us:.2f}"
-    return (
-        f"| {p.op} {p.shape} {p.dtype} | {p.mode} | {p.provider} | {_us(p.us)} | {measured} | "
-        f"{ratio} | {100 * share:.0f} % {name} | {faster} |"
-    )
+def _table(rows: Sequence[Row], everybody: Sequence[Row]) -> str:
+    eager = {row.prediction.key: row for row in everybody}
+    cells = []
+    for row in rows:
+        p, measured, faster = row.prediction, row.measured_us, ""
+        torch = eager.get((*p.key[:4], "torch"))
+        if torch and torch is not row:
+            both = measured and torch.measured_us
+            seen = f"{torch.measured_us / measured:.2f}" if both else "-"  # type: ignore[operator]
+            faster = f"{torch.prediction.us / p.us:.2f}: {seen}"
+        name, share = p.dominating
+        cells.append((
+            f"{p.op} {p.shape} {p.dtype}", p.mode, p.provider, f"{100 * share:.0f} % {name}",
+            _us(p.us), f"{_us(measured)} ({row.method}){'*' * row.starved}" if measured else "-",
+            f"{row.ratio:.2f}" if measured else "-", faster,
+        ))  # fmt: skip
+    columns = (
+        "", "mode", "provider", "of the prediction", "predicted us", "measured us", "ratio",
+        "faster than torch, predicted: measured",
+    )  # fmt: skip
+    return markdown_table(columns, cells, words=4)

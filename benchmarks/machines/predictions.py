@@ -3,10 +3,10 @@
     python -m benchmarks predict [--gpu h100,h200] [--check]
 
 Every case runs on tensors of "meta" at its full size (`launches`); each kernel gets the time that
-`efficiency` assumes. Written are one row per case, mode and provider, with the keys of the records
-of a run, and one per distinct launch of ours in a large training step. `judgement` puts measured
-times beside them. With --check nothing is written, and the exit status is 1 if the rows committed
-are not what the sources say. All of it is a prediction; nothing here was measured.
+`efficiency` assumes. Written is one row per case, mode and provider, with the keys of the records
+of a run; `judgement` puts measured times beside them. With --check nothing is written, and the exit
+status is 1 if the rows committed are not what the sources say. All of it is a prediction; nothing
+here was measured.
 
 A time is that of kernels in a row, as in a CUDA graph. The baseline also waits for values (which
 classes there are); that is left out, but each of its masks counts as if it selected everything.
@@ -16,11 +16,10 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
@@ -28,7 +27,6 @@ from benchmarks.cases.common.problem import Shape
 from benchmarks.command import outputs
 from benchmarks.command.options import ROOT, to_path
 from benchmarks.machines import efficiency, gpus
-from benchmarks.measure.kernel_work import Kernel
 from benchmarks.measure.launches import Call, count
 from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.record import Key
@@ -103,76 +101,34 @@ def counted(case: Case, provider: str, facts: tuple[int, int]) -> dict[str, list
     return found
 
 
-def facts_of(gpu: str) -> tuple[int, int]:
-    found = gpus.by_name(gpu)
-    return found.capability, found.multiprocessors
-
-
-def predicted(
-    case: Case, mode: str, provider: str, kernels: Sequence[Kernel], gpu: str
-) -> Prediction:
-    spent = efficiency.predict(kernels, efficiency.rates(gpu))
-    us = sum(spent.values())
-    shown = sorted((-x, name) for name, x in spent.items() if x >= LEAST * us)
-    flops = sum(k.matrix + k.vector for k in kernels)
-    return Prediction(
-        case.op.name, case.shape.label, case.dtype, mode, provider, _short(us), len(kernels),
-        _short(sum(k.bytes for k in kernels) / 1e9), _short(flops / 1e12),
-        {name: _short(-x) for x, name in shown},
-    )  # fmt: skip
-
-
 def _short(value: float) -> float:
     return float(f"{value:.4g}")
 
 
 def predict(chosen: Iterable[Case], gpu: str) -> list[Prediction]:
     """All rows of the cases on a GPU."""
-    return [
-        predicted(case, mode, provider, [k for call in calls for k in call.kernels], gpu)
-        for case in chosen
-        for provider in PROVIDERS
-        if provider in case.providers
-        for mode, calls in counted(case, provider, facts_of(gpu)).items()
-    ]
-
-
-def launches_of(case: Case, gpu: str) -> list[dict[str, Any]]:
-    """Every distinct launch of ours in a step: how many, what it does, and predicted microseconds
-    of each without the gap, those that take longest together first."""
-    calls = counted(case, "triton", facts_of(gpu))["step"]
-    rates = efficiency.rates(gpu)
-    rows = []
-    launched = Counter((x.phase, *x.kernels) for x in calls if x.ours)
-    for (phase, kernel), number in launched.items():
-        assumption, seconds = efficiency.limit(kernel, rates)
-        row = {"kernel": kernel.name, "phase": phase, "launches": number}
-        work = {
-            "us": 1e6 * seconds, "gb": kernel.bytes / 1e9,
-            "tflop": (kernel.matrix + kernel.vector) / 1e12,
-            "gexp": kernel.exps / 1e9, "gslots": kernel.slots / 1e9,
-        }  # fmt: skip
-        rows.append(row | {k: _short(v) for k, v in work.items() if v} | {"limit": assumption})
-    return sorted(rows, key=lambda row: -row["launches"] * row["us"])
-
-
-def files_of(gpu: str) -> dict[str, list[dict[str, Any]]]:
-    """The rows of both files of a GPU by their names."""
-    chosen = cases()
-    step = next(case for case in chosen if case.shape == LARGE and case.op.name == "training")
-    return {
-        f"{gpu}.jsonl": [asdict(row) for row in predict(chosen, gpu)],
-        f"{gpu}-kernels.jsonl": launches_of(step, gpu),
-    }
+    known, rates, rows = gpus.by_name(gpu), efficiency.rates(gpu), []
+    facts = known.capability, known.multiprocessors
+    for case in chosen:
+        for provider in (p for p in PROVIDERS if p in case.providers):
+            for mode, calls in counted(case, provider, facts).items():
+                kernels = [kernel for call in calls for kernel in call.kernels]
+                spent = efficiency.predict(kernels, rates)
+                us = sum(spent.values())
+                shown = sorted((-x, name) for name, x in spent.items() if x >= LEAST * us)
+                flops = sum(k.matrix + k.vector for k in kernels)
+                rows.append(Prediction(
+                    case.op.name, case.shape.label, case.dtype, mode, provider, _short(us),
+                    len(kernels), _short(sum(k.bytes for k in kernels) / 1e9),
+                    _short(flops / 1e12), {name: _short(-x) for x, name in shown},
+                ))  # fmt: skip
+    return rows
 
 
 def read(gpu: str, folder: Path = FOLDER) -> list[Prediction]:
     """What was committed for a GPU. Raises FileNotFoundError where nothing was."""
-    return [Prediction(**row) for row in _read(folder / f"{gpu}.jsonl")]
-
-
-def _read(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    lines = (folder / f"{gpu}.jsonl").read_text().splitlines()
+    return [Prediction(**json.loads(line)) for line in lines]
 
 
 def committed(folder: Path = FOLDER) -> list[str]:
@@ -180,25 +136,14 @@ def committed(folder: Path = FOLDER) -> list[str]:
     return [name for name in gpus.GPUS if (folder / f"{name}.jsonl").is_file()]
 
 
-def differences(before: Sequence[dict[str, Any]], now: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """What rows of one file say otherwise now: which there are, and times beyond the tolerance."""
-
-    def by_name(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-        times: dict[str, float] = {}
-        for row in rows:
-            words = [str(x) for name, x in row.items() if name not in _VALUES]
-            times[" ".join(words)] = times.get(" ".join(words), 0.0) + row["us"]
-        return times
-
-    old, new = by_name(before), by_name(now)
+def differences(before: Iterable[Prediction], now: Iterable[Prediction]) -> Iterator[str]:
+    """What rows say otherwise now: which there are, and times beyond the tolerance."""
+    old, new = ({" ".join(row.key): row.us for row in rows} for rows in (before, now))
     for name in old.keys() | new.keys():
         if name not in old or name not in new:
             yield f"{name}: {'new' if name in new else 'no longer there'}"
         elif abs(new[name] - old[name]) > TOLERANCE * old[name]:
             yield f"{name}: {old[name]:.4g} us are {new[name]:.4g} us now"
-
-
-_VALUES = {"us", "kernels", "gb", "tflop", "spent", "gexp", "gslots", "limit"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -227,29 +172,21 @@ def main(args: argparse.Namespace, console: Console) -> int:
         outputs.writable(args.out)
     wrong = 0
     for gpu in args.gpu:
-        files = files_of(gpu)
-        for name, rows in files.items():
-            path = args.out / name
-            if args.check:
-                before = _read(path) if path.is_file() else []
-                found = sorted(differences(before, rows))
-                wrong += len(found)
-                for line in found[:10]:
-                    console.print(f"{name}: {line}", markup=False, soft_wrap=True)
-                console.print(f"{name}: {len(rows)} rows, {len(found)} differ")
-            else:
-                outputs.write(path, "".join(json.dumps(row) + "\n" for row in rows))
-                console.print(f"{name}: {len(rows)} rows written")
-        _show(files[f"{gpu}.jsonl"], gpu, console)
+        rows, path = predict(cases(), gpu), args.out / f"{gpu}.jsonl"
+        if args.check:
+            found = sorted(differences(read(gpu, args.out) if path.is_file() else [], rows))
+            wrong += len(found)
+            for line in found[:10]:
+                console.print(f"{path.name}: {line}", markup=False, soft_wrap=True)
+            console.print(f"{path.name}: {len(rows)} rows, {len(found)} differ")
+        else:
+            outputs.write(path, "".join(json.dumps(asdict(row)) + "\n" for row in rows))
+            console.print(f"{path.name}: {len(rows)} rows written")
+        console.print(f"predicted on {gpus.by_name(gpu).title}, not measured:")
+        for row in rows:
+            if operations()[row.op].scope == "model" and row.mode in ("fwd", "step"):
+                console.print(
+                    f"  {row.op} {row.shape} {row.dtype} {row.mode} {row.provider}: "
+                    f"{row.us / 1e3:.2f} ms, {row.kernels} kernels, {row.gb:.1f} GB"
+                )
     return min(wrong, 1)
-
-
-def _show(rows: Sequence[dict[str, Any]], gpu: str, console: Console) -> None:
-    """The whole models."""
-    console.print(f"predicted on {gpus.by_name(gpu).title}, not measured:")
-    for row in rows:
-        if operations()[row["op"]].scope == "model" and row["mode"] in ("fwd", "step"):
-            console.print(
-                f"  {row['op']} {row['shape']} {row['dtype']} {row['mode']} {row['provider']}: "
-                f"{row['us'] / 1e3:.2f} ms, {row['kernels']} kernels, {row['gb']:.1f} GB"
-            )

@@ -18,7 +18,7 @@ from __future__ import annotations
 import argparse
 import os
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES, Op, unavailable
-from benchmarks.cases.common.problem import Problem, Shape
+from benchmarks.cases.common.problem import Shape
 from benchmarks.command import outputs
 from benchmarks.command.options import choose_device, names, to_path
 from benchmarks.measure import parity, timing
@@ -42,16 +42,14 @@ from equiseg_fast.kernels._arch import Tile
 if TYPE_CHECKING:
     from rich.console import Console
 
-HOTTEST = (
-    "attention", "depthwise_conv_gelu", "pooling_mixer", "query_hub", "upsample_cross_entropy",
-    "guided_gate", "add_layer_norm", "class_prototypes",
-)  # fmt: skip
-"""Operations with kernels, by their share of a training step of EQUISeg."""
+HOTTEST = tuple(n for n, op in operations().items() if op.function and n != "mix_ffn")
+"""Operations with kernels of their own, by their share of a training step of EQUISeg."""
 
 FILE, SEARCH = "tuned.json", "search.json"
 GAIN = 0.02
 _FIXED = ("lean", "ctas_per_sm")
 _LARGEST_WARPS = 16
+Table = dict[_tuned.Key, Any]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,16 +67,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 class Choice:
     """One launch configuration of a case: its key, and the mode in which it is launched."""
 
-    key: tuple[str, tuple[Any, ...]]
+    key: _tuned.Key
     mode: str
 
 
-class _Recorder(dict):
+class _Recorder(Table):
     """A table that remembers what it was asked for."""
 
-    def __init__(self, table: dict) -> None:
+    def __init__(self, table: Table) -> None:
         super().__init__(table)
-        self.asked: dict[Any, None] = {}
+        self.asked: dict[_tuned.Key, None] = {}
 
     def get(self, key: Any, default: Any = None) -> Any:
         self.asked[key] = None
@@ -97,37 +95,42 @@ def neighbours(config: Tile) -> list[Tile]:
     return found
 
 
+def _differing(default: Any, config: Any) -> str:
+    before = default.settings()
+    return ", ".join(f"{k}={v}" for k, v in config.settings().items() if v != before[k])
+
+
 class Search:
     """The search on one case; `table` is what was decided so far and grows."""
 
-    def __init__(self, op: Op, shape: Shape, dtype: str, device: torch.device, table: dict) -> None:
+    def __init__(
+        self, op: Op, shape: Shape, dtype: str, device: torch.device, table: Table
+    ) -> None:
         self.label = f"{op.name} {shape.label} {dtype}"
-        self.device = device
-        self.table = table
-        cost = cost_of(op, shape, DTYPES[dtype].itemsize)
-        count = timing.input_sets(cost.fwd_bytes, device)
-        self.problems: list[Problem] = [
-            op.build(shape, DTYPES[dtype], device, 1000 * i) for i in range(count)
+        self.device, self.table = device, table
+        moved = cost_of(op, shape, DTYPES[dtype].itemsize).fwd_bytes
+        self.problems = [
+            op.build(shape, DTYPES[dtype], device, 1000 * i)
+            for i in range(timing.input_sets(moved, device))
         ]
+        self.leaves = list(self.problems[0].leaves.values())
         self.gate = parity.Gate(self.problems[0])
 
     def choices(self) -> list[Choice]:
         """What the case launches, in the order of launching."""
-        leaves = list(self.problems[0].leaves.values())
         recorder = _Recorder(self.table)
         with _tuned.use(recorder):
             outputs = self.problems[0].calls["triton"]()
             forward = list(recorder.asked)
-            self.gate.gradients(outputs, leaves)
+            self.gate.gradients(outputs, self.leaves)
         return [Choice(key, "fwd" if key in forward else "bwd") for key in recorder.asked]
 
-    def refusal(self, trial: dict) -> str:
+    def refusal(self, trial: Table) -> str:
         """Why a trial cannot be used; empty if its results are right."""
-        problem = self.problems[0]
         try:
             with _tuned.use(trial):
-                outputs = problem.calls["triton"]()
-                gradients = self.gate.gradients(outputs, list(problem.leaves.values()))
+                outputs = self.problems[0].calls["triton"]()
+                gradients = self.gate.gradients(outputs, self.leaves)
             result = parity.Result(tuple(x.detach() for x in outputs), gradients)
             for part in ("outputs", "gradients"):
                 self.gate.check(result, part)
@@ -135,10 +138,10 @@ class Search:
             return said(error)
         return ""
 
-    def time(self, trials: dict[str, dict], mode: str) -> dict[str, timing.Timing]:
+    def time(self, trials: dict[str, Table], mode: str) -> dict[str, timing.Timing]:
         """All trials interleaved, after one call each to compile."""
 
-        def under(trial: dict, call: Callable[[], Any]) -> Callable[[], Any]:
+        def under(trial: Table, call: Callable[[], Any]) -> Callable[[], Any]:
             def run() -> Any:
                 with _tuned.use(trial):
                     return call()
@@ -161,37 +164,32 @@ class Search:
 
     def decide(self, choice: Choice) -> dict[str, Any]:
         """Try the neighbours of one choice; the entry for the file, its "config" the winner's."""
-        default = self.table.get(choice.key, _tuned.default(choice.key))
-        trials, refused = {"default": self.table}, dict[str, str]()
-        configs = {"default": default}
         name, arguments = choice.key
+        default = self.table.get(choice.key, _tuned.default(choice.key))
+        trials, configs = {"default": self.table}, {"default": default}
+        refused: dict[str, str] = {}
         entry = {
-            "function": name,
-            "arguments": list(arguments),
-            "config": default.settings(),
-            "default": default.settings(),
-            "case": self.label,
-            "mode": choice.mode,
+            "function": name, "arguments": list(arguments), "config": default.settings(),
+            "default": default.settings(), "case": self.label, "mode": choice.mode,
             "refused": refused,
-        }
+        }  # fmt: skip
         for config in neighbours(default):
-            what = _differing(default, config)
-            trial = {**self.table, choice.key: config}
-            if reason := self.refusal(trial):
-                refused[what] = reason
-                if is_sticky(reason):
-                    return entry | {"broken": reason}
-            else:
+            what, trial = _differing(default, config), {**self.table, choice.key: config}
+            if not (reason := self.refusal(trial)):
                 trials[what], configs[what] = trial, config
+                continue
+            refused[what] = reason
+            if is_sticky(reason):
+                return entry | {"broken": reason}
         try:
             timings = self.time(trials, choice.mode)
         except RuntimeError as error:  # an error of the device, or a capture that failed
             return entry | {"broken": said(error)}
-        fastest = min(timings, key=lambda name: timings[name].p50_us)
-        before, after = timings["default"], timings[fastest]
-        wins = after.p50_us < (1 - GAIN) * before.p50_us and after.p80_us < before.p20_us
-        winner = fastest if wins else "default"
-        if wins:
+        winner = min(timings, key=lambda name: timings[name].p50_us)
+        before, after = timings["default"], timings[winner]
+        if after.p50_us >= (1 - GAIN) * before.p50_us or after.p80_us >= before.p20_us:
+            winner = "default"
+        else:
             self.table[choice.key] = configs[winner]
         return entry | {
             "config": configs[winner].settings(),
@@ -201,49 +199,38 @@ class Search:
         }
 
 
-def _differing(default: Tile, config: Tile) -> str:
-    before = default.settings()
-    return ", ".join(f"{k}={v}" for k, v in config.settings().items() if v != before[k])
-
-
-def cases(device: torch.device, ops: Sequence[str], dtype: str | None) -> Iterator[tuple]:
-    """(operation, shape, dtype): on a GPU of EQUISeg-B2 at 1024x1024, elsewhere tiny."""
-    known = operations()
+def cases(ops: Sequence[str], dtype: str | None, cuda: bool) -> list[tuple[Op, Shape, str]]:
+    """On a GPU every stage of EQUISeg-B2 at 1024x1024, elsewhere one that is tiny."""
     if unknown := [name for name in ops if name not in HOTTEST]:
         raise ValueError(f"--op must be among {', '.join(HOTTEST)}; got {unknown[0]!r}")
-    cuda = device.type == "cuda"
-    for name in ops:
-        for stage in known[name].stages if cuda else known[name].stages[:1]:
-            if cuda:
-                shape = Shape("b2", stage, 1024, 1024, 1, 4)
-            else:
-                shape = Shape("b0", stage, 64, 64, 1, 2)
-            yield known[name], shape, dtype or ("bf16" if cuda else "fp32")
+    shape = Shape("b2", 0, 1024, 1024, 1, 4) if cuda else Shape("b0", 0, 64, 64, 1, 2)
+    return [
+        (op, replace(shape, stage=stage), dtype or ("bf16" if cuda else "fp32"))
+        for op in (operations()[name] for name in ops)
+        for stage in (op.stages if cuda else op.stages[:1])
+    ]
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
     device = choose_device(args.device, needed=not args.dry_run)
-    todo = list(cases(device, args.op, args.dtype))
+    cuda = device.type == "cuda"
+    todo = cases(args.op, args.dtype, cuda)
     if args.dry_run:
         for op, shape, dtype in todo:
             console.print(f"{op.name} {shape.label} {dtype}: {op.function}")
         console.print(f"{len(todo)} cases; nothing was run")
         return 0
-    interpreting = device.type == "cpu"
-    if interpreting and os.environ.get("TRITON_INTERPRET") != "1":
+    if not cuda and os.environ.get("TRITON_INTERPRET") != "1":
         raise ValueError("on a CPU set TRITON_INTERPRET=1: a rehearsal, whose times mean nothing")
     ours = (args.out / SEARCH).is_file()
     outputs.writable(args.out, *(() if ours else (FILE,))).mkdir(parents=True, exist_ok=True)
     args.kept = f"what was decided is in {args.out}/{FILE}; the same command goes on"
-    until = monotonic() + 60 * args.minutes
-    longest = 0.0
-    made_on = _made_on(device, interpreting)
+    until, longest, late = monotonic() + 60 * args.minutes, 0.0, 0
+    made_on = _made_on(device, rehearsal=not cuda)
     entries, table = _earlier(args.out / SEARCH, made_on)
-    late = 0
-    stream = nullcontext() if interpreting else torch.cuda.stream(torch.cuda.Stream(device))
-    with stream:
+    with torch.cuda.stream(torch.cuda.Stream(device)) if cuda else nullcontext():
         for op, shape, dtype in todo:
-            if not interpreting and (reason := unavailable(op, "triton", device)):
+            if cuda and (reason := unavailable(op, "triton", device)):
                 console.print(f"skipped: {op.name}: {reason}")
                 continue
             if monotonic() + longest > until:
@@ -258,7 +245,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 if is_sticky(str(error)):
                     return AGAIN
                 continue
-            decided = {_key(e) for e in entries}
+            decided = {(e["function"], tuple(e["arguments"])) for e in entries}
             for choice in choices:
                 started = monotonic()
                 if choice.key in decided or started + longest > until:
@@ -271,15 +258,10 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 if "broken" in entry:
                     console.print("this process can go no further; the same command goes on")
                     return AGAIN
-    _write(args.out, entries, made_on)
-    won = sum(e["config"] != e["default"] for e in entries)
+    won = _write(args.out, entries, made_on)
     rest = f", {late} cases not reached" if late else ""
     console.print(f"{len(entries)} choices searched, {won} changed{rest}; see {args.out}/{FILE}")
     return 0
-
-
-def _key(entry: dict[str, Any]) -> tuple[str, tuple[Any, ...]]:
-    return entry["function"], tuple(entry["arguments"])
 
 
 def _made_on(device: torch.device, rehearsal: bool) -> dict[str, Any]:
@@ -288,9 +270,7 @@ def _made_on(device: torch.device, rehearsal: bool) -> dict[str, Any]:
     return found | {"rehearsal": rehearsal}
 
 
-def _earlier(
-    path: Path, made_on: dict[str, Any]
-) -> tuple[list[dict[str, Any]], dict[_tuned.Key, Any]]:
+def _earlier(path: Path, made_on: dict[str, Any]) -> tuple[list[dict[str, Any]], Table]:
     """What an earlier search of the same source on the same device has decided, entries and table.
     Raises ValueError naming the file and what is wrong with it, and for any other search."""
     if not path.is_file():
@@ -314,15 +294,16 @@ def _line(entry: dict[str, Any]) -> str:
     if "broken" in entry:
         return f"{what}: {entry['broken']}"
     changed = {k: v for k, v in entry["config"].items() if v != entry["default"][k]}
-    verdict = f"{changed}" if changed else "default stays"
     return (
-        f"{what}: {verdict}, {entry['default_us']:.1f} -> {entry['tuned_us']:.1f} us "
+        f"{what}: {changed or 'default stays'}, {entry['default_us']:.1f} -> "
+        f"{entry['tuned_us']:.1f} us "
         f"({len(entry['tried_us']) - 1} tried, {len(entry['refused'])} refused)"
     )
 
 
-def _write(out: Path, entries: Sequence[dict[str, Any]], made_on: dict[str, Any]) -> None:
-    """`tuned.json` with the winners alone, `search.json` with everything that was tried."""
-    _tuned.write(out / SEARCH, list(entries), made_on)
+def _write(out: Path, entries: list[dict[str, Any]], made_on: dict[str, Any]) -> int:
+    """`tuned.json` with the winners alone, whose number it returns; `search.json` with all."""
     winners = [e for e in entries if e["config"] != e["default"]]
+    _tuned.write(out / SEARCH, entries, made_on)
     _tuned.write(out / FILE, winners, made_on)
+    return len(winners)

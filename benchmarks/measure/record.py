@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import json
 import math
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, field, fields
 from datetime import datetime, timezone
 from functools import partial
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -128,6 +128,10 @@ class Record:
         return (self.op, self.shape.label, self.dtype, self.mode, self.provider)
 
 
+FILE = "results.jsonl"
+MACHINE_INFO = "equiseg_fast"
+"""Where a `--benchmark-json` file has the environment record, in its `machine_info`."""
+
 _FIELDS = {f.name: f for f in fields(Record)}
 _REQUIRED = ("suite", "op", "case", "mode", "provider", "dtype", "status")
 _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
@@ -139,8 +143,6 @@ _KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
 }
 _TIMES = ("p20_us", "p50_us", "p80_us", "min_us")
 _SHAPE = tuple(f.name for f in fields(Shape))
-COLUMNS = tuple(x for name in _FIELDS for x in (_SHAPE if name == "case" else (name,)))
-"""Of `results.csv`: the fields of a record, those of its case in place of the case."""
 
 
 class Writer:
@@ -150,7 +152,7 @@ class Writer:
     """
 
     def __init__(self, folder: Path, resume: bool = False) -> None:
-        self.path = folder / "results.jsonl"
+        self.path = folder / FILE
         if not resume or not self.path.is_file():
             self.path.write_text("")
         drop_half_a_line(self.path)
@@ -159,25 +161,17 @@ class Writer:
         """Raises NotWritten."""
         try:
             with self.path.open("a") as file:
-                file.write("".join(map(_line, records)))
+                file.write(_lines(records))
         except OSError as error:
             raise NotWritten(error.errno, error.strerror, str(self.path)) from error
 
 
-def write_table(records: Iterable[Record], path: Path) -> None:
-    """A CSV file of records, the fields of the case as columns, None as nothing."""
-    with path.open("w", newline="") as file:
-        table = csv.DictWriter(file, COLUMNS, extrasaction="ignore")
-        table.writeheader()
-        table.writerows({**asdict(row), **row.case} for row in records)
-
-
-def _line(record: Record) -> str:
-    return json.dumps(asdict(record), separators=(",", ":")) + "\n"
+def _lines(records: Iterable[Record]) -> str:
+    return "".join(json.dumps(asdict(row), separators=(",", ":")) + "\n" for row in records)
 
 
 def write_jsonl(records: Iterable[Record], path: Path) -> None:
-    write(path, "".join(map(_line, records)))
+    write(path, _lines(records))
 
 
 def read(path: Path) -> list[Record]:
@@ -193,8 +187,7 @@ def read(path: Path) -> list[Record]:
         return read_jsonl(path, said=partial(print, file=sys.stderr))
     records = []
     for i, entry in enumerate(whole["benchmarks"]):
-        if not isinstance(entry, dict):
-            raise ValueError(f"{path} benchmark {i + 1}: must be an object; got {entry!r}")
+        entry = entry if isinstance(entry, dict) else {}
         where = f"{path} benchmark {i + 1} ({entry.get('name')})"
         values = entry.get("extra_info")
         if not isinstance(values, dict) or "schema" not in values:
@@ -209,17 +202,17 @@ def read_jsonl(path: Path, said: Callable[[str], object] = lambda text: None) ->
     path = _results(path)
     records: dict[Key, Record] = {}
     text = _text(path)
-    lines = text.removesuffix("\n").split("\n") if text else []
-    # Whoever wrote it is under way or was killed; an editor may have ended the line.
-    if lines and not _is_json(lines[-1]):
-        if not text.endswith("\n") or lines[-1].startswith('{"suite"'):
-            said(f"{path} line {len(lines)}: half a line, left out")
-            lines.pop()
+    lines = text.splitlines()
     for number, line in enumerate(lines, start=1):
         where = f"{path} line {number}"
         try:
             values = json.loads(line)
         except json.JSONDecodeError as error:
+            # Whoever wrote it is under way or was killed; an editor may have ended the line.
+            half = not text.endswith("\n") or line.startswith('{"suite"')
+            if number == len(lines) and half:
+                said(f"{where}: half a line, left out")
+                break
             raise ValueError(f"{where}: not JSON: {error}") from error
         record = _record(values, where)
         records[record.key] = record
@@ -230,27 +223,14 @@ def read_environment(path: Path) -> dict[str, Any]:
     """The environment that the records of `read(path)` were made in: of the `env.json` beside them,
     or of a `--benchmark-json` file itself; empty if it is not known."""
     path = _results(path)
-    whole = _benchmark_json(path)
-    if whole is not None:
+    if whole := _benchmark_json(path):
         return whole.get("machine_info", {}).get(MACHINE_INFO, {})
     beside = path.parent / "env.json"
     return read_json(beside) if beside.is_file() else {}
 
 
-MACHINE_INFO = "equiseg_fast"
-"""Where a `--benchmark-json` file has the environment record, in its `machine_info`."""
-
-
-def _is_json(text: str) -> bool:
-    try:
-        json.loads(text)
-    except json.JSONDecodeError:
-        return False
-    return True
-
-
 def _results(path: Path) -> Path:
-    return path / "results.jsonl" if path.is_dir() else path
+    return path / FILE if path.is_dir() else path
 
 
 def _text(path: Path) -> str:
@@ -272,35 +252,38 @@ def _benchmark_json(path: Path) -> dict[str, Any] | None:
 def _record(values: Any, where: str) -> Record:
     if not isinstance(values, dict):
         raise ValueError(f"{where}: must be an object; got {type(values).__name__}")
+    if wrong := _wrong(values):
+        raise ValueError(f"{where}: {wrong}")
+    return Record(**values)
+
+
+def _wrong(values: dict[str, Any]) -> str:
+    """What is wrong with the fields of a record; empty if nothing is."""
     if values.get("schema") != SCHEMA:
-        raise ValueError(f"{where}: schema must be {SCHEMA}; got {values.get('schema')!r}")
+        return f"schema must be {SCHEMA}; got {values.get('schema')!r}"
     if missing := [name for name in _REQUIRED if name not in values]:
-        raise ValueError(f"{where}: field {missing[0]!r} is missing")
+        return f"field {missing[0]!r} is missing"
     if unknown := sorted(set(values) - set(_FIELDS)):
-        raise ValueError(f"{where}: unknown field {unknown[0]!r}")
+        return f"unknown field {unknown[0]!r}"
     for name, value in values.items():
         allowed, kinds = _KINDS[_FIELDS[name].type]
         if type(value) not in kinds:
-            raise ValueError(f"{where}: {name} must be {allowed}; got {value!r}")
+            return f"{name} must be {allowed}; got {value!r}"
         if type(value) in (int, float) and not 0 <= value < math.inf:
-            raise ValueError(f"{where}: {name} must be finite and not negative; got {value}")
+            return f"{name} must be finite and not negative; got {value}"
         if name in _TIMES and value == 0:
-            raise ValueError(f"{where}: {name} must be positive; got {value}")
-    if values["status"] not in STATUSES:
-        raise ValueError(
-            f"{where}: status must be one of {', '.join(STATUSES)}; got {values['status']!r}"
-        )
+            return f"{name} must be positive; got {value}"
     case = values["case"]
+    if values["status"] not in STATUSES:
+        return f"status must be one of {', '.join(STATUSES)}; got {values['status']!r}"
     if set(case) != set(_SHAPE):
-        raise ValueError(f"{where}: case must have {', '.join(_SHAPE)}; got {case!r}")
-    for name, value in case.items():
-        if name == "variant" and value not in VARIANTS:
-            raise ValueError(
-                f"{where}: variant must be one of {', '.join(VARIANTS)}; got {value!r}"
-            )
-        if name != "variant" and not (type(value) is int and value >= (name != "stage")):
-            raise ValueError(f"{where}: {name} must be a positive integer; got {value!r}")
-    return Record(**values)
+        return f"case must have {', '.join(_SHAPE)}; got {case!r}"
+    if case["variant"] not in VARIANTS:
+        return f"variant must be one of {', '.join(VARIANTS)}; got {case['variant']!r}"
+    for name in _SHAPE[1:]:
+        if not (type(case[name]) is int and case[name] >= (name != "stage")):
+            return f"{name} must be a positive integer; got {case[name]!r}"
+    return ""
 
 
 def environment(device: torch.device, limits: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -311,12 +294,12 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
     """
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,
-        "git_sha": _git("rev-parse", "HEAD"),
+        "git_sha": (sha := _git("rev-parse", "HEAD")),
         # Without a repository nobody knows.
-        "git_dirty": bool(_git("status", "--porcelain")) if _git("rev-parse", "HEAD") else None,
+        "git_dirty": bool(_git("status", "--porcelain")) if sha else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": version("triton") if find_spec("triton") else "",
         "system": f"{platform.system()} {platform.machine()}",
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
@@ -369,13 +352,6 @@ def _nvidia_smi(device: torch.device) -> str:
     query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,mig.mode.current"
     index = str(torch.cuda.current_device() if device.index is None else device.index)
     return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={index}")
-
-
-def _version(package: str) -> str:
-    """Version of an installed package without importing it."""
-    from importlib.metadata import version
-
-    return version(package) if find_spec(package) else ""
 
 
 def _cpu_model() -> str:

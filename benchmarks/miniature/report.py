@@ -53,7 +53,10 @@ COLUMNS: dict[str, Column] = {
     "degradations": lambda row: fmean(row["summary"]["degradations"].values()),
     "dead": _dead,
 }
-LOSSES = ("seg", "sgm")
+LOSSES: dict[str, Column] = {
+    "seg": lambda row: row["losses"]["seg"],
+    "sgm": lambda row: row["losses"]["sgm"],
+}
 
 
 def write(done: Sequence[Run], out: Path) -> None:
@@ -142,7 +145,7 @@ def report(content: Mapping[str, Any], pictures: Sequence[str]) -> str:
         "The latter compares what has the same `sgm_tau` and `sgm_source` and the same sensors in "
         "training.",
         "",
-        *_losses(rows),
+        *_table(rows, LOSSES, times=1, form=".3f", what=False),
         "",
         "Every degradation, the mean over its severities 0.25, 0.5, 0.75 and 1:",
         "",
@@ -182,21 +185,17 @@ def overview(content: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _table(rows: Sequence[Row], columns: Mapping[str, Column]) -> list[str]:
-    """Lines of a table with a row for every setting that has some."""
-    lines = ["| | " + " | ".join(columns) + " | what |", "|---|" + "--:|" * len(columns) + "---|"]
+def _table(
+    rows: Sequence[Row], columns: Mapping[str, Column], *, times: float = 100, form: str = ".1f",
+    what: bool = True,
+) -> list[str]:  # fmt: skip
+    """Lines of a table with a row for every setting that has some. what: and what it is."""
+    titles = [*columns, *["what"] * what]
+    lines = [f"| | {' | '.join(titles)} |", "|---|" + "--:|" * len(columns) + "---|" * what]
     for name, setting in SETTINGS.items():
         if own := [row for row in rows if row["setting"] == name]:
-            cells = [_cell([value(row) for row in own], 100, ".1f") for value in columns.values()]
-            lines.append(f"| {name} | {' | '.join(cells)} | {setting.what} |")
-    return lines
-
-
-def _losses(rows: Sequence[Row]) -> list[str]:
-    lines = [f"| | {' | '.join(LOSSES)} |", "|---|" + "--:|" * len(LOSSES)]
-    for name in SETTINGS:
-        if own := [row["losses"] for row in rows if row["setting"] == name]:
-            cells = [_cell([losses[kind] for losses in own], 1, ".3f") for kind in LOSSES]
+            cells = [_cell([value(row) for row in own], times, form) for value in columns.values()]
+            cells += [setting.what] * what
             lines.append(f"| {name} | {' | '.join(cells)} |")
     return lines
 
@@ -206,6 +205,5 @@ def _cell(values: Sequence[float | None], times: float, form: str) -> str:
     there = [times * x for x in values if x is not None]
     if not there:
         return "-"
-    low, high = min(there), max(there)
-    spread = f" ({low:{form}} to {high:{form}})" if len(there) > 1 else ""
+    spread = f" ({min(there):{form}} to {max(there):{form}})" if len(there) > 1 else ""
     return f"{fmean(there):{form}}{spread}"

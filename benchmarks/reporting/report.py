@@ -211,7 +211,7 @@ def _operation(op: str, rows: Sequence[Record]) -> list[str]:
         minimum = f"Minimum: {declared.formula}."
     elif declared is not None:
         minimum = (
-            f"{declared.formula}. Minimum: that of its calls, one after the other, as counted."
+            f"{declared.formula}. Minimum: that of its calls, as counted, one after the other."
         )
     return [minimum, _table(rows), _bullets(skipped(rows))]
 

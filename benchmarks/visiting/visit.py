@@ -18,7 +18,7 @@ import signal
 import subprocess
 import tarfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from datetime import datetime, timezone
 from importlib.util import find_spec
@@ -29,7 +29,6 @@ from rich.console import Console
 
 from benchmarks.command import outputs
 from benchmarks.command.options import ROOT, choose_device, to_path
-from benchmarks.command.table import FittedTable
 from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import orphans
 from benchmarks.visiting.summary import brought, failed, table, write_summary
@@ -193,26 +192,6 @@ def carry_out(
                 r.end("cut off")
 
 
-def simulate(plan: Plan, minutes: float, cut: float) -> Iterator[tuple[Task, list[str], list[str]]]:
-    """By estimates: what each task would have brought and not brought home of a visit planned for
-    so many minutes and ended after `cut` of them, if nothing failed."""
-    now = 0.0
-    plan = [[task for task in together if not task.impossible] for together in plan]
-    for i, together in enumerate(plan):
-        limit = share([group for group in plan[i:] if group], 60 * minutes - now) if together else 0
-        longest = 0.0
-        for task in together:
-            spent, done = 0.0, []
-            for what, seconds in task.brings:
-                spent += seconds
-                if spent > min(limit, 60 * cut - now):
-                    break
-                done.append(what)
-            longest = max(longest, min(limit, sum(seconds for _, seconds in task.brings)))
-            yield task, done, [what for what, _ in task.brings][len(done) :]
-        now += longest
-
-
 def pack(folder: Path, archive: Path) -> None:
     """Write `archive` (.tar.gz) anew from a folder of results, `summary.md` first.
 
@@ -252,18 +231,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument("--device", help="cpu rehearses everything; default: cuda if there is one")
     parser.add_argument("--dry-run", action="store_true", help="only print the plan")
-    parser.add_argument(
-        "--simulate", type=lambda text: [float(x) for x in text.split(",")], metavar="M,M",
-        help="run nothing: what would be home if all ended after so many minutes, by estimates",
-    )  # fmt: skip
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
     """Exit status 1 if a command failed by itself, which includes a failed test, or a task of a
     rehearsal brought nothing; on a GPU what was cut off or cannot be done is no failure."""
     started = time.monotonic()
-    pretending = args.dry_run or args.simulate
-    device = choose_device("cuda" if args.simulate else args.device, needed=not pretending)
+    device = choose_device(args.device, needed=not args.dry_run)
     rehearsal = device.type != "cuda"
     minutes = args.minutes if args.minutes is not None else 4 if rehearsal else 9
     if not minutes > 0:
@@ -273,11 +247,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
     home = args.archive or args.out.parent / f"{folder.name}.tar.gz"  # printed as it was given
     archive = home.resolve()
     plan = tasks(folder, device, cache)
-    if pretending:
-        for after in args.simulate or ():
-            console.print(_simulated(plan, minutes, after))
-        if args.dry_run:
-            _print_plan(plan, 60 * minutes, console)
+    if args.dry_run:
+        _print_plan(plan, 60 * minutes, console)
         return 0
     for package, lacking in OPTIONAL.items():
         if not find_spec(package):
@@ -321,16 +292,6 @@ def main(args: argparse.Namespace, console: Console) -> int:
     if empty:
         console.print(f"brought nothing: {', '.join(empty)}")
     return 1 if empty or any(failed(state.of(task)) for task in every) else 0
-
-
-def _simulated(plan: Plan, minutes: float, cut: float) -> FittedTable:
-    columns = ("command", "home", "missing")
-    title = f"after {cut:g} of {minutes:g} minutes, by estimates"
-    shown = FittedTable(columns, words=columns, title=title)
-    for task, done, missing in simulate(plan, minutes, cut):
-        rest = ", ..".join(missing[:1]) + ", .." * (len(missing) > 1)
-        shown.add_row(task.name, f"{len(done)} of {len(done) + len(missing)}", rest)
-    return shown
 
 
 def _print_plan(plan: Plan, seconds: float, console: Console) -> None:

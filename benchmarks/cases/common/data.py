@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.cases.common.problem import Shape
 from benchmarks.cases.common.random_data import generator, random_normal
 
 NAMES = ("left", "right", "disparity")
@@ -81,13 +82,12 @@ def _is_sensor_size(batch: int, height: int, width: int) -> bool:
     return batch == 1 and (height, width) == SIZE
 
 
-def images(
-    modalities: int, batch: int, height: int, width: int, seed: int, device: torch.device
-) -> Tensor:
+def images(shape: Shape, seed: int, device: torch.device) -> Tensor:
     """`[M, B, 3, H, W]` fp32: the sensors if they have just this size, else random normal."""
-    if modalities == len(NAMES) and _is_sensor_size(batch, height, width):
+    size = (shape.batch, shape.height, shape.width)
+    if shape.modalities == len(NAMES) and _is_sensor_size(*size):
         return motorcycle().images.to(device)
-    return random_normal((modalities, batch, 3, height, width), seed=seed, device=device)
+    return random_normal((shape.modalities, size[0], 3, *size[1:]), seed=seed, device=device)
 
 
 def labels(batch: int, height: int, width: int, seed: int, device: torch.device) -> Tensor:

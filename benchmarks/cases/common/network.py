@@ -5,8 +5,8 @@ drawn from a fixed seed, so that every provider computes the same. Half precisio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from contextlib import AbstractContextManager
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ AGREEMENT = {torch.float32: (1e-4, 5e-3)}
 HALF_AGREEMENT = (5e-2, 0.3)
 
 Call = Callable[[], Outputs]
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def network_problem(
@@ -47,28 +48,50 @@ def network_problem(
     ignored, fields: of `Problem`; leaves are ignored anyway.
     """
     owner = getattr(network, "__self__", network)  # of a method
-    reference = _on_backend("reference", lambda: run(plain or network))
+
+    def on(backend: str, made: Callable[..., Any]) -> Call:
+        return lambda: _with(use_backend(backend), lambda: run(made))
+
+    reference = on("reference", plain or network)
     calls = {
         "baseline": baseline,
         "baseline_cl": baselines.channels_last(baseline),
         "reference": reference,
-        "torch": _on_backend("torch", lambda: run(network)),
-        "triton": _on_backend("auto", lambda: run(network)),
-        "tuned": _on_backend("auto", lambda: run(network)),
+        "torch": on("torch", network),
+        "triton": on("auto", network),
+        "tuned": on("auto", network),
+        **{name: on("torch", lazily_compiled(network, m)) for name, m in COMPILED.items()},
         **(others or {}),
     }
-    for name, mode in COMPILED.items():
-        compiled = lazily_compiled(network, mode)
-        calls[name] = _on_backend("torch", lambda compiled=compiled: run(compiled))
+
+    def cast_to(wanted: torch.dtype, call: Call) -> Call:
+        if wanted == torch.float32:
+            return call
+        return lambda: _with(torch.autocast(device.type, wanted), call)
+
     return Problem(
-        calls={name: _cast_to(device, dtype, call) for name, call in calls.items()},
+        calls={name: cast_to(dtype, call) for name, call in calls.items()},
         leaves=dict(leaves),
-        cast=lambda wanted: (_cast_to(device, wanted, reference), list(leaves.values())),
+        cast=lambda wanted: (cast_to(wanted, reference), list(leaves.values())),
         agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
         ignored=(*ignored, *leaves.values()),
         root=owner if isinstance(owner, nn.Module) else None,
         **fields,
     )
+
+
+def _with(context: AbstractContextManager[Any], call: Call) -> Outputs:
+    with context:
+        return call()
+
+
+def alive(make: Callable[[], Module], seed: int, device: torch.device) -> Module:
+    """A module of random weights that let everything matter, from this seed."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+        enliven(module)
+    return module.to(device)
 
 
 @torch.no_grad()
@@ -85,27 +108,3 @@ def enliven(module: nn.Module) -> None:
             # The query hub has the depthwise filters of all modalities in one parameter.
             filter_of_one = weight[0, 0] if name.endswith("dw_weight") else weight[0]
             nn.init.normal_(weight, std=filter_of_one.numel() ** -0.5)
-
-
-def _on_backend(backend: str, call: Call) -> Call:
-    def run() -> Outputs:
-        with use_backend(backend):
-            return call()
-
-    return run
-
-
-def _cast_to(device: torch.device, dtype: torch.dtype, call: Call) -> Call:
-    """`call` under autocast, or as it is in fp32."""
-
-    def run() -> Outputs:
-        with _autocast(device, dtype):
-            return call()
-
-    return run
-
-
-def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[None]:
-    if dtype == torch.float32:
-        return nullcontext()
-    return torch.autocast(device.type, dtype)

@@ -19,6 +19,7 @@ from benchmarks.providers.provider import EVERYWHERE, backends, impossible
 from equiseg_fast import explain, ops, reference
 
 MODES = ("fwd", "fwd_train", "bwd", "step")
+TRAINING_MODES = MODES[1:]
 
 SCOPES = {
     "operation": "one function of equiseg_fast.ops",

@@ -8,7 +8,6 @@ from typing import Any
 
 from benchmarks.measure.record import Record
 from benchmarks.reporting.plots import bars, curves
-from benchmarks.reporting.plots import breakdown as breakdown_plot
 
 QUANTITIES = (
     ("latency", "p50_us", "ms", "Time per call"),
@@ -28,7 +27,7 @@ def draw(
     folder.mkdir(parents=True, exist_ok=True)
     rows = [r for r in records if r.p50_us is not None]
     sweeps = curves.sweeps(rows)
-    names = [] if breakdown is None else [breakdown_plot.draw(breakdown, folder / "breakdown.png")]
+    names = [] if breakdown is None else [bars.draw_breakdown(breakdown, folder / "breakdown.png")]
     for stem, field, unit, title in QUANTITIES:
         for page, chosen in bars.pages(stem, rows, field).items():
             names.append(bars.draw(chosen, field, unit, title, folder / f"{page}.png"))

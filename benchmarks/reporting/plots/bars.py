@@ -1,49 +1,51 @@
-"""Bars of real shapes: one panel per operation, everything relative to the eager baseline."""
+"""Bars of real shapes, one panel per operation, relative to the eager baseline; and where the time
+of a model goes."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.command.table import milliseconds, significant
+from benchmarks.measure.breakdown import REST
 from benchmarks.measure.record import Record
 from benchmarks.reporting.analysis import grouped
-from benchmarks.reporting.plots.style import colour, legend, pyplot, save
+from benchmarks.reporting.plots.style import colour, in_order, legend, pyplot, save
 
 GROUPS_PER_PANEL = 8
 PANELS_PER_PAGE = 12
 GAP = 0.6
-
+PART_COLOURS = (
+    "#4c72b0", "#dd8452", "#55a868", "#c44e52", "#8172b3", "#937860", "#64b5cd", "#ccb974",
+    "#da8bc3",
+)  # fmt: skip
+REST_COLOUR = "#b5b5b5"
+NARROW = 0.05
+"""A share of the longest bar that is too narrow for its number."""
 
 Panel = tuple[str, list[list[Record]]]
 
 
+def _chunks(items: Sequence[Any], size: int) -> list[Any]:
+    return [items[i : i + size] for i in range(0, len(items), size)]
+
+
 def pages(stem: str, records: Sequence[Record], field: str) -> dict[str, list[Panel]]:
     """Panels by file name: one page for a quick run, otherwise pages of each operation."""
-    rows = [r for r in records if getattr(r, field) is not None]
-    panels = _panels(rows)
-    if len(panels) <= PANELS_PER_PAGE:
-        return {stem: panels} if panels else {}
-    found = {}
-    for op in dict.fromkeys(op for op, _ in panels):
-        own = [panel for panel in panels if panel[0] == op]
-        for i in range(0, len(own), PANELS_PER_PAGE):
-            number = f"-{i // PANELS_PER_PAGE + 1}" if len(own) > PANELS_PER_PAGE else ""
-            found[f"{stem}-{op}{number}"] = own[i : i + PANELS_PER_PAGE]
-    return found
-
-
-def _panels(records: Sequence[Record]) -> list[Panel]:
-    """(operation, groups of providers), with at most GROUPS_PER_PANEL groups each."""
     by_op: dict[str, list[list[Record]]] = {}
-    for group in grouped(records):
+    for group in grouped(r for r in records if getattr(r, field) is not None):
         by_op.setdefault(group[0].op, []).append(group)
-    return [
-        (op, groups[i : i + GROUPS_PER_PANEL])
-        for op, groups in by_op.items()
-        for i in range(0, len(groups), GROUPS_PER_PANEL)
-    ]
+    panels = {op: [(op, c) for c in _chunks(g, GROUPS_PER_PANEL)] for op, g in by_op.items()}
+    everything = [panel for own in panels.values() for panel in own]
+    if len(everything) <= PANELS_PER_PAGE:
+        return {stem: everything} if everything else {}
+    found = {}
+    for op, own in panels.items():
+        chunks = _chunks(own, PANELS_PER_PAGE)
+        for i, chunk in enumerate(chunks, start=1):
+            found[f"{stem}-{op}" + (f"-{i}" if len(chunks) > 1 else "")] = chunk
+    return found
 
 
 def draw(panels: Sequence[Panel], field: str, unit: str, title: str, path: Path) -> str:
@@ -51,68 +53,55 @@ def draw(panels: Sequence[Panel], field: str, unit: str, title: str, path: Path)
     file name."""
     columns = min(2, len(panels))
     needed = [sum(len(g) + GAP for g in groups) for _, groups in panels]
-    heights = [max(needed[i : i + columns]) for i in range(0, len(panels), columns)]
+    heights = [max(row) for row in _chunks(needed, columns)]
     inches = [0.75 + 0.23 * height for height in heights]
     figure, axes = pyplot().subplots(
-        len(heights),
-        columns,
-        figsize=(5.8 * columns, 1.1 + sum(inches)),
-        height_ratios=inches,
-        squeeze=False,
-        layout="constrained",
-    )
+        len(heights), columns, figsize=(5.8 * columns, 1.1 + sum(inches)), height_ratios=inches,
+        squeeze=False, layout="constrained",
+    )  # fmt: skip
     for axis in axes.flat[len(panels) :]:
         axis.set_visible(False)
     for i, (axis, (op, groups)) in enumerate(zip(axes.flat, panels, strict=False)):
         _panel(axis, op, groups, field, heights[i // columns])
-    legend(figure, {r.provider for _, groups in panels for group in groups for r in group})
-    sample = panels[0][1][0][0]
+    records = [r for _, groups in panels for group in groups for r in group]
+    legend(figure, {r.provider for r in records})
     note = "whiskers: p20 to p80, " if field == "p50_us" else ""
     figure.suptitle(
         f"{title} ({unit}), relative to the eager baseline\n"
-        f"suite {sample.suite}; {note}shorter is better",
+        f"suite {records[0].suite}; {note}shorter is better",
         fontsize=12,
     )
     return save(figure, path)
 
 
 def _panel(axis: Any, op: str, groups: Sequence[list[Record]], field: str, rows: float) -> None:
-    y = 0.0
-    ticks, labels = [], []
-    widest = 0.0
+    timed = field == "p50_us"
+    y = widest = 0.0
+    ticks = {}
     for group in groups:
         base = next((r for r in group if r.provider == "baseline"), group[0])
         scale = getattr(base, field) or 1.0
-        start = y
+        ticks[y + (len(group) - 1) / 2] = _tick(group[0], groups)
         for record in group:
             value = getattr(record, field)
-            error = None
-            if field == "p50_us":
-                low, high = value - record.p20_us, record.p80_us - value
-                error = [[low / scale], [high / scale]]
+            band = (value - record.p20_us, record.p80_us - value) if timed else (0.0, 0.0)
             axis.barh(
                 y, value / scale, height=0.85, color=colour(record.provider),
-                xerr=error, error_kw={"lw": 0.8, "ecolor": "#333333"},
+                xerr=[[x / scale] for x in band] if timed else None,
+                error_kw={"lw": 0.8, "ecolor": "#333333"},
             )  # fmt: skip
-            end = (record.p80_us if field == "p50_us" else value) / scale
+            end = (value + band[1]) / scale
             widest = max(widest, end)
-            text = milliseconds(value) if field == "p50_us" else significant(value)
             axis.annotate(
-                text,
-                (end, y),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-                fontsize=9,
+                milliseconds(value) if timed else significant(value), (end, y), xytext=(4, 0),
+                textcoords="offset points", va="center", fontsize=9,
                 bbox={"facecolor": "white", "edgecolor": "none", "pad": 0.6},
-            )
+            )  # fmt: skip
             y += 1
-        ticks.append((start + y - 1) / 2)
-        labels.append(_tick(group[0], groups))
         y += GAP
     axis.axvline(1.0, color="#8c8c8c", lw=0.8, ls=":")
     axis.set_xlim(0, 1.22 * widest)
-    axis.set_yticks(ticks, labels)
+    axis.set_yticks(list(ticks), list(ticks.values()))
     axis.tick_params(axis="y", length=0)
     axis.set_ylim(rows - GAP, -0.6)
     axis.set_title(op, loc="left")
@@ -122,12 +111,39 @@ def _panel(axis: Any, op: str, groups: Sequence[list[Record]], field: str, rows:
 def _tick(record: Record, groups: Sequence[list[Record]]) -> str:
     """What tells this group from the others of the panel."""
     shape = record.shape
-    shapes = {g[0].shape for g in groups}
-    parts = []
-    if len({(s.variant, s.height, s.width, s.batch, s.modalities) for s in shapes}) > 1:
-        parts.append(shape.label)
-    elif shape.stage:
-        parts.append(f"stage {shape.stage}")
+    parts = [f"stage {shape.stage}"] if shape.stage else []
+    if len({g[0].shape.label.replace(f" s{g[0].shape.stage} ", " ") for g in groups}) > 1:
+        parts = [shape.label]
     if len({g[0].dtype for g in groups}) > 1:
         parts.append(record.dtype)
     return "\n".join([*parts, record.mode])
+
+
+def draw_breakdown(breakdown: Mapping[str, Any], path: Path) -> str:
+    """The parts of a model stacked, a bar per provider; breakdown: see `measure.breakdown`. Returns
+    the file name."""
+    found: Mapping[str, Mapping[str, float]] = breakdown["providers"]
+    providers = in_order(found)
+    parts = list(dict.fromkeys(part for name in providers for part in found[name]))
+    colours = dict(zip(parts, PART_COLOURS, strict=False)) | {REST: REST_COLOUR}
+    longest = max(1e3 * sum(found[name].values()) for name in providers)
+    figure, axis = pyplot().subplots(
+        figsize=(11, 1.9 + 0.75 * len(providers)), layout="constrained"
+    )
+    for y, name in enumerate(providers):
+        left = 0.0
+        for part in parts:
+            width, label = 1e3 * found[name].get(part, 0.0), part if y == 0 else None
+            axis.barh(y, width, left=left, height=0.7, color=colours[part], label=label)
+            if width > NARROW * longest:
+                middle = left + width / 2
+                axis.text(middle, y, significant(width), ha="center", va="center", color="w")
+            left += width
+        axis.text(left, y, f" {significant(left)} ms", va="center", fontweight="bold")
+    axis.set_yticks(range(len(providers)), providers)
+    axis.invert_yaxis()
+    axis.set_xlim(0, 1.1 * longest)
+    axis.set_xlabel("ms")
+    axis.set_title(f"Time of {breakdown['label']} by part", loc="left")
+    figure.legend(loc="outside lower center", ncols=5, frameon=False)
+    return save(figure, path)

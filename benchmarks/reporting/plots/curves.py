@@ -57,15 +57,21 @@ def sweeps(records: Sequence[Record]) -> list[Sweep]:
             # a network of another depth is another network
             kept += (r.shape.variant,) if not r.shape.stage else ()
             lines.setdefault((r.op, r.mode, r.dtype), {}).setdefault(kept, []).append(r)
-        for (op, mode, dtype), candidates in lines.items():
-            longest = max(candidates.values(), key=lambda rows: _points(rows, variable))
-            if _points(longest, variable) >= POINTS:
-                found.append(Sweep(variable, op, mode, dtype, tuple(longest)))
+        for names, candidates in lines.items():
+            points = {k: len({_sizes(r)[variable] for r in v}) for k, v in candidates.items()}
+            longest = max(points, key=lambda k: points[k])
+            if points[longest] >= POINTS:
+                found.append(Sweep(variable, *names, tuple(candidates[longest])))
     return found
 
 
-def _points(records: Sequence[Record], variable: str) -> int:
-    return len({_sizes(r)[variable] for r in records})
+def _axes(axis: Any, title: str, x: str, y: str) -> None:
+    axis.set_xscale("log", base=2)
+    axis.set_yscale("log")
+    axis.grid(True, which="major", color="#e3e7ee", lw=0.8)
+    axis.set_title(title, loc="left")
+    axis.set_xlabel(x)
+    axis.set_ylabel(y)
 
 
 def draw_lines(sweeps: Sequence[Sweep], field: str, unit: str, title: str, path: Path) -> str:
@@ -74,8 +80,7 @@ def draw_lines(sweeps: Sequence[Sweep], field: str, unit: str, title: str, path:
     scale = 1e-3 if field == "p50_us" else 1.0
     for axis, sweep in zip(axes, sweeps, strict=True):
         for provider in in_order(r.provider for r in sweep.records):
-            rows = [r for r in sweep.records if r.provider == provider]
-            rows = [r for r in rows if getattr(r, field) is not None]
+            rows = [r for r in sweep.records if r.provider == provider and getattr(r, field)]
             rows.sort(key=lambda r: _sizes(r)[sweep.variable])
             x = [_sizes(r)[sweep.variable] for r in rows]
             y = [scale * getattr(r, field) for r in rows]
@@ -83,17 +88,11 @@ def draw_lines(sweeps: Sequence[Sweep], field: str, unit: str, title: str, path:
             if field == "p50_us":
                 low, high = ([scale * getattr(r, f) for r in rows] for f in ("p20_us", "p80_us"))
                 axis.fill_between(x, low, high, color=colour(provider), alpha=0.2, lw=0)
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.grid(True, which="major", color="#e3e7ee", lw=0.8)
-        axis.set_title(sweep.label, loc="left")
-        axis.set_xlabel(
-            f"{sweep.variable} per image" if sweep.variable == "tokens" else sweep.variable
-        )
-        axis.set_ylabel(unit)
+        per_image = " per image" if sweep.variable == "tokens" else ""
+        _axes(axis, sweep.label, sweep.variable + per_image, unit)
     legend(figure, (r.provider for sweep in sweeps for r in sweep.records))
     band = "; bands: p20 to p80" if field == "p50_us" else ""
-    figure.suptitle(f"{title} over {sweeps[0].variable} ({unit}, lower is better{band})")
+    figure.suptitle(f"{title} over {sweeps[0].variable}\n({unit}, lower is better{band})")
     return save(figure, path)
 
 
@@ -113,10 +112,7 @@ def draw_roofline(records: Sequence[Record], limits: Mapping[str, Any], path: Pa
                 marker=MARKERS[ops.index(r.op) % len(MARKERS)], edgecolor="white", lw=0.5,
             )  # fmt: skip
         _roofs(axis, known, dtype, [1e3 * r.tflops / r.gbps for r in shown])
-        axis.set_title(dtype, loc="left")
-        axis.set_xlabel("FLOPs per byte (declared minimum)")
-        axis.set_ylabel("TFLOP/s")
-        axis.grid(True, which="major", color="#e3e7ee", lw=0.8)
+        _axes(axis, dtype, "FLOPs per byte (declared minimum)", "TFLOP/s")
     legend(figure, (r.provider for r in rows))
     line = pyplot().Line2D
     handles = [
@@ -145,6 +141,4 @@ def _roofs(axis: Any, limits: Limits, dtype: str, intensities: Sequence[float]) 
             f"{name} {peak:.3g} TFLOP/s", (high, peak), xytext=(0, 4),
             textcoords="offset points", ha="right",
         )  # fmt: skip
-    axis.set_xscale("log", base=2)
-    axis.set_yscale("log")
     axis.set_xlim(low, high)
