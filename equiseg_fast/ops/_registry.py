@@ -329,6 +329,9 @@ def differentiable(
     bare = without_gradients or forward
 
     def call(*args: Any) -> Any:
-        return (function.apply if needs_grad(*args[:tensors]) else bare)(*args)
+        # The compiler would take the forward alone there too, but by its number of parameters.
+        if needs_grad(*args[:tensors]) and not _backend.loses_derivatives():
+            return function.apply(*args)
+        return bare(*args)
 
     return call
