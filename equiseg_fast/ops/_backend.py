@@ -103,7 +103,7 @@ def triton_reasons(*tensors: Tensor) -> Reasons:
     """Why the Triton kernels cannot take these tensors at all; empty when they can."""
     first = tensors[0]
     runs = _is_new(first.device) if first.is_cuda else INTERPRET and first.is_cpu
-    if runs and TRITON_INSTALLED and not _loses_derivatives():
+    if runs and TRITON_INSTALLED and not loses_derivatives():
         for x in tensors:
             if x.dtype not in _DTYPES and x.is_floating_point():
                 break
@@ -124,7 +124,7 @@ def _is_new(gpu: torch.device) -> bool:
     return (torch.cuda.get_device_capability if compiling else _capability)(gpu) >= _OLDEST
 
 
-def _loses_derivatives() -> bool:
+def loses_derivatives() -> bool:
     """The compiler takes the forward of an `autograd.Function` without its backward if only a
     transform inside of what it compiles asks for derivatives."""
     return torch._C._are_functorch_transforms_active() and torch.compiler.is_compiling()
@@ -132,7 +132,7 @@ def _loses_derivatives() -> bool:
 
 def _all_reasons(*tensors: Tensor) -> Reasons:
     reasons = []
-    if _loses_derivatives():
+    if loses_derivatives():
         reasons.append("torch.compile would lose its derivatives under torch.func transforms")
     if not TRITON_INSTALLED:
         reasons.append("triton is not installed")

@@ -329,6 +329,13 @@ def differentiable(
     bare = without_gradients or forward
 
     def call(*args: Any) -> Any:
-        return (function.apply if needs_grad(*args[:tensors]) else bare)(*args)
+        if is_transformed():
+            # The compiler would take the forward alone there too, but by its number of parameters.
+            return (bare if _backend.loses_derivatives() else function.apply)(*args)
+        if torch.is_grad_enabled():  # as `needs_grad`, without a call more
+            for x in args[:tensors]:
+                if x.requires_grad:
+                    return function.apply(*args)
+        return bare(*args)
 
     return call
