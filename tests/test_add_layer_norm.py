@@ -21,7 +21,22 @@ from equiseg_fast.testing import (
     random_normal,
     same_bits,
 )
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, token_shape
+
+OPERATION = Operation(
+    add_layer_norm,
+    reference.add_layer_norm,
+    lambda s: {
+        "x": token_shape(s),
+        "update": token_shape(s),
+        "weight": (s.channels,),
+        "bias": (s.channels,),
+    },
+    kinds={"dweight": "parameter", "dbias": "parameter"},
+    contraction=lambda s: 0 if s.channels < 8 else 8,
+    centred=("update",),
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

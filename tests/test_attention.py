@@ -18,7 +18,23 @@ from equiseg_fast.testing import (
     override,
     random_normal,
 )
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, Shapes, Sizes
+
+
+def _attention_shapes(s: Sizes) -> Shapes:
+    keys = (s.batch, max(1, s.height * s.width // 4), 2, s.channels)
+    return {"q": (s.batch, s.height * s.width, 2, s.channels), "k": keys, "v": keys}
+
+
+OPERATION = Operation(
+    attention,
+    reference.attention,
+    _attention_shapes,
+    contraction=lambda s: min(s.channels, s.height * s.width // 4),
+    # The kernels take dq from differences with the rounded result, which is to have no offset.
+    centred=("v",),
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

@@ -16,7 +16,8 @@ from torch.utils.checkpoint import checkpoint
 
 from equiseg_fast import mix_ffn, use_backend
 from equiseg_fast.ops import _backend
-from tests.operations import OPERATIONS, Sizes, needs_interpreter
+from tests.every_operation import OPERATIONS
+from tests.operations import Sizes, needs_interpreter
 
 current = _backend.current
 

@@ -20,7 +20,7 @@ import equiseg_fast
 from equiseg_fast import EQUISeg, load_backbone, testing
 from equiseg_fast import integrations as foreign
 from equiseg_fast import nn as layers
-from tests.operations import OPERATIONS
+from tests.every_operation import OPERATIONS
 
 Change = Callable[[Any], Any]
 

@@ -25,7 +25,7 @@ from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES, Grid, Suite
 from benchmarks.providers.baseline_model import EagerBaseline
 from benchmarks.reporting import analysis, report
-from equiseg_fast import add_layer_norm, attention
+from equiseg_fast import add_layer_norm, attention, ops
 from equiseg_fast.models import EQUISeg
 
 CPU = torch.device("cpu")
@@ -33,17 +33,7 @@ SMALL = Shape("b0", 1, 64, 96, batch=2, modalities=3)
 PROVIDERS = ("baseline", "reference", "torch")
 NETWORKS = ("block", "block_training", "stage", "encoder", "model", "training")
 ACCELERATED = ("accelerate_segformer", "accelerate_mit")
-OPS = (
-    "attention",
-    "depthwise_conv_gelu",
-    "mix_ffn",
-    "add_layer_norm",
-    "query_hub",
-    "pooling_mixer",
-    "guided_gate",
-    "class_prototypes",
-    "upsample_cross_entropy",
-)
+OPS = tuple(name for name in ops.__all__ if name not in ("explain", "ohem", "use_backend"))
 
 
 # ---- the baseline -------------------------------------------------------------------------------

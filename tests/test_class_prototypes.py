@@ -16,7 +16,23 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, Sizes, map_size, random_labels, token_shape
+
+
+def _class_labels(s: Sizes, seed: int) -> dict[str, Any]:
+    size = s.batch, s.factor * s.height, s.factor * s.width
+    labels = {"labels": random_labels(s.classes, *size, seed=seed), "num_classes": s.classes}
+    return {**labels, **map_size(s, seed)}
+
+
+OPERATION = Operation(
+    class_prototypes,
+    reference.class_prototypes,
+    lambda s: {"x": (s.modalities, *token_shape(s))},
+    _class_labels,
+    kinds={"out0": "statistic"},
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

@@ -11,7 +11,16 @@ from torch import Tensor
 from equiseg_fast import depthwise_conv_gelu, explain, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, map_size, stencil_shapes
+
+OPERATION = Operation(
+    depthwise_conv_gelu,
+    reference.depthwise_conv_gelu,
+    stencil_shapes(3),
+    map_size,
+    kinds={"dweight": "parameter", "dbias": "parameter"},
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 from equiseg_fast.ops import _flops, _registry
-from tests.operations import OPERATIONS, Sizes, needs_interpreter
+from tests.every_operation import OPERATIONS
+from tests.operations import Sizes, needs_interpreter
 
 ROOT = Path(__file__).parent.parent
 SIZES = Sizes(modalities=2, batch=1, height=2, width=4, channels=2, classes=2)

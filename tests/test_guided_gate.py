@@ -16,7 +16,17 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, random_present, token_shape
+
+OPERATION = Operation(
+    guided_gate,
+    reference.guided_gate,
+    lambda s: {"x": (s.modalities, *token_shape(s)), "logits": (s.modalities, s.batch, s.channels)},
+    random_present,
+    fp32=("logits",),
+    kinds={"dlogits": "parameter"},
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

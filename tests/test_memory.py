@@ -11,7 +11,8 @@ from torch import Tensor
 
 from equiseg_fast import EQUISeg, EQUISegConfig
 from equiseg_fast.testing import random_normal
-from tests.operations import OPERATIONS, Operation, Sizes, needs_interpreter
+from tests.every_operation import OPERATIONS
+from tests.operations import Operation, Sizes, needs_interpreter
 
 CASES = [
     pytest.param(name, backend, marks=[needs_interpreter] if backend == "triton" else [])

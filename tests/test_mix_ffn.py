@@ -14,7 +14,30 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from equiseg_fast import explain, mix_ffn, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, Shapes, Sizes, map_size, token_shape
+
+
+def _mix_ffn_shapes(s: Sizes) -> Shapes:
+    c, hidden, out = s.channels, 2 * s.channels + 1, s.channels + 1
+    return {
+        "x": token_shape(s), "fc1_weight": (hidden, c), "fc1_bias": (hidden,),
+        "dw_weight": (hidden, 1, 3, 3), "dw_bias": (hidden,), "fc2_weight": (out, hidden),
+        "fc2_bias": (out,),
+    }  # fmt: skip
+
+
+OPERATION = Operation(
+    mix_ffn,
+    reference.mix_ffn,
+    _mix_ffn_shapes,
+    map_size,
+    kinds=dict.fromkeys(
+        ("dfc1_weight", "dfc1_bias", "ddw_weight", "ddw_bias", "dfc2_weight", "dfc2_bias"),
+        "parameter",
+    ),
+    contraction=lambda s: s.channels,
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

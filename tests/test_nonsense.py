@@ -26,7 +26,7 @@ from torch import Tensor, nn
 import equiseg_fast
 from equiseg_fast import integrations, models, ops, testing
 from equiseg_fast import nn as layers
-from tests.operations import OPERATIONS
+from tests.every_operation import OPERATIONS
 
 # ---- kinds of nonsense --------------------------------------------------------------------------
 

@@ -9,6 +9,17 @@ from torch import Tensor
 
 from equiseg_fast import ohem, reference
 from equiseg_fast.ops import _checks
+from tests.operations import Operation, generator
+
+OPERATION = Operation(
+    ohem,
+    reference.ohem,
+    lambda s: {"loss": (s.batch, s.height, s.width)},
+    lambda s, seed: {
+        "valid": torch.rand(s.batch, s.height, s.width, generator=generator(seed)) < 0.8
+    },
+)
+
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 

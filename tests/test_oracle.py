@@ -12,22 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from equiseg_fast import reference
+from equiseg_fast import ops, reference
 from equiseg_fast.nn import SelfGuidedGate
 from equiseg_fast.ops import _math
 
 PACKAGE = Path(reference.__file__).parent
-# The operations with a "reference" backend, and a file of one of them that has a double backward.
-STEMS = {
-    "_attention_cpu": "attention",
-    **{
-        stem: stem
-        for stem in (
-            "add_layer_norm", "attention", "class_prototypes", "depthwise_conv_gelu", "guided_gate",
-            "mix_ffn", "pooling_mixer", "query_hub", "upsample_cross_entropy",
-        )
-    },
-}  # fmt: skip
+# Who has a "reference" backend, and a file of one of them that has a double backward.
+STEMS = {"_attention_cpu": "attention"} | {
+    stem: stem for stem in ops.__all__ if stem not in ("explain", "ohem", "use_backend")
+}
 
 
 def imported(node: ast.AST) -> Iterator[str]:

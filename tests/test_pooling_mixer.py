@@ -18,7 +18,16 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, map_size, stencil_shapes
+
+OPERATION = Operation(
+    pooling_mixer,
+    reference.pooling_mixer,
+    stencil_shapes(7),
+    map_size,
+    kinds={"dweight": "parameter", "dbias": "parameter"},
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

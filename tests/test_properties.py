@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from equiseg_fast.testing import LAYOUTS, check_op_parity, random_normal, with_layout
-from tests.operations import OPERATIONS, Sizes, needs_interpreter
+from tests.every_operation import OPERATIONS
+from tests.operations import Sizes, needs_interpreter
 
 hypothesis = pytest.importorskip("hypothesis", reason="hypothesis not installed")
 from hypothesis import HealthCheck, Phase, given, settings  # noqa: E402

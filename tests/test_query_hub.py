@@ -11,7 +11,23 @@ from torch import Tensor
 from equiseg_fast import explain, query_hub, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal, same_bits
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, Shapes, Sizes, map_size, random_present, token_shape
+
+
+def _hub_shapes(s: Sizes) -> Shapes:
+    m, c = s.modalities, s.channels
+    nets = {"dw_weight": (m, c, 3, 3), "dw_bias": (m, c), "pw_weight": (m, c), "pw_bias": (m,)}
+    return {"x": (m, *token_shape(s)), **nets}
+
+
+OPERATION = Operation(
+    query_hub,
+    reference.query_hub,
+    _hub_shapes,
+    lambda s, seed: {**map_size(s, seed), **random_present(s, seed)},
+    kinds=dict.fromkeys(("ddw_weight", "ddw_bias", "dpw_weight", "dpw_bias"), "parameter"),
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)

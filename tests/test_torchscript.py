@@ -23,7 +23,7 @@ from equiseg_fast.nn import (
     SelfGuidedGate,
     SelfQueryHub,
 )
-from tests.operations import OPERATIONS
+from tests.every_operation import OPERATIONS
 
 SENTENCE = r"torch\.jit\.trace, .* are not supported: .* use torch\.export"
 

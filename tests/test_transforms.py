@@ -16,7 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from equiseg_fast import EQUISeg, ops
-from tests.operations import OPERATIONS, Sizes, needs_interpreter
+from tests.every_operation import OPERATIONS
+from tests.operations import Sizes, needs_interpreter
 
 CASES = [
     pytest.param(name, backend, marks=[needs_interpreter] if backend == "triton" else [])

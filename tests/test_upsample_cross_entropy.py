@@ -13,7 +13,22 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equiseg_fast import explain, ohem, reference, upsample_cross_entropy
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, override, random_normal
-from tests.operations import MEAN
+from tests.operations import MEAN, Operation, Sizes, random_labels
+
+
+def _pixel_labels(s: Sizes, seed: int) -> dict[str, Any]:
+    size = s.batch, s.factor * s.height + 1, s.factor * s.width
+    return {"labels": random_labels(s.classes, *size, seed=seed)}
+
+
+OPERATION = Operation(
+    upsample_cross_entropy,
+    reference.upsample_cross_entropy,
+    lambda s: {"logits": (s.batch, s.classes, s.height, s.width)},
+    _pixel_labels,
+    kinds={"out": "statistic"},
+)
+
 
 HALF = (torch.float16, torch.bfloat16)
 DTYPES = (torch.float32, *HALF)
