@@ -161,8 +161,9 @@ def pooled(blocks: Sequence[Timing]) -> Timing:
     if method != "wall":
         return timing
     # The fastest calls count, and so do the quietest moments.
-    cpu, shares = [b.cpu_us for b in blocks], [b.cpu_share for b in blocks]
-    return replace(timing, cpu_us=statistics.median(cpu), cpu_share=max(shares))
+    cpu = statistics.median(b.cpu_us for b in blocks)
+    shares = [b.cpu_share for b in blocks if b.cpu_share is not None]
+    return replace(timing, cpu_us=cpu, cpu_share=max(shares, default=None))
 
 
 def serve(handle: int, package: str) -> None:
