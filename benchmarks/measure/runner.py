@@ -47,11 +47,7 @@ class Prepared:
         self.checked: set[str] = set()
         self.cotangents: dict[Any, Tensor] = {}
         options = runner.options
-        self.rows = {
-            (p, m): Record(options.suite, case.op.name, asdict(case.shape), m, p, case.dtype)
-            for m in case.modes
-            for p in case.providers
-        }
+        self.rows = {(row.provider, row.mode): row for row in case.records(options.suite)}
         for provider in case.providers:
             try:
                 if reason := unavailable(case.op, provider, runner.device, case.dtype):

@@ -53,7 +53,7 @@ def brought(task: Task, values: Mapping[str, Any], folder: Path) -> str:
         env = _environment(folder)
         return env and "{device}, torch {torch}, triton {triton}, python {python}".format(**env)
     if task.name == "report":
-        made = [p for p in (folder / "results").rglob("*") if p.suffix in (".md", ".html", ".png")]
+        made = [p for p in (folder / "results").rglob("*") if p.suffix in (".md", ".png")]
         return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
     lines = _log(task, folder)
     if said := [line for line in lines if "SUMMARY: " in line]:
