@@ -162,7 +162,7 @@ def test_interrupted(
     ("arguments", "where"),
     [
         (("calibrate", "--device", "cpu"), "machines.calibrate.measure"),
-        (("predict",), "machines.predictions.files_of"),
+        (("predict",), "machines.predictions.predict"),
         (("resources", "--out", "build"), "offline.resources.run"),
         (("env",), "measure.record.environment"),
     ],

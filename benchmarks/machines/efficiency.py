@@ -114,14 +114,6 @@ ASSUMPTIONS = {
 
 KINDS: dict[str, tuple[str, ...]] = {
     "ours": ("HBM of our kernels", "issue slots of our kernels"),
-    **{
-        f"attention {way} D={dim}": (f"attention {way} D={dim}", "HBM of our kernels")
-        for way in ("forward", "backward")
-        for dim in (32, 64)
-    },
-    "SDPA forward D=32": ("SDPA forward D=32", "stock pointwise"),
-    "SDPA forward D=64": ("SDPA forward D=64", "stock pointwise"),
-    "SDPA backward": ("SDPA backward", "stock pointwise"),
     "GEMM": ("GEMM, memory", "GEMM, tensor cores"),
     "weight-gradient GEMM": ("weight-gradient GEMM, memory", "weight-gradient GEMM, tensor cores"),
     "convolution": ("convolution, memory", "convolution, tensor cores"),
@@ -129,15 +121,19 @@ KINDS: dict[str, tuple[str, ...]] = {
     "pointwise": ("stock pointwise",),
     "interpolation": ("stock pointwise",),
     "reduction": ("stock reduction",),
+    "transposing copy": ("transposing copy",),
+    "LayerNorm forward": ("LayerNorm forward",),
+    "LayerNorm backward": ("LayerNorm backward",),
+    "BatchNorm": ("BatchNorm",),
+    "bilinear backward": ("bilinear backward",),
     **{
-        name: (name,)
-        for name in (
-            "transposing copy", "LayerNorm forward", "LayerNorm backward", "BatchNorm",
-            "bilinear backward",
-        )
+        name: (name, "HBM of our kernels" if name.startswith("attention") else "stock pointwise")
+        for name, a in ASSUMPTIONS.items()
+        if a.unit == "scores"
     },
-}  # fmt: skip
-"""What limits each kind of kernel."""
+}
+"""What limits each kind of kernel; products and exponentials of attention have kinds of their own.
+"""
 
 
 def needed(kernel: Kernel, unit: str, rates: Rates) -> float:

@@ -142,13 +142,16 @@ def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime
         step()
     launchers: dict[str, Callable[[], Any]] = {}
     function = operations()[name].function if name in OPS else ""
-    single = [call.name for call in captured.calls] == [f"{function}_fwd", f"{function}_bwd"]
+    names = [operation.overloadpacket.__name__ for operation, _, _ in captured.calls]
+    single = names == [f"{function}_fwd", f"{function}_bwd"]
     if single:
         calls["choice"] = partial(_backend.resolve, function, None, device, **inputs)
         calls |= {f"floor {mode}": call for mode, call in _floors(captured, leaves).items()}
-        for mode, call in zip(("fwd", "bwd"), captured.calls, strict=True):
-            calls[f"operation {mode}"] = partial(call.operation, *call.args)
-            launchers[f"launcher {mode}"] = partial(LAUNCHERS[call.name], *call.args)
+        for way, called, (operation, args, _) in zip(
+            ("fwd", "bwd"), names, captured.calls, strict=True
+        ):
+            calls[f"operation {way}"] = partial(operation, *args)
+            launchers[f"launcher {way}"] = partial(LAUNCHERS[called], *args)
     small = torch.ones(8, device=device)
     calls["add"] = partial(torch.add, small, small)
     times = _timed(calls | launchers, device, repeats)
@@ -285,28 +288,20 @@ def cells(time: HostTime) -> tuple[str, ...]:
 # ---- what is called, and what the calls would cost at least --------------------------------------
 
 
-@dataclass
-class _Call:
-    name: str
-    operation: Any
-    args: Sequence[Any]
-    results: Sequence[Tensor]
-
-
 class _Captured(TorchDispatchMode):
     """Calls of our registered operations, with their arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[_Call] = []
+        self.calls: list[tuple[Any, Sequence[Any], Sequence[Tensor]]] = []
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         if func.namespace == "equiseg_fast":
-            outputs = (results,) if isinstance(results, Tensor) else results
-            self.calls.append(_Call(func.overloadpacket.__name__, func, args, outputs))
+            several = (results,) if isinstance(results, Tensor) else results
+            self.calls.append((func, args, several))
         return results
 
 
@@ -314,16 +309,17 @@ _NUMBER = itertools.count()
 _FLOOR = torch.library.Library("equiseg_fast_floor", "FRAGMENT")
 
 
-def floor_operation(name: str, schema: str, results: Sequence[Tensor]) -> Any:
-    """An operation that allocates such results and does nothing else."""
+def floor_operation(operation: Any, results: Sequence[Tensor]) -> Any:
+    """An operation of the same schema that allocates such results and does nothing else."""
     like = [(x.shape, x.dtype, x.device) for x in results]
 
     def allocate(*_: Any) -> Any:
         made = tuple(torch.empty(s, dtype=t, device=d) for s, t, d in like)
         return made if len(made) > 1 else made[0]
 
-    name += f"_{next(_NUMBER)}"  # what is registered stays registered
-    _FLOOR.define(name + schema)
+    known = operation.overloadpacket.__name__
+    name = f"{known}_{next(_NUMBER)}"  # what is registered stays registered
+    _FLOOR.define(name + str(operation._schema).partition(known)[2])
     for key in ("CPU", "CUDA"):
         _FLOOR.impl(name, allocate, key)
     return getattr(torch.ops.equiseg_fast_floor, name).default
@@ -331,10 +327,9 @@ def floor_operation(name: str, schema: str, results: Sequence[Tensor]) -> Any:
 
 def _floors(captured: _Captured, leaves: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
     """The modes through operations that do nothing, for a captured forward and backward."""
-    forward, backward = captured.calls
     one, other = (
-        floor_operation(c.name, str(c.operation._schema).partition(c.name)[2], c.results)
-        for c in (forward, backward)
+        partial(floor_operation(operation, results), *args)
+        for operation, args, results in captured.calls
     )
     gradients = [torch.empty_like(x) for x in leaves]
 
@@ -342,17 +337,16 @@ def _floors(captured: _Captured, leaves: Sequence[Tensor]) -> dict[str, Callable
         @staticmethod
         def forward(ctx: Any, *leaves: Tensor) -> Any:
             ctx.save_for_backward(*leaves)
-            return one(*forward.args)
+            return one()
 
         @staticmethod
         def backward(ctx: Any, *_: Any) -> Any:
             ctx.saved_tensors  # noqa: B018 (unpacking them has a cost)
-            other(*backward.args)
+            other()
             return tuple(gradients)
 
     def call() -> Outputs:
         outputs = Floor.apply(*leaves)
         return (outputs,) if isinstance(outputs, Tensor) else outputs
 
-    calls = {mode: call_in_mode(call, leaves, mode) for mode in MODES}
-    return {**calls, "fwd": partial(one, *forward.args)}
+    return {mode: call_in_mode(call, leaves, mode) for mode in MODES} | {"fwd": one}

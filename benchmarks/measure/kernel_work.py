@@ -114,8 +114,11 @@ _REDUCTIONS = {
     "count_nonzero", "logsumexp", "cumsum", "linalg_vector_norm", "norm",
 }  # fmt: skip
 _COPIES = {"clone", "copy_", "_to_copy"}
-_POOLS = {"avg_pool2d": 0, "avg_pool2d_backward": 1}
-"""Where the input is among the arguments; the size of the window follows it."""
+_KINDS = {
+    "upsample_bilinear2d": "interpolation",
+    "upsample_bilinear2d_backward": "bilinear backward",
+    "native_layer_norm": "LayerNorm forward",
+}
 _TAP_SLOTS = 3.25
 """Machine instructions per tap of stock stencils."""
 _SORT_KERNELS = 12
@@ -140,16 +143,14 @@ def stock(
     read = tensors_in((args[1:] if name in _OVERWRITING else args, kwargs))
     size = moved(read) + moved(tensors_in(out))
     if name in _PRODUCTS:
-        return (_product(name, args[_PRODUCTS[name] :], size, flops),)
-    kind = "pointwise"
-    if name in _REDUCTIONS:
-        kind = "reduction"
-    elif name in _COPIES and _reorders(read[-1], tensors_in(out)[0]):
+        left, right = args[_PRODUCTS[name] :][:2]
+        # A sum over many more elements than a side of the result has is that of a weight gradient.
+        long = left.shape[-1] > 8 * max(left.shape[-2], right.shape[-1])
+        kind = "weight-gradient GEMM" if long else "GEMM"
+        return (Kernel(name, kind, size, **_arithmetic(left, flops)),)
+    kind = _KINDS.get(name, "reduction" if name in _REDUCTIONS else "pointwise")
+    if name in _COPIES and _reorders(read[-1], tensors_in(out)[0]):
         kind = "transposing copy"
-    elif name == "upsample_bilinear2d":
-        kind = "interpolation"
-    elif name == "upsample_bilinear2d_backward":
-        kind = "bilinear backward"
     return (Kernel(name, kind, size),)
 
 
@@ -157,8 +158,7 @@ def _reorders(source: Tensor, target: Tensor) -> bool:
     """Whether dimensions lie in memory in another order."""
 
     def order(x: Tensor) -> list[int]:
-        sizes = [i for i, n in enumerate(x.shape) if n > 1]
-        return sorted(sizes, key=lambda i: -x.stride(i))
+        return sorted((i for i, n in enumerate(x.shape) if n > 1), key=lambda i: -x.stride(i))
 
     return order(source) != order(target)
 
@@ -167,21 +167,13 @@ def _arithmetic(x: Tensor, flops: float) -> dict[str, float]:
     return {"matrix" if x.element_size() == 2 else "vector": flops}
 
 
-def _product(name: str, factors: Sequence[Any], size: float, flops: float) -> Kernel:
-    """A sum over many more elements than a side of the result has is that of a weight gradient."""
-    left, right = factors[:2]
-    long = left.shape[-1] > 8 * max(left.shape[-2], right.shape[-1])
-    return Kernel(
-        name, "weight-gradient GEMM" if long else "GEMM", size, **_arithmetic(left, flops)
-    )
-
-
 def _convolution(name: str, args: Sequence[Any], out: Any, flops: float) -> Iterable[Kernel]:
     x, weight, bias = args[:3]
-    kind, slots = _kind_of_convolution(weight, args[8], out.numel())
+    dense = args[8] == 1
+    kind, slots = _kind_of_convolution(weight, dense, out.numel())
     size = moved((x, weight, out))
-    yield Kernel(name, kind, size, slots=slots, **_arithmetic(x, flops * (args[8] == 1)))
-    if bias is not None and args[8] == 1:
+    yield Kernel(name, kind, size, slots=slots, **_arithmetic(x, flops * dense))
+    if bias is not None and dense:
         yield Kernel("add_", "pointwise", 2 * moved([out]))
 
 
@@ -191,37 +183,30 @@ def _convolution_backward(
     """flops: of all gradients of `out` together; those of x and the weight need the same."""
     grad, x, weight = args[:3]
     dx, dweight, dbias = out
-    groups = args[9]
-    kind, slots = _kind_of_convolution(weight, groups, grad.numel())
-    half = flops / sum(y is not None for y in (dx, dweight)) if groups == 1 else 0.0
-    if dx is not None:
-        size = moved((grad, weight, dx))
-        yield Kernel(f"{name} dx", kind, size, slots=slots, **_arithmetic(x, half))
-    if dweight is not None:
-        if kind == "GEMM":
-            kind = "weight-gradient GEMM"
-        size = moved((grad, x, dweight))
-        yield Kernel(f"{name} dweight", kind, size, slots=slots, **_arithmetic(x, half))
+    dense = args[9] == 1
+    kind, slots = _kind_of_convolution(weight, dense, grad.numel())
+    half = flops * dense / max(1, sum(y is not None for y in (dx, dweight)))
+    long = "weight-gradient GEMM" if kind == "GEMM" else kind
+    for what, own, other, made in (("dx", kind, weight, dx), ("dweight", long, x, dweight)):
+        if made is not None:
+            size = moved((grad, other, made))
+            yield Kernel(f"{name} {what}", own, size, slots=slots, **_arithmetic(x, half))
     if dbias is not None:
         yield Kernel(f"{name} dbias", "reduction", moved((grad, dbias)))
 
 
-def _kind_of_convolution(weight: Tensor, groups: int, outputs: int) -> tuple[str, float]:
+def _kind_of_convolution(weight: Tensor, dense: bool, outputs: int) -> tuple[str, float]:
     """(kind, machine instructions) where there are so many outputs."""
     taps = weight.shape[2:].numel()
-    if groups > 1:
+    if not dense:
         return "stencil", _TAP_SLOTS * taps * outputs
     return ("GEMM" if taps == 1 else "convolution"), 0.0
 
 
 def _pool(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    window = args[_POOLS[name] + 1]
+    window = args[2] if name.endswith("backward") else args[1]
     slots = _TAP_SLOTS * prod(window) * out.numel()
     yield Kernel(name, "stencil", moved(tensors_in((args, out))), slots=slots)
-
-
-def _layer_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    yield Kernel(name, "LayerNorm forward", moved(tensors_in((args, out))))
 
 
 def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
@@ -233,18 +218,12 @@ def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> 
 
 
 def _batch_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    """Statistics of the batch are a pass of their own."""
-    x = args[0]
-    if next((flag for flag in args if isinstance(flag, bool)), False):
-        yield Kernel(f"{name} statistics", "BatchNorm", moved([x]))
-    yield Kernel(name, "BatchNorm", moved((x, out[0])))
-
-
-def _batch_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    grad, x = args[:2]
-    yield Kernel(f"{name} sums", "BatchNorm", moved((grad, x)))
+    """Statistics of the batch, or sums of a gradient, are a pass of their own."""
+    given = args[:2] if name.endswith("backward") else args[:1]
+    if name.endswith("backward") or next((x for x in args if isinstance(x, bool)), False):
+        yield Kernel(f"{name} sums", "BatchNorm", moved(given))
     if out[0] is not None:
-        yield Kernel(f"{name} dx", "BatchNorm", moved((grad, x, out[0])))
+        yield Kernel(name, "BatchNorm", moved((*given, out[0])))
 
 
 def _sort(name: str, args: Sequence[Any], _: Any, __: float) -> Iterable[Kernel]:
@@ -252,24 +231,23 @@ def _sort(name: str, args: Sequence[Any], _: Any, __: float) -> Iterable[Kernel]
 
 
 def _flash(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    q, k, v = args[:3]
-    scores, rows = q.shape[:-1].numel() * k.shape[-2], -(-q.shape[-2] // _FLASH_ROWS)
+    """Backward, one program per block of keys adds up gradients of queries in fp32, which are cast
+    last."""
+    backward = name.endswith("backward")
+    q, k, v = args[1:4] if backward else args[:3]
+    size = moved((q, k, v, *out[:2]))
+    kind, products, blocked = f"SDPA forward {_width(q.shape[-1])}", 2, q
+    if backward:
+        yield Kernel(f"{name} delta", "pointwise", moved((args[0], args[4])))
+        size = moved((args[0], q, k, v, *out[1:])) + 4 * q.numel()
+        kind, products, blocked = "SDPA backward", 5, k
+    scores = q.shape[:-1].numel() * k.shape[-2]
     yield Kernel(
-        name, f"SDPA forward {_width(q.shape[-1])}", moved((q, k, v, *out[:2])),
-        matrix=4 * q.shape[-1] * scores, exps=scores, programs=rows * q.shape[:2].numel(),
+        name, kind, size, matrix=2 * products * q.shape[-1] * scores, exps=scores,
+        programs=-(-blocked.shape[-2] // _FLASH_ROWS) * q.shape[:2].numel(),
     )  # fmt: skip
-
-
-def _flash_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
-    """One program per block of keys adds up gradients of queries in fp32, which are cast last."""
-    grad, q, k, v, forward = args[:5]
-    scores, rows = q.shape[:-1].numel() * k.shape[-2], -(-k.shape[-2] // _FLASH_ROWS)
-    yield Kernel(f"{name} delta", "pointwise", moved((grad, forward)))
-    yield Kernel(
-        name, "SDPA backward", moved((grad, q, k, v, *out[1:])) + 4 * q.numel(),
-        matrix=10 * q.shape[-1] * scores, exps=scores, programs=rows * q.shape[:2].numel(),
-    )  # fmt: skip
-    yield Kernel(f"{name} cast", "pointwise", 4 * q.numel() + moved(out[:1]))
+    if backward:
+        yield Kernel(f"{name} cast", "pointwise", 4 * q.numel() + moved(out[:1]))
 
 
 _EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Iterable[Kernel]]] = {
@@ -277,14 +255,13 @@ _EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Iterable[Kernel]
     "convolution_backward": _convolution_backward,
     "avg_pool2d": _pool,
     "avg_pool2d_backward": _pool,
-    "native_layer_norm": _layer_norm,
     "native_layer_norm_backward": _layer_norm_backward,
     "native_batch_norm": _batch_norm,
     "_native_batch_norm_legit": _batch_norm,
     "_native_batch_norm_legit_no_training": _batch_norm,
-    "native_batch_norm_backward": _batch_norm_backward,
+    "native_batch_norm_backward": _batch_norm,
     "topk": _sort,
     "sort": _sort,
     "_scaled_dot_product_flash_attention": _flash,
-    "_scaled_dot_product_flash_attention_backward": _flash_backward,
+    "_scaled_dot_product_flash_attention_backward": _flash,
 }

@@ -27,7 +27,6 @@ from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.cases import operations
-from benchmarks.cases.common import network
 from benchmarks.cases.common.cost import Cost, Work
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Problem, Shape
@@ -113,7 +112,7 @@ def on_meta(autocast: torch.dtype | None = None) -> Iterator[None]:
             yield
 
     changes: list[tuple[Any, str, Any]] = [
-        (network, "_autocast", lambda *_: nullcontext()),
+        (torch, "autocast", lambda *_: nullcontext()),
         (torch, "get_autocast_dtype", lambda device: mode.dtype or before(device)),
     ]
     ours = {"autocast_is_on": lambda _: mode.dtype is not None, "without_autocast": without}
