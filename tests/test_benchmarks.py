@@ -33,17 +33,7 @@ SMALL = Shape("b0", 1, 64, 96, batch=2, modalities=3)
 PROVIDERS = ("baseline", "reference", "torch")
 NETWORKS = ("block", "block_training", "stage", "encoder", "model", "training")
 ACCELERATED = ("accelerate_segformer", "accelerate_mit")
-OPS = (
-    "attention",
-    "depthwise_conv_gelu",
-    "mix_ffn",
-    "add_layer_norm",
-    "query_hub",
-    "pooling_mixer",
-    "guided_gate",
-    "class_prototypes",
-    "upsample_cross_entropy",
-)
+OPS = tuple(name for name, op in operations().items() if op.scope == "operation")
 
 
 # ---- the baseline -------------------------------------------------------------------------------
