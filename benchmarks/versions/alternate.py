@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command.options import ROOT
+from benchmarks.command.options import ROOT, full_fp32, use_threads
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import Record, environment
 from benchmarks.measure.runner import Runner, Timings
@@ -174,9 +174,8 @@ def serve(handle: int, package: str) -> None:
         raise RuntimeError(f"equiseg_fast was imported from elsewhere than {package}")
     connection = Connection(handle)
     device, threads = connection.recv()
-    if threads:
-        torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    use_threads(threads)
+    full_fp32()
     connection.send(environment(torch.device(device)))
     while True:
         try:
