@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.command.options import full_fp32
 from benchmarks.measure.record import MACHINE_INFO, environment
 from benchmarks.measure.suites import SUITES
 
@@ -22,8 +23,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @cache
 def environment_here() -> dict[str, Any]:
-    # Every provider multiplies fp32 in fp32, whatever cuDNN would like.
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    full_fp32()
     return environment(DEVICE)
 
 

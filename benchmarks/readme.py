@@ -10,7 +10,6 @@ of a GPU, `gpu` says that none was measured, and gives predictions called that.
 from __future__ import annotations
 
 import argparse
-import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -20,11 +19,11 @@ from typing import Any
 from rich.console import Console
 
 from benchmarks.cases.common.problem import Shape
+from benchmarks.command import outputs
 from benchmarks.command.options import ROOT
 from benchmarks.command.table import milliseconds, significant, times
 from benchmarks.machines import gpus, roofline
-from benchmarks.measure import record
-from benchmarks.measure.record import Record
+from benchmarks.measure.record import Record, read_jsonl
 from benchmarks.reporting.analysis import Contest, contests
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -50,23 +49,17 @@ class Folder:
 
     @property
     def machine(self) -> str:
-        where = (
-            self.env["device"]
-            if self.gpu
-            else f"{self.env['threads']} threads of {self.env['cpu']}"
-        )
-        return f"{where}, torch {self.env['torch']}"
+        env = self.env
+        where = env["device"] if self.gpu else f"{env['threads']} threads of {env['cpu']}"
+        return f"{where}, torch {env['torch']}"
 
 
 def folders(root: Path) -> list[Folder]:
     """All results of runs below `root`, by name."""
+    paths = [path.parent for path in sorted((root / RESULTS).glob("**/results.jsonl"))]
     return [
-        Folder(
-            str(path.parent.relative_to(root)),
-            json.loads((path.parent / "env.json").read_text()),
-            record.read_jsonl(path),
-        )
-        for path in sorted((root / RESULTS).glob("**/results.jsonl"))
+        Folder(str(path.relative_to(root)), outputs.read_json(path / "env.json"), read_jsonl(path))
+        for path in paths
     ]
 
 
@@ -133,13 +126,9 @@ def _word(number: int) -> str:
 
 def failures(found: Sequence[Folder]) -> str:
     """What parts of EQUISeg are worth when sensors fail."""
-    from benchmarks.miniature import (
-        report as miniature,  # the data and their libraries, for this alone
-    )
+    from benchmarks.miniature import report  # the data and their libraries, for this alone
 
-    return miniature.overview(
-        json.loads((ROOT / RESULTS / "miniature" / "results.json").read_text())
-    )
+    return report.overview(outputs.read_json(ROOT / RESULTS / "miniature" / "results.json"))
 
 
 def cpu(found: Sequence[Folder]) -> str:
@@ -163,36 +152,28 @@ def _section(folder: Folder) -> str:
         op = "model" if contest.ours.op == "training" else contest.ours.op
         variant = "" if shape.stage else shape.variant
         if shape == first.setdefault((op, shape.modalities, variant), shape):
-            rows.setdefault((op, f"{shape.label} {contest.ours.dtype}"), {})[contest.ours.mode] = (
-                contest
-            )
+            own = rows.setdefault((op, f"{shape.label} {contest.ours.dtype}"), {})
+            own[contest.ours.mode] = contest
     suite = ", ".join(dict.fromkeys(r.suite for r in folder.records))
-    head = [f"{mode}: other | here | ratio" for mode in MODES]
-    return "\n".join(
-        [
-            f"{folder.machine}, suite {suite} ([report]({folder.link}/report.md)):",
-            "",
-            f"| | case | {' | '.join(head)} | MiB: other | here |",
-            f"|---|---|{'--:|' * (3 * len(MODES) + 2)}",
-            *(f"| {op} | {label} | {' | '.join(_cells(m))} |" for (op, label), m in rows.items()),
-        ]
-    )
+    head = [f"| {mode}: other | here | ratio " for mode in MODES]
+    lines = [f"| {op} | {label} | {' | '.join(_cells(m))} |" for (op, label), m in rows.items()]
+    return "\n".join([
+        f"{folder.machine}, suite {suite} ([report]({folder.link}/report.md)):", "",
+        f"| | case {''.join(head)}| MiB: other | here |",
+        f"|---|---|{'--:|' * (3 * len(MODES) + 2)}", *lines,
+    ])  # fmt: skip
 
 
 def _cells(modes: dict[str, Contest]) -> list[str]:
     cells = []
-    for mode in MODES:
-        contest = modes.get(mode)
+    for contest in map(modes.get, MODES):
         if contest is None:
             cells += ["", "", ""]
             continue
-        ratio = times(contest.ratio)
+        other, ratio = milliseconds(contest.other.p50_us), times(contest.ratio)
         named = "" if contest.other.provider == "baseline" else f" {contest.other.provider}"
-        cells += [
-            f"{milliseconds(contest.other.p50_us)}{named}",
-            milliseconds(contest.ours.p50_us),
-            ratio if contest.clear else f"({ratio})",
-        ]
+        cells += [other + named, milliseconds(contest.ours.p50_us)]
+        cells.append(ratio if contest.clear else f"({ratio})")
     last = modes.get("step") or next(iter(modes.values()))
     return [*cells, significant(last.other.peak_mib), significant(last.ours.peak_mib)]
 

@@ -14,9 +14,11 @@ from torch.utils.flop_counter import FlopCounterMode
 from benchmarks.cases import operations
 from benchmarks.cases.common.cost import Cost, Limits, Work, total
 from benchmarks.cases.common.problem import Shape
+from benchmarks.measure import launches
 from benchmarks.measure.launches import cost_of, counting_operations, on_meta
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.models.config import VARIANTS
+from equiseg_fast.ops import _backend
 
 CPU = torch.device("cpu")
 SMALL = Shape("b0", 1, 64, 96, batch=2, modalities=3)
@@ -218,6 +220,15 @@ def test_logits_are_written_at_the_size_of_the_images() -> None:
 def test_one_modality_has_nothing_to_fuse() -> None:
     forward, backward = works("training", Shape("b0", 0, 64, 64, 1, 1), 4)
     assert not [w for w in forward + backward if w.part.startswith(("fusion", "gates"))]
+
+
+def test_counting_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:
+    op, shape = operations()["block_training"], Shape("b0", 3, 64, 64, 1, 2)
+    known = cost_of(op, shape, 2)
+    launches.count.cache_clear()
+    monkeypatch.setattr(_backend, "TRITON_INSTALLED", False)
+    monkeypatch.setattr(launches, "kernel_stems", lambda: pytest.fail("it imports kernels"))
+    assert cost_of(op, shape, 2) == known
 
 
 # ---- floors -------------------------------------------------------------------------------------

@@ -5,10 +5,12 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 
 import pytest
 import torch
 
+from benchmarks import cases as cases_folder
 from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.op import MODES, unavailable
@@ -16,6 +18,7 @@ from benchmarks.cases.common.problem import Shape
 from benchmarks.measure.plan import Options, dry_run, plan
 from benchmarks.measure.suites import DEPTHS, SIZES, SUITES
 from benchmarks.providers.provider import COMPILED, OURS, PROVIDERS
+from equiseg_fast import ops
 from equiseg_fast.models import EQUISeg, MixTransformer
 from equiseg_fast.nn.attention import reduce_tokens
 from equiseg_fast.ops._layout import to_map
@@ -101,8 +104,6 @@ def test_the_core_suite_fits_into_minutes() -> None:
 
 
 def test_the_quick_suite_is_that_of_the_committed_results() -> None:
-    from pathlib import Path
-
     from benchmarks.measure.record import read_jsonl
 
     committed = read_jsonl(Path(__file__).parents[1] / "benchmarks/results/cpu-2-cores")
@@ -274,6 +275,14 @@ def test_a_package_that_is_missing_is_named(
 ) -> None:
     monkeypatch.setattr("benchmarks.providers.provider.find_spec", lambda name: None)
     assert unavailable(operations()[op], provider, CUDA) == f"{package} is not installed"
+
+
+def test_every_file_is_found_and_every_operation_ranked() -> None:
+    stems = {path.stem for path in Path(cases_folder.__file__).parent.glob("*.py")} - {"__init__"}
+    assert {op.stem for op in operations().values()} == stems
+    assert set(ops.__all__) - {"explain", "ohem", "use_backend"} <= stems
+    ranks = [op.rank for op in operations().values() if op.scope == "operation"]
+    assert ranks == list(range(1, len(ranks) + 1))
 
 
 def test_every_declaration_is_complete_and_can_be_sent_to_a_worker() -> None:

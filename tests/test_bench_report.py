@@ -68,6 +68,7 @@ def test_the_strongest_other_is_never_one_of_ours() -> None:
     assert analysis.ratios(rows[3], rows) == (8.0, 4.0)  # not 2.0, of the reference
     assert analysis.ratios(rows[2], rows) == (4.0, 2.0)
     assert analysis.ratios(rows[1], rows) == (2.0, 0.25)  # somebody else's: against all
+    assert analysis.ratios(rows[0], rows) == (None, 0.125)
 
 
 def test_a_loss_against_the_reference_is_a_loss() -> None:

@@ -481,16 +481,6 @@ def test_environment_names_versions_and_nothing_private() -> None:
     assert env["env_id"] == environment(CPU, {"bandwidth": 1.0})["env_id"]
 
 
-def test_ratios_are_against_the_baseline_and_the_strongest_other() -> None:
-    group = [
-        record(t, provider=p) for p, t in (("baseline", 8.0), ("reference", 4.0), ("torch", 2.0))
-    ]
-    # the reference is ours, too
-    assert analysis.ratios(group[2], group) == (4.0, 4.0)
-    assert analysis.ratios(group[1], group) == (2.0, 2.0)
-    assert analysis.ratios(group[0], group) == (None, 0.25)
-
-
 def test_report_marks_winners_and_hides_no_loss() -> None:
     rows = [
         record(8000.0, provider="baseline"),

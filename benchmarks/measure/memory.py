@@ -29,18 +29,12 @@ def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]
         return torch.cuda.max_memory_allocated(device) - before, result
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
         result = call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
     held = peak = 0
-    for _, size in sorted(_allocations(prof), key=lambda event: event[0]):
-        held += size
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()  # negative of a release
         peak = max(peak, held)
     return peak, result
-
-
-def _allocations(prof: profile) -> Iterable[tuple[int, int]]:
-    """(nanoseconds, signed bytes) of every allocation (positive) and release (negative)."""
-    for event in prof.profiler.kineto_results.events():
-        if event.name() == "[memory]":
-            yield event.start_ns(), event.nbytes()
 
 
 def saved_bytes(

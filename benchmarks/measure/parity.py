@@ -122,29 +122,15 @@ class Gate:
         wide = default == "forward" and kind in ("statistic", "parameter")
         if wide or eager.dtype == torch.float32:
             eager = eager32
-        problem = self.problem
-        return assert_parity(
-            got,
-            oracle,
-            eager,
-            name=name,
-            kind=kind,
-            contraction=problem.contraction,
-            chain=problem.chain,
-        )
+        how = {"contraction": self.problem.contraction, "chain": self.problem.chain}
+        return assert_parity(got, oracle, eager, name=name, kind=kind, **how)
 
 
 def _worst(records: Sequence[Parity]) -> Accuracy:
-    checks = [check for record in records for check in record.checks]
-    ratios = {
-        metric: [c.ratio for c in checks if c.metric == metric and c.yardstick > 0]
-        for metric in ("rms", "amax")
-    }
-    return Accuracy(
-        max(ratios["rms"], default=None),
-        max(ratios["amax"], default=None),
-        max(record.budget_used for record in records),
-    )
+    checks = [c for record in records for c in record.checks if c.yardstick > 0]
+    rms, largest = ([c.ratio for c in checks if c.metric == m] for m in ("rms", "amax"))
+    budget = max(record.budget_used for record in records)
+    return Accuracy(max(rms, default=None), max(largest, default=None), budget)
 
 
 def _relative(actual: Sequence[Tensor], oracle: Sequence[Tensor]) -> float:

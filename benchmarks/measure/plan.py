@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -101,6 +101,11 @@ class Case:
     @property
     def label(self) -> str:
         return f"{self.op.name} {self.shape.label} {self.dtype}"
+
+    def records(self, suite: str) -> list[Record]:
+        """One per mode and provider, without numbers yet."""
+        where = suite, self.op.name, asdict(self.shape)
+        return [Record(*where, m, p, self.dtype) for m in self.modes for p in self.providers]
 
     def __reduce__(self) -> tuple[Any, ...]:
         # A process that gets it loads the operation's own file and no other: see `against`.

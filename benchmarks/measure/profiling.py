@@ -73,7 +73,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
             if args.only_calls:
                 _only_calls(call, args.calls)
                 return 0
-            _profile(call, args, device, out, console)
+            _profile(call, args, device.type == "cuda", out, console)
     console.print("in depth, on a machine with a GPU and these tools:")
     for command in commands:
         console.print(f"  {command}", markup=False, soft_wrap=True)
@@ -117,13 +117,8 @@ def _only_calls(call: Callable[[], Any], calls: int) -> None:
 
 
 def _profile(
-    call: Callable[[], Any],
-    args: argparse.Namespace,
-    device: torch.device,
-    out: Path,
-    console: Console,
+    call: Callable[[], Any], args: argparse.Namespace, cuda: bool, out: Path, console: Console
 ) -> None:
-    cuda = device.type == "cuda"
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if cuda else [])]
     with profile(activities=activities, record_shapes=True) as prof:
         for _ in range(args.calls):

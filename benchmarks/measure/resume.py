@@ -72,9 +72,8 @@ class Journal:
 
     def refused(self, case: str, provider: str = "") -> str:
         """Why a provider, or the case as such, is not tried again; empty if it may be."""
-        if self.lost[case, provider] < 2:
-            return ""
-        return "the process ended twice while it ran"
+        twice = self.lost[case, provider] >= 2
+        return "the process ended twice while it ran" if twice else ""
 
     def close(self) -> None:
         """Everything was done: nothing is left to go on with."""
@@ -87,18 +86,17 @@ class Journal:
         self._write(what="start", case=case, provider=provider)
         if self.patience:
             signal.alarm(self.patience)
+        ended = True
         try:
             yield
         except BaseException as error:  # Ctrl-C, too, says nothing about the attempt
-            if is_sticky(str(error)):
-                raise
-            self._write(what="end", case=case, provider=provider)
+            ended = not is_sticky(str(error))
             raise
-        else:
-            self._write(what="end", case=case, provider=provider)
         finally:
             if self.patience:
                 signal.alarm(0)
+            if ended:
+                self._write(what="end", case=case, provider=provider)
 
     def capture_failed(self, case: str, provider: str, mode: str, reason: str) -> None:
         self._write(what="capture failed", case=case, provider=provider, mode=mode, reason=reason)

@@ -47,11 +47,7 @@ class Prepared:
         self.checked: set[str] = set()
         self.cotangents: dict[Any, Tensor] = {}
         options = runner.options
-        self.rows = {
-            (p, m): Record(options.suite, case.op.name, asdict(case.shape), m, p, case.dtype)
-            for m in case.modes
-            for p in case.providers
-        }
+        self.rows = {(row.provider, row.mode): row for row in case.records(options.suite)}
         for provider in case.providers:
             try:
                 if reason := unavailable(case.op, provider, runner.device, case.dtype):
@@ -301,7 +297,7 @@ class Prepared:
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
         started = perf_counter()
-        with self._launches(provider) as launches:
+        with self._launches(provider) as launched:
             step_peak, result = memory.peak_bytes(step, device)
         first = perf_counter() - started
         accuracy = gate.check(result, "outputs")
@@ -330,15 +326,13 @@ class Prepared:
             row.peak_mib = peak / memory.MIB
             row.saved_mib = saved / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio, row.budget = astuple(accuracy)
-            row.config = "; ".join(launches)
+            row.config = "; ".join(launched)
 
     def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
         """What our kernels are launched with, for operations that are one of them."""
         if provider not in ("triton", "tuned") or not self.case.op.function:
             return nullcontext([])
-        from benchmarks.measure.launches import recorded
-
-        return recorded()
+        return launches.recorded()
 
 
 class Runner:

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING
 
-from benchmarks.cases.common.op import MODES
+from benchmarks.cases.common.op import MODES, Op
 from benchmarks.cases.common.problem import Shape
 from benchmarks.measure.timing import FEWEST
 from benchmarks.providers.provider import PROVIDERS
-
-if TYPE_CHECKING:
-    from benchmarks.cases.common.op import Op
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -78,37 +74,25 @@ SUITES = {
     # About a minute on two CPU cores. All but the encoder, which is most of the model.
     "quick": Suite(
         (Grid(("b0",), ((480, 736),), modalities=(3,), stages=(2,), of=("operation", "model")),),
-        dtypes=("fp32",),
-        modes=("fwd", "step"),
-        providers=("baseline", "reference", "torch", "triton"),
-        seconds=0.1,
-        rounds=(FEWEST, 30),
+        dtypes=("fp32",), modes=("fwd", "step"),
+        providers=("baseline", "reference", "torch", "triton"), seconds=0.1, rounds=(FEWEST, 30),
     ),
     # Whole networks on a CPU.
     "cpu": Suite(
         (Grid(("b0",), ((512, 512),), modalities=(1, 4), of=("encoder", "model")),),
-        dtypes=("fp32",),
-        modes=("fwd", "step"),
-        providers=("baseline", "transformers", "torch"),
-        seconds=20.0,
-        rounds=(7, 30),
+        dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "transformers", "torch"),
+        seconds=20.0, rounds=(7, 30),
     ),
     # What acceleration does to models of others on a CPU, from small inputs to large ones.
     "accelerated": Suite(
         (
             Grid(
-                ("b0",),
-                tuple((n, n) for n in (128, 224, 256, 512)),
-                (1, 2, 4, 8),
-                (1,),
+                ("b0",), tuple((n, n) for n in (128, 224, 256, 512)), (1, 2, 4, 8), (1,),
                 of=("accelerated",),
             ),
             Grid(("b0",), ((1024, 1024),), (1, 2), (1,), of=("accelerated",)),
         ),
-        dtypes=("fp32",),
-        modes=("fwd", "step"),
-        providers=("baseline", "torch"),
-        seconds=4.0,
+        dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "torch"), seconds=4.0,
         rounds=(7, 100),
     ),
     # Meant for ten minutes on one GPU (a prediction), most of it spent in compilers: all stages at
@@ -122,11 +106,9 @@ SUITES = {
             Grid(("b0",), ((512, 512),), stages=(2,), of=("stage",)),
             Grid(("b0",), ((512, 512),), of=("encoder", "model")),
         ),
-        dtypes=("bf16",),
-        modes=("fwd", "step"),
+        dtypes=("bf16",), modes=("fwd", "step"),
         # The searching compiler alone would take longer than all others.
-        providers=tuple(name for name in PROVIDERS if name != "compile_max"),
-        seconds=0.2,
+        providers=tuple(name for name in PROVIDERS if name != "compile_max"), seconds=0.2,
         rounds=(10, 100),
     ),
     # Whole networks on a GPU, in the sizes of training and of evaluation.
@@ -135,20 +117,14 @@ SUITES = {
             Grid(("b0",), ((512, 512),), of=("encoder", "model")),
             Grid(("b2",), ((1024, 1024),), of=("model",)),
         ),
-        dtypes=("bf16",),
-        modes=("fwd", "step"),
-        providers=("baseline", "transformers", "torch", "triton"),
-        seconds=0.2,
-        rounds=(10, 100),
+        dtypes=("bf16",), modes=("fwd", "step"),
+        providers=("baseline", "transformers", "torch", "triton"), seconds=0.2, rounds=(10, 100),
     ),
     # Whatever a machine can do, on next to nothing: whether commands work, not how fast.
     "rehearsal": Suite(
         (Grid(("b0",), ((64, 96),), modalities=(2,), stages=(4,)),),
-        dtypes=("fp32",),
-        modes=("fwd", "step"),
-        providers=("baseline", "torch", "triton"),
-        seconds=0.0,
-        rounds=(2, 2),
+        dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "torch", "triton"),
+        seconds=0.0, rounds=(2, 2),
     ),
     # Everything: days, if nothing narrows it down (--op, --shape, --dtype, --mode, --provider).
     "full": Suite(
@@ -160,10 +136,7 @@ SUITES = {
             Grid(("b0",), ((512, 512),), modalities=tuple(range(1, 9)), stages=(1, 2), of=PARTS),
             *CHANNELS,
         ),
-        dtypes=("fp16", "bf16", "fp32"),
-        modes=MODES,
-        providers=tuple(PROVIDERS),
-        seconds=0.4,
+        dtypes=("fp16", "bf16", "fp32"), modes=MODES, providers=tuple(PROVIDERS), seconds=0.4,
         rounds=(10, 200),
     ),
-}
+}  # fmt: skip

@@ -8,7 +8,7 @@ single calls. Inputs are random or real data; zeros would let a GPU clock higher
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from time import perf_counter, process_time
@@ -83,18 +83,17 @@ def call_in_mode(
         return forward
     graph = forward()
     known = {} if known is None else known
-    cotangents: list[Tensor | None] = []
-    for i, x in enumerate(graph):
-        key = (x.shape, x.dtype, x.device, seed + i)
-        if x.requires_grad and key not in known:
-            known[key] = cotangent(x, seed + i)
-        cotangents.append(known[key] if x.requires_grad else None)
+    differentiable = [i for i, x in enumerate(graph) if x.requires_grad]
+    cotangents = []
+    for i in differentiable:
+        key = (graph[i].shape, graph[i].dtype, graph[i].device, seed + i)
+        if key not in known:
+            known[key] = cotangent(graph[i], seed + i)
+        cotangents.append(known[key])
 
     def backward(outputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Tensor, ...]:
-        pairs = [(x, g) for x, g in zip(outputs, cotangents, strict=True) if g is not None]
-        return torch.autograd.grad(
-            [x for x, _ in pairs], leaves, [g for _, g in pairs], retain_graph=keep
-        )
+        chosen = [outputs[i] for i in differentiable]
+        return torch.autograd.grad(chosen, leaves, cotangents, retain_graph=keep)
 
     if mode == "bwd":
         return lambda: backward(graph, keep=True)
@@ -114,30 +113,35 @@ def cotangent(x: Tensor, seed: int, dtype: torch.dtype | None = None) -> Tensor:
     return random_normal(x.shape, dtype or x.dtype, seed=seed, device=x.device).to(x.dtype)
 
 
-def measure_cpu(
-    calls: Mapping[str, Call], *, seconds: float, rounds: tuple[int, int]
-) -> dict[str, Timing]:
-    """Wall-clock time of every call, already warm; seconds and rounds as in `Suite`.
-
-    One round calls everybody once, and each starts with another, so that drift hits all alike.
-    FEWEST have to do where one takes more than SLOW_ROUND seconds.
-    """
-    samples: dict[str, list[float]] = {name: [] for name in calls}
-    used: dict[str, list[float]] = {name: [] for name in calls}
-    names = list(calls)
-    share = cpu_share()
+def in_turn(
+    names: Sequence[str], seconds: float, rounds: tuple[int, int]
+) -> Iterator[tuple[int, str]]:
+    """(round, name) as long as `Suite` says: a round has everybody once, and each starts with
+    another, so that drift hits all alike. FEWEST have to do where one takes more than SLOW_ROUND
+    seconds."""
     started = perf_counter()
     for i in range(rounds[1]):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            cpu, begin = process_time(), perf_counter()
-            result = calls[name]()
-            samples[name].append(perf_counter() - begin)
-            used[name].append(process_time() - cpu)
-            del result
+        first = i % len(names)
+        yield from ((i, name) for name in (*names[first:], *names[:first]))
         elapsed = perf_counter() - started
         least = rounds[0] if elapsed < (i + 1) * SLOW_ROUND else min(FEWEST, rounds[0])
         if i + 1 >= least and elapsed > seconds:
-            break
+            return
+
+
+def measure_cpu(
+    calls: Mapping[str, Call], *, seconds: float, rounds: tuple[int, int]
+) -> dict[str, Timing]:
+    """Wall-clock time of every call, already warm; seconds and rounds as in `Suite`."""
+    samples: dict[str, list[float]] = {name: [] for name in calls}
+    used: dict[str, list[float]] = {name: [] for name in calls}
+    share = cpu_share()
+    for _, name in in_turn(list(calls), seconds, rounds):
+        cpu, begin = process_time(), perf_counter()
+        result = calls[name]()
+        samples[name].append(perf_counter() - begin)
+        used[name].append(process_time() - cpu)
+        del result
     share = min(share, cpu_share())
     return {
         name: replace(
@@ -201,22 +205,17 @@ def _by_events(
     """units: name -> (call, how many calls of the provider that is), taken in turn."""
     _settle(torch.cuda.current_device())
     samples: dict[str, list[float]] = {name: [] for name in units}
-    names = list(units)
-    started = perf_counter()
-    for i in range(rounds[1]):
-        for name in names[i % len(names) :] + names[: i % len(names)]:
-            unit, number = units[name][i % len(units[name])]
-            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            before()
-            # The first event would fire on an idle stream, and the launch would count.
-            torch.cuda._sleep(FILLER_CYCLES)
-            begin.record()
-            unit()
-            end.record()
-            end.synchronize()
-            samples[name].append(begin.elapsed_time(end) / 1e3 / number)
-        if i + 1 >= rounds[0] and perf_counter() - started > seconds:
-            break
+    for i, name in in_turn(list(units), seconds, rounds):
+        unit, number = units[name][i % len(units[name])]
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        before()
+        # The first event would fire on an idle stream, and the launch would count.
+        torch.cuda._sleep(FILLER_CYCLES)
+        begin.record()
+        unit()
+        end.record()
+        end.synchronize()
+        samples[name].append(begin.elapsed_time(end) / 1e3 / number)
     return {name: Timing.of(times, method) for name, times in samples.items()}
 
 

@@ -35,7 +35,7 @@ from time import perf_counter
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import track
 
 from benchmarks.command import outputs
 from benchmarks.command.options import names, to_path
@@ -45,9 +45,6 @@ from benchmarks.offline import resources
 from benchmarks.offline.dry_device import Binary, DryDevice, active_driver, dry_device, finish
 from benchmarks.offline.dry_programs import WHAT, Model, programs
 from equiseg_fast.models.config import VARIANTS
-
-Shown = Callable[[str, int, int], None]
-"""Called with what is being done, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True)
@@ -101,16 +98,17 @@ class Survey:
 
 
 def survey(
-    order: Order, cache: Path | None = None, processes: int = 1, progress: Shown | None = None,
-    *, compiling: bool = True,
+    order: Order, cache: Path | None = None, processes: int = 1, *, compiling: bool = True,
+    console: Console | None = None,
 ) -> Survey:  # fmt: skip
-    """Drive the programs of `order` in `processes` children, then compile each binary once."""
+    """Drive the programs of `order` in `processes` children, then compile each binary once.
+    console: shows how far it is."""
     found = Survey(order)
 
     def results(jobs: Sequence[Any], doing: str) -> Iterator[Any]:
-        for done, job in enumerate(concurrent.futures.as_completed(jobs), 1):
-            if progress:
-                progress(f"sm_{order.arch}: {doing}", done, len(jobs))
+        ended = concurrent.futures.as_completed(jobs)
+        how = {"console": console, "disable": console is None, "transient": True}
+        for job in track(ended, f"sm_{order.arch}: {doing}", len(jobs), **how):
             yield job.result()
 
     with tempfile.TemporaryDirectory() as temporary:
@@ -271,15 +269,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
     wrong = 0
     for order in orders:
         start = perf_counter()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-        with Progress(*columns, console=console, transient=True) as bar:
-            task = bar.add_task("")
-
-            def shown(text: str, done: int, total: int, bar: Any = bar, task: Any = task) -> None:
-                bar.update(task, description=text, completed=done, total=total)
-
-            found = survey(order, args.cache, args.processes, shown, compiling=not args.count)
-        _show(found, console, compiled=not args.count, seconds=perf_counter() - start)
+        compiling = not args.count
+        found = survey(order, args.cache, args.processes, compiling=compiling, console=console)
+        _show(found, console, compiled=compiling, seconds=perf_counter() - start)
         wrong += len(found.errors)
     return 1 if wrong else 0
 

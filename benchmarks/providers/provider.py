@@ -152,14 +152,9 @@ def backends(function: Callable[..., Any], baseline: Callable[..., Any]) -> dict
     def on(backend: str) -> Callable[..., Any]:
         return lambda **inputs: function(**inputs, backend=backend)
 
-    return {
-        "baseline": baseline,
-        "reference": on("reference"),
-        "torch": on("torch"),
-        "triton": on("triton"),
-        "tuned": on("triton"),
-        **{name: _compiled(function, mode) for name, mode in COMPILED.items()},
-    }
+    ours = {name: on("triton" if name == "tuned" else name) for name in OURS}
+    compiled = {name: _compiled(function, mode) for name, mode in COMPILED.items()}
+    return {"baseline": baseline, **ours, **compiled}
 
 
 @cache

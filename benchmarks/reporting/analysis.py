@@ -42,12 +42,9 @@ def ratios(record: Record, group: Sequence[Record]) -> tuple[float | None, float
     if record.p50_us is None:
         return None, None
     others = [r for r in measured(group) if r is not record]
-    baseline = [r.p50_us for r in others if r.provider == "baseline" and r.p50_us]
-    other = strongest_other(record, group)
-    return (
-        baseline[0] / record.p50_us if baseline else None,
-        other.p50_us / record.p50_us if other else None,
-    )
+    baseline = next((r for r in others if r.provider == "baseline"), None)
+    faster = (baseline, strongest_other(record, group))
+    return tuple(r and r.p50_us / record.p50_us for r in faster)
 
 
 @dataclass(frozen=True)
@@ -94,15 +91,13 @@ def losses(records: Iterable[Record]) -> list[str]:
     """Where the best of ours is slower than somebody else or the reference, worst first."""
     found = []
     for group in grouped(records):
-        ours = fastest(r for r in group if r.provider in OURS)
-        best = fastest(group)
-        if ours is None or best is None or best.provider in OURS:
-            continue
-        contest = Contest(ours, best, None)
-        factor = 1 / contest.ratio
-        overlap = "" if contest.clear else " (their p20 to p80 bands overlap)"
-        text = f"{contest.label}: {ours.provider} takes {times(factor)} the time of {best.provider}"
-        found.append((factor, text + overlap))
+        ours, best = fastest(r for r in group if r.provider in OURS), fastest(group)
+        if ours and best.provider not in OURS:
+            contest = Contest(ours, best, None)
+            factor, what = 1 / contest.ratio, f"{contest.label}: {ours.provider}"
+            overlap = "" if contest.clear else " (their p20 to p80 bands overlap)"
+            text = f"{what} takes {times(factor)} the time of {best.provider}{overlap}"
+            found.append((factor, text))
     return [line for _, line in sorted(found, reverse=True)]
 
 
@@ -121,20 +116,8 @@ def contention(records: Iterable[Record]) -> list[str]:
 
 def skipped(records: Iterable[Record]) -> list[str]:
     """What has no numbers, once per provider and reason."""
-    where: dict[tuple[str, str, str], list[str]] = {}
+    where: dict[str, dict[str, None]] = {}
     for r in records:
         if r.status != "ok":
-            places = where.setdefault((r.provider, r.status, r.reason), [])
-            if r.op not in places:
-                places.append(r.op)
-    return [
-        f"{provider}: {status}, {reason} ({', '.join(places)})"
-        for (provider, status, reason), places in where.items()
-    ]
-
-
-def spread(record: Record) -> str:
-    """Width of the p20 to p80 band in percent of the median."""
-    if record.p50_us is None:
-        return ""
-    return f"{100 * (record.p80_us - record.p20_us) / record.p50_us:.0f} %"
+            where.setdefault(f"{r.provider}: {r.status}, {r.reason}", {})[r.op] = None
+    return [f"{what} ({', '.join(ops)})" for what, ops in where.items()]

@@ -92,13 +92,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     title = f"working tree against {sha[:10]}, medians of {args.blocks} blocks (p20 to p80)"
     outputs.write(out / "comparison.md", compare.markdown(changes, title))
     console.print(compare.table(changes, title))
-    notes = (
-        *_without_base(*rows),
-        *compare.lost(changes),
-        *compare.busy(*rows),
-        *compare.hidden(changes, args.threshold),
-    )
-    for line in notes:
+    for line in (*_without_base(*rows), *compare.notes(*rows, changes, args.threshold)):
         console.print(line, markup=False)
     console.print(f"{compare.summary(changes)}; written to {out}", markup=False, soft_wrap=True)
     return 1 if args.fail and compare.failed(changes) else 0

@@ -12,7 +12,7 @@ import statistics
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.command.options import ROOT
+from benchmarks.command.options import ROOT, full_fp32, use_threads
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import Record, environment
 from benchmarks.measure.runner import Runner, Timings
@@ -124,15 +124,8 @@ def _final(answer: Any) -> bool:
 
 
 def _errors(task: Task, reason: str) -> list[Record]:
-    case = task.case
-    return [
-        Record(
-            task.options.suite, case.op.name, asdict(case.shape), mode, provider, case.dtype,
-            status="error", reason=reason,
-        )
-        for mode in case.modes
-        for provider in case.providers
-    ]  # fmt: skip
+    records = task.case.records(task.options.suite)
+    return [replace(record, status="error", reason=reason) for record in records]
 
 
 class BlockRunner(Runner):
@@ -164,15 +157,13 @@ def pooled(blocks: Sequence[Timing]) -> Timing:
     the machine only ever add time; by CUDA events with its median."""
     method = blocks[0].method
     samples = [b.min_us if method == "wall" else b.p50_us for b in blocks]
-    cpu = [b.cpu_us for b in blocks if b.cpu_us is not None]
     timing = Timing.of([us / 1e6 for us in samples], method)
+    if method != "wall":
+        return timing
+    # The fastest calls count, and so do the quietest moments.
+    cpu = statistics.median(b.cpu_us for b in blocks)
     shares = [b.cpu_share for b in blocks if b.cpu_share is not None]
-    return replace(
-        timing,
-        cpu_us=statistics.median(cpu) if cpu else None,
-        # The fastest calls count, and so do the quietest moments.
-        cpu_share=max(shares) if shares else None,
-    )
+    return replace(timing, cpu_us=cpu, cpu_share=max(shares, default=None))
 
 
 def serve(handle: int, package: str) -> None:
@@ -183,9 +174,8 @@ def serve(handle: int, package: str) -> None:
         raise RuntimeError(f"equiseg_fast was imported from elsewhere than {package}")
     connection = Connection(handle)
     device, threads = connection.recv()
-    if threads:
-        torch.set_num_threads(threads)
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    use_threads(threads)
+    full_fp32()
     connection.send(environment(torch.device(device)))
     while True:
         try:

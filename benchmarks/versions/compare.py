@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from benchmarks.command.options import to_path, verdict_arguments
-from benchmarks.command.table import FittedTable, milliseconds
+from benchmarks.command.table import FittedTable, markdown_table, milliseconds
 from benchmarks.measure import record
 from benchmarks.measure.record import Record
 from benchmarks.reporting import analysis
@@ -62,12 +62,10 @@ def compare(
     known = {r.key: r for r in base if r.p50_us is not None}
     changes = []
     for after in new:
-        before = known.get(after.key)
-        if before is None:
-            continue
-        lost = after.p50_us is None
-        found = "lost" if lost else verdict(before, after, threshold, atol_us)
-        changes.append(Change(before, after, found))
+        if before := known.get(after.key):
+            lost = after.p50_us is None
+            found = "lost" if lost else verdict(before, after, threshold, atol_us)
+            changes.append(Change(before, after, found))
     return sorted(changes, key=lambda c: float("-inf") if c.ratio is None else -c.ratio)
 
 
@@ -99,18 +97,9 @@ def _band(row: Record) -> str:
 
 def markdown(changes: Sequence[Change], title: str) -> str:
     """The table for a file."""
-    lines = [
-        f"# {title}",
-        "",
-        f"| {' | '.join(COLUMNS)} |",
-        "|---|---|---|---|---|--:|--:|--:|",
-        *(f"| {' | '.join(_cells(change))} |" for change in changes),
-        "",
-        *(f"- {line}" for line in lost(changes)),
-        summary(changes),
-        "",
-    ]
-    return "\n".join(lines)
+    shown = markdown_table(COLUMNS, map(_cells, changes), words=5)
+    ends = [*(f"- {line}" for line in lost(changes)), summary(changes)]
+    return "\n".join([f"# {title}", "", shown, "", *ends, ""])
 
 
 def summary(changes: Sequence[Change]) -> str:
@@ -129,28 +118,22 @@ def lost(changes: Sequence[Change]) -> list[str]:
     ]
 
 
-def busy(base: Sequence[Record], new: Sequence[Record]) -> list[str]:
-    """A warning for each run during which others had the CPU."""
-    return [
-        f"{name}: {line}"
-        for name, rows in (("base", base), ("new", new))
-        for line in analysis.contention(rows)
-    ]
-
-
-def hidden(changes: Sequence[Change], threshold: float) -> list[str]:
-    """A warning if bands are so wide that a change of the size of `threshold` fits into them."""
-    same = [change for change in changes if change.verdict == "same"]
-    wide = sum(
-        any(row.p80_us - row.p20_us > threshold * row.p50_us for row in (change.base, change.new))
-        for change in same
-    )
-    if not wide:
-        return []
-    return [
-        f"{wide} of {len(same)} that are the same have a band p20 to p80 wider than "
-        f"{100 * threshold:g} %: a change of that size could hide there"
-    ]
+def notes(
+    base: Sequence[Record], new: Sequence[Record], changes: Sequence[Change], threshold: float
+) -> list[str]:
+    """What was lost; a warning for each run during which others had the CPU, and if bands are so
+    wide that a change of the size of `threshold` fits into them."""
+    lines = lost(changes)
+    for name, rows in (("base", base), ("new", new)):
+        lines += [f"{name}: {line}" for line in analysis.contention(rows)]
+    same = [(change.base, change.new) for change in changes if change.verdict == "same"]
+    wide = sum(any(r.p80_us - r.p20_us > threshold * r.p50_us for r in pair) for pair in same)
+    if wide:
+        lines.append(
+            f"{wide} of {len(same)} that are the same have a band p20 to p80 wider than "
+            f"{100 * threshold:g} %: a change of that size could hide there"
+        )
+    return lines
 
 
 def failed(changes: Sequence[Change]) -> bool:
@@ -160,11 +143,8 @@ def failed(changes: Sequence[Change]) -> bool:
 
 def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """What changes numbers and is not the same in the two environments."""
-    return [
-        f"{key}: {base.get(key)} -> {new.get(key)}"
-        for key in MATTERS
-        if base.get(key) != new.get(key)
-    ]
+    changed = [key for key in MATTERS if base.get(key) != new.get(key)]
+    return [f"{key}: {base.get(key)} -> {new.get(key)}" for key in changed]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,7 +175,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     shown = changes if args.all else [c for c in changes if c.verdict != "same"]
     if shown:
         console.print(table(shown, "median per call (p20 to p80)"))
-    for line in (*lost(changes), *busy(*rows), *hidden(changes, args.threshold)):
+    for line in notes(*rows, changes, args.threshold):
         console.print(line, markup=False)
     console.print(summary(changes))
     return 1 if args.fail and failed(changes) else 0
@@ -205,9 +185,8 @@ def _timed(path: Path) -> list[Record]:
     rows = record.read(path)
     for row in rows:
         quantiles = (row.p20_us, row.p50_us, row.p80_us)
-        if row.p50_us is not None and not (
-            None not in quantiles and row.p20_us <= row.p50_us <= row.p80_us
-        ):
+        there = None not in quantiles and sorted(quantiles) == list(quantiles)
+        if row.p50_us is not None and not there:
             raise ValueError(
                 f"{path}: {' '.join(row.key)}: p20_us, p50_us and p80_us must be there, in this "
                 f"order; got {', '.join(map(str, quantiles))}"

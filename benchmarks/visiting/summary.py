@@ -13,7 +13,13 @@ from typing import Any
 from rich.markup import escape
 
 from benchmarks.cases import operations
-from benchmarks.command.table import FittedTable, milliseconds, significant, times
+from benchmarks.command.table import (
+    FittedTable,
+    markdown_table,
+    milliseconds,
+    significant,
+    times,
+)
 from benchmarks.machines import judgement
 from benchmarks.measure import host, record
 from benchmarks.measure.record import Key, Record
@@ -47,7 +53,7 @@ def brought(task: Task, values: Mapping[str, Any], folder: Path) -> str:
         env = _environment(folder)
         return env and "{device}, torch {torch}, triton {triton}, python {python}".format(**env)
     if task.name == "report":
-        made = [p for p in (folder / "results").rglob("*") if p.suffix in (".md", ".html", ".png")]
+        made = [p for p in (folder / "results").rglob("*") if p.suffix in (".md", ".png")]
         return ", ".join(sorted(path.relative_to(folder).as_posix() for path in made))
     lines = _log(task, folder)
     if said := [line for line in lines if "SUMMARY: " in line]:
@@ -90,7 +96,7 @@ def table(tasks: Sequence[Task], states: States, folder: Path) -> FittedTable:
 def write_summary(tasks: Sequence[Task], states: States, folder: Path) -> None:
     """`summary.md`, and all records in the folder `results`, for `report` and `compare`."""
     records = merge(folder)
-    lines = ["# Visit", "", *_markdown(COLUMNS, _rows(tasks, states, folder))]
+    lines = ["# Visit", "", markdown_table(COLUMNS, _rows(tasks, states, folder), words=2)]
     networks, single = (
         [r for r in records if (operations()[r.op].scope == "operation") is small]
         for small in (False, True)
@@ -101,7 +107,7 @@ def write_summary(tasks: Sequence[Task], states: States, folder: Path) -> None:
             "Milliseconds: by replays of a CUDA graph, and by events around single calls, launches",
             "included (on a CPU by wall clock). Ratios are within one method.",
             "",
-            *_markdown(NETWORK, _networks(networks)),
+            markdown_table(NETWORK, _networks(networks), words=2),
         ]
     if found := contests(single):
         rows = [
@@ -110,23 +116,18 @@ def write_summary(tasks: Sequence[Task], states: States, folder: Path) -> None:
             for c in found
         ]  # fmt: skip
         columns = ("case", "strongest other", "ms", "ours", "ms", "ratio")
-        lines += ["", "## Operations", "", *_markdown(columns, rows)]
+        lines += ["", "## Operations", "", markdown_table(columns, rows, words=2)]
     if records:
         comparison = judgement.compare(records, _environment(folder).get("device", ""))
         lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
     if (folder / host.FILE).is_file():
         measured = host.read(folder / host.FILE)
-        lines += ["", f"## {host.title(measured)}", ""]
-        lines += _markdown(host.COLUMNS, map(host.cells, measured))
+        rows = map(host.cells, measured)
+        lines += ["", f"## {host.title(measured)}", "", markdown_table(host.COLUMNS, rows, words=2)]
     lines += _trouble(records, folder)
     # It is read elsewhere: what commands said of files is said relative to the folder.
     text = "\n".join(lines).replace(f"{folder}/", "") + "\n"
     (folder / "summary.md").write_text(text)
-
-
-def _markdown(columns: Sequence[str], rows: Any) -> list[str]:
-    lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
-    return lines + [f"| {' | '.join(row)} |" for row in rows]
 
 
 NETWORK = ("case", "provider", "graph", "events", "eager / this", "peak MiB", "saved MiB", "note")

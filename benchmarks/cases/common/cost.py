@@ -30,12 +30,8 @@ class Work:
         return self.matrix + self.vector
 
     def __add__(self, other: Work) -> Work:
-        return Work(
-            self.bytes + other.bytes,
-            self.matrix + other.matrix,
-            self.vector + other.vector,
-            self.exps + other.exps,
-        )
+        names = ("bytes", "matrix", "vector", "exps")
+        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
 
 
 @dataclass(frozen=True)
@@ -57,11 +53,8 @@ class Cost:
 
     def of(self, mode: str) -> tuple[Work, ...]:
         """The works of one call in this mode."""
-        if mode == "bwd":
-            return self.backward
-        if mode == "step":
-            return self.forward + self.backward
-        return self.forward
+        passes = {"bwd": self.backward, "step": self.forward + self.backward}
+        return passes.get(mode, self.forward)
 
     def __add__(self, other: Cost) -> Cost:
         return Cost(self.forward + other.forward, self.backward + other.backward)

@@ -5,7 +5,7 @@ drawn from a fixed seed, so that every provider computes the same. Half precisio
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, TypeVar
 
 import torch
@@ -65,9 +65,7 @@ def network_problem(
     }
 
     def cast_to(wanted: torch.dtype, call: Call) -> Call:
-        if wanted == torch.float32:
-            return call
-        return lambda: _with(torch.autocast(device.type, wanted), call)
+        return lambda: _with(_autocast(device, wanted), call)
 
     return Problem(
         calls={name: cast_to(dtype, call) for name, call in calls.items()},
@@ -83,6 +81,10 @@ def network_problem(
 def _with(context: AbstractContextManager[Any], call: Call) -> Outputs:
     with context:
         return call()
+
+
+def _autocast(device: torch.device, dtype: torch.dtype) -> AbstractContextManager[Any]:
+    return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
 
 def alive(make: Callable[[], Module], seed: int, device: torch.device) -> Module:

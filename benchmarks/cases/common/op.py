@@ -92,30 +92,34 @@ def operation(
     name: str,
     inputs: Callable[[Shape, Draw], Mapping[str, Any]],
     *,
+    baseline: Callable[..., Any] | None = None,
     rivals: Mapping[str, Callable[..., Any]] | None = None,
     parameters: tuple[str, ...] = (),
     fields: Callable[[Shape], Mapping[str, Any]] = lambda shape: {},
     **declared: Any,
 ) -> Op:
-    """An operation of `equiseg_fast.ops`, which has the same name in `reference` and `baselines`.
+    """An operation of `equiseg_fast.ops`, which has the same name in `reference`.
 
-    inputs: its arguments, of which floating tensors are differentiated. parameters: inputs whose
-    gradients add up over all tokens. fields: of `Problem`; declared: of `Op`.
+    inputs: its arguments, of which floating tensors are differentiated. baseline: in eager PyTorch;
+    default: the function of that name in `baselines`, where those are that the whole model needs,
+    too. rivals: other providers. parameters: inputs whose gradients add up over all tokens. fields:
+    of `Problem`; declared: of `Op`.
     """
     refuses = declared.get("refuses", _anything)
 
     def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
         if reason := refuses(shape):
             raise Unsupported(reason)
-        own = dict(fields(shape))
+        more = dict(fields(shape))
         if parameters:
             kinds = {f"d{parameter}": "parameter" for parameter in parameters}
-            own |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
+            more |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
+        own = baseline or getattr(baselines, name)
         return op_problem(
             inputs(shape, Draw(dtype, device, seed)),
-            {**backends(getattr(ops, name), getattr(baselines, name)), **(rivals or {})},
+            {**backends(getattr(ops, name), own), **(rivals or {})},
             getattr(reference, name),
-            **own,
+            **more,
         )
 
     return Op(name, build, rivals=tuple(rivals or ()), **declared)
