@@ -109,15 +109,18 @@ def test_totals_of_an_earlier_account(
     train: bool, autocast: torch.dtype | None, ours: int, kernels: int, gb: float, ms: float
 ) -> None:
     """Counted and added up by hand before, with every stage's times; that account also copied
-    gradients into parameters (24 kernels) and had the bias of depthwise convolutions apart."""
+    gradients into parameters (24 kernels) and had the bias of depthwise convolutions apart. Since
+    then gates average features without an fp32 copy, 8 bytes for each of 65 million elements, and
+    teachers are masked only if some sensor may be absent."""
+    saved, copied = 28 if train else 4, 0.52 if autocast is None else 0.0
     counter = large_model(train, autocast)
     found = counter.kernels()
     assert counter.fused.total() == ours
     known = {"norm", "conv", "mm", "attention", "pool", "sort", "topk", "sum", "mean"}
     unknown = {k.name for k in found if k.kind == "pointwise" and any(x in k.name for x in known)}
     assert unknown <= {"topk"}
-    assert len(found) == pytest.approx(kernels, rel=0.03)
-    assert sum(k.bytes for k in found) / 1e9 == pytest.approx(gb, rel=0.01)
+    assert len(found) + saved == pytest.approx(kernels, rel=0.03)
+    assert sum(k.bytes for k in found) / 1e9 + copied == pytest.approx(gb, rel=0.01)
     assert sum(efficiency.predict(found, H200).values()) / 1e3 == pytest.approx(ms, rel=0.04)
 
 
