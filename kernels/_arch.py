@@ -135,16 +135,16 @@ class Tile:
         found = {field.name: getattr(self, field.name) for field in fields(self)}
         return {name: value for name, value in found.items() if value is not None}
 
+    # Every launch asks for both.
+
+    @functools.cached_property
     def blocks(self) -> dict[str, int]:
         """The constexprs for the sizes of the tile. Callers must not modify the dictionary."""
-        return self._blocks
-
-    @functools.cached_property  # every launch asks
-    def _blocks(self) -> dict[str, int]:
         return {n.upper(): v for n, v in self.settings().items() if n.startswith("block_")}
 
+    @functools.cached_property
     def launch(self) -> dict[str, int]:
-        """The launch options."""
+        """The launch options. Callers must not modify the dictionary."""
         return {"num_warps": self.num_warps, "num_stages": self.num_stages}
 
     def __repr__(self) -> str:

@@ -199,7 +199,7 @@ def _add_layer_norm_bwd_kernel(
 
 @remembered
 def _constexprs(tile: Tile, channels: int) -> dict:
-    return {**tile.blocks(), "PAD_C": channels != tile.block_c}
+    return {**tile.blocks, "PAD_C": channels != tile.block_c}
 
 
 # Offsets within a tile, of at most 256 rows, are 32 bits wide.
@@ -242,7 +242,7 @@ def add_layer_norm_fwd(
         _add_layer_norm_fwd_kernel, (cdiv(rows, tile.block_l),),
         x, update, weight.contiguous(), bias.contiguous(), total, normed, mean, rstd,
         stride_x, stride_update, rows, channels, 1.0 / channels, eps,
-        **tile.launch(), **_constexprs(tile, channels),
+        **tile.launch, **_constexprs(tile, channels),
     )  # fmt: skip
     return total, normed, mean, rstd
 
@@ -280,7 +280,7 @@ def add_layer_norm_bwd(
         grad_total, grad_normed, total, weight.contiguous(), mean.contiguous(), rstd.contiguous(),
         dx, sums, stride_dtotal, stride_dnormed,
         rows, channels, blocks * tile.block_l, 1.0 / channels,
-        **tile.launch(), max_registers=BWD_REGISTERS,
+        **tile.launch, max_registers=BWD_REGISTERS,
         HAS_DTOTAL=has_dtotal, NEEDS_DX=needs_dx, NEEDS_SUMS=needs_sums,
         **_constexprs(tile, channels),
     )  # fmt: skip
@@ -321,7 +321,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             tile = norm_fwd_config(arch, channels)
             yield offline_entry(
                 _add_layer_norm_fwd_kernel, case, types, _constexprs(tile, channels),
-                **tile.launch(), floats=floats, aligned=aligned,
+                **tile.launch, floats=floats, aligned=aligned,
             )  # fmt: skip
             tile = norm_bwd_config(arch, itemsize, channels)
             for left_out in ("", *flags) if (dtype, channels) == ("bf16", 64) else ("",):
@@ -329,7 +329,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                     _add_layer_norm_bwd_kernel, f"{case} without {left_out}" if left_out else case,
                     types,
                     _constexprs(tile, channels) | {flag: flag != left_out for flag in flags},
-                    **tile.launch(), max_registers=BWD_REGISTERS, floats=floats, aligned=aligned,
+                    **tile.launch, max_registers=BWD_REGISTERS, floats=floats, aligned=aligned,
                 )  # fmt: skip
         blocks = {"TAPS": 1, **SUMS_TILE}
         yield offline_entry(

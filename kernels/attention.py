@@ -516,7 +516,7 @@ def _with_products(lean: bool, head_dim: int, precision: str, tile: Tile) -> dic
     return {
         "HEAD_DIM": head_dim,
         "BLOCK_D": padded_head_dim(head_dim),
-        **tile.blocks(),
+        **tile.blocks,
         "PRECISION": "tf32" if precision == TF32 else "ieee",
         **({"LEAN": tile.lean} if lean else {}),
     }
@@ -552,7 +552,7 @@ def attention_fwd(
         _attention_fwd_kernel, (cdiv(n_q, tile.block_m) * batch * heads,),
         q, k, v, out, lse, *strides(q), *strides(k), *strides(v), heads * head_dim,
         heads, n_q, k.shape[1], scale * LOG2E,
-        **_constexprs(_attention_fwd_kernel, head_dim, precision, tile), **tile.launch(),
+        **_constexprs(_attention_fwd_kernel, head_dim, precision, tile), **tile.launch,
     )  # fmt: skip
     return out, lse
 
@@ -605,7 +605,7 @@ def attention_bwd(
             q, k, v, grad_out, lse, delta, *sums, *layout, k.numel(), width,
             heads, n_q, n_k, chunk * tile.block_m, scale, scale * LOG2E,
             **_constexprs(_attention_bwd_dkdv_kernel, head_dim, precision, tile),
-            **tile.launch(),
+            **tile.launch,
         )  # fmt: skip
         if splits > 1:
             launch(
@@ -619,7 +619,7 @@ def attention_bwd(
             _attention_bwd_dq_kernel, (cdiv(n_q, tile.block_m) * batch * heads,),
             q, k, v, grad_out, lse, delta, dq, *layout, width,
             heads, n_q, n_k, scale, scale * LOG2E,
-            **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, tile), **tile.launch(),
+            **_constexprs(_attention_bwd_dq_kernel, head_dim, precision, tile), **tile.launch,
         )  # fmt: skip
     return dq, dk, dv
 
@@ -666,7 +666,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 yield offline_entry(
                     kernel, case + " partials" * partials,
                     pointers | ({"p_dk": "fp32", "p_dv": "fp32"} if partials else {}),
-                    _constexprs(kernel, head_dim, precision, tile), **tile.launch(),
+                    _constexprs(kernel, head_dim, precision, tile), **tile.launch,
                     dots=_dots(kernel, arch, precision, tile), scores=tile.block_m * tile.block_n,
                     floats=("scale", "scale_log2"), aligned=aligned,
                 )  # fmt: skip

@@ -253,7 +253,7 @@ def class_prototypes_fwd(
         x, labels, sums, partial_counts, *strides(x), *labels.stride(),
         batch, modalities * batch, tokens, channels, labels.size(2), num_classes, ignore_index,
         tiles * tile.block_l,
-        **tile.launch(), BLOCK_K=padded_classes(arch, num_classes), **tile.blocks(),
+        **tile.launch, BLOCK_K=padded_classes(arch, num_classes), **tile.blocks,
     )  # fmt: skip
     launch(
         _class_means_kernel, (cdiv(prototypes.numel(), CLASS_MEANS_TILE["BLOCK"]),),
@@ -285,7 +285,7 @@ def class_prototypes_bwd(
         _class_gather_kernel, (tiles * modalities * batch,),
         grad, labels, counts, dx, *strides(grad), *labels.stride(), batch, tokens, channels,
         labels.size(2), num_classes, ignore_index,
-        **tile.launch(), **tile.blocks(),
+        **tile.launch, **tile.blocks,
     )  # fmt: skip
     return dx
 
@@ -307,11 +307,11 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         widths = (32, 64) if aligned is None else (33,)
         tiles = (class_sums_config(arch, dtypes[dtype], classes, c) for c in widths)
         for tile in dict.fromkeys(tiles):
-            blocks = {"BLOCK_K": classes, **tile.blocks()}
+            blocks = {"BLOCK_K": classes, **tile.blocks}
             case = f"{dtype} K{classes} C{tile.block_c}"
             yield offline_entry(
                 _class_sums_kernel, case, pointers | {"p_x": dtype}, blocks,
-                **tile.launch(), dots=HALF, aligned=aligned,
+                **tile.launch, dots=HALF, aligned=aligned,
             )  # fmt: skip
     means = {"p_partial_counts": "i32", "p_prototypes": "fp32", "p_counts": "i64"}
     for aligned in (None, ()):
@@ -326,5 +326,5 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         yield offline_entry(
             _class_gather_kernel, f"{dtype} C{channels}",
             {"p_grad": "fp32", "p_labels": "i64", "p_counts": "i64", "p_dx": dtype},
-            tile.blocks(), **tile.launch(), aligned=aligned,
+            tile.blocks, **tile.launch, aligned=aligned,
         )  # fmt: skip

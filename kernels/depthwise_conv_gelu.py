@@ -322,7 +322,7 @@ def _depthwise_bwd_kernel(
 
 @remembered
 def _block_constexprs(tile: Tile, channels: int) -> dict:
-    return {**tile.blocks(), "PAD_C": channels % tile.block_c != 0}
+    return {**tile.blocks, "PAD_C": channels % tile.block_c != 0}
 
 
 def _map_strides(x: torch.Tensor, width: int) -> tuple[int, int, int]:
@@ -352,7 +352,7 @@ def _convolve(
     launch(
         _depthwise_conv_kernel, (programs,),
         x, weight, bias, out, *_map_strides(x, width), height, width, channels, rows,
-        **tile.launch(), FORWARD=forward, FITTED=_is_half(x.element_size()),
+        **tile.launch, FORWARD=forward, FITTED=_is_half(x.element_size()),
         **_block_constexprs(tile, channels),
     )  # fmt: skip
     return out
@@ -398,7 +398,7 @@ def depthwise_conv_gelu_bwd(
         _depthwise_bwd_kernel, (programs,),
         x, grad_out, weight, bias, du, sums,
         *_map_strides(x, width), *_map_strides(grad_out, width), height, width, channels, rows,
-        **tile.launch(), max_registers=depthwise_bwd_max_registers(x.element_size()),
+        **tile.launch, max_registers=depthwise_bwd_max_registers(x.element_size()),
         NEEDS_DU=needs_dx, NEEDS_SUMS=needs_sums, FITTED=_is_half(x.element_size()),
         **_block_constexprs(tile, channels),
     )  # fmt: skip
@@ -438,7 +438,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for forward in (True, False):
                 yield offline_entry(
                     _depthwise_conv_kernel, case + (" gelu" if forward else " dx"), types,
-                    blocks | {"FORWARD": forward}, **tile.launch(),
+                    blocks | {"FORWARD": forward}, **tile.launch,
                     scores=scores if forward else 0, aligned=aligned,
                 )  # fmt: skip
             tile = depthwise_bwd_config(arch, channels)
@@ -446,7 +446,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 needs = {"NEEDS_DU": needs_du, "NEEDS_SUMS": needs_sums}
                 yield offline_entry(
                     _depthwise_bwd_kernel, case + " du" * needs_du + " sums" * needs_sums, types,
-                    blocks | needs, **tile.launch(), scores=scores,
+                    blocks | needs, **tile.launch, scores=scores,
                     max_registers=depthwise_bwd_max_registers(itemsize), aligned=aligned,
                 )  # fmt: skip
         blocks = {"TAPS": 9, **SUMS_TILE}

@@ -237,7 +237,7 @@ def _layout(x: torch.Tensor, tile: Tile, num_sms: int) -> tuple[int, int, int]:
 def _constexprs(tile: Tile, modalities: int, has_present: bool) -> dict:
     return {
         "BLOCK_M": padded_modalities(modalities),
-        **tile.blocks(),
+        **tile.blocks,
         "HAS_PRESENT": has_present,
     }
 
@@ -264,7 +264,7 @@ def guided_gate_fwd(
         _guided_gate_fwd_kernel, (programs,),
         x, logits, logits if present is None else present.contiguous(), branches, fused,
         *strides(x), modalities, batch, tokens, channels, chunk, rho,
-        **tile.launch(), **_constexprs(tile, modalities, present is not None),
+        **tile.launch, **_constexprs(tile, modalities, present is not None),
     )  # fmt: skip
     return branches, fused
 
@@ -301,7 +301,7 @@ def guided_gate_bwd(
         x, logits, mask, grad_branches, grad_fused, dx, partial,
         *strides(x), *strides(grad_branches), *strides(grad_fused),
         modalities, batch, tokens, channels, chunk, rho,
-        **tile.launch(), **_constexprs(tile, modalities, present is not None),
+        **tile.launch, **_constexprs(tile, modalities, present is not None),
         HAS_DBRANCHES=has_dbranches, HAS_DFUSED=has_dfused,
         NEEDS_DX=needs_dx, NEEDS_DLOGITS=needs_dlogits,
     )  # fmt: skip
@@ -342,7 +342,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
         tile = guided_gate_fwd_config(arch, itemsize, modalities, channels)
         constexprs = _constexprs(tile, modalities, has_present)
         yield offline_entry(
-            _guided_gate_fwd_kernel, case, pointers, constexprs, **tile.launch(), floats=("rho",),
+            _guided_gate_fwd_kernel, case, pointers, constexprs, **tile.launch, floats=("rho",),
             aligned=aligned,
         )  # fmt: skip
         tile = guided_gate_bwd_config(arch, modalities, channels)
@@ -352,7 +352,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             kind = f"{case} without {left_out}" if left_out else case
             wanted = constexprs | {flag: flag != left_out for flag in flags}
             yield offline_entry(
-                _guided_gate_bwd_kernel, kind, pointers, wanted, **tile.launch(), floats=("rho",),
+                _guided_gate_bwd_kernel, kind, pointers, wanted, **tile.launch, floats=("rho",),
                 aligned=aligned,
             )  # fmt: skip
     for modalities, has_present, aligned in (

@@ -372,7 +372,7 @@ def _pooling_mixer_reduce_kernel(
 
 @remembered
 def _blocks(channels: int, tile: Tile) -> dict:
-    return {**tile.blocks(), "MASK_C": channels % tile.block_c != 0}
+    return {**tile.blocks, "MASK_C": channels % tile.block_c != 0}
 
 
 def _walk(x: torch.Tensor, height: int, width: int, tile: Tile, half: int):
@@ -397,7 +397,7 @@ def _convolve(
         _pooling_mixer_conv_kernel, (strips, blocks),
         x, taps, taps if bias is None else bias, y,
         *strides(x), channels, height, width, channels, rows,
-        **tile.launch(), **_blocks(channels, tile), TRANSPOSED=bias is None,
+        **tile.launch, **_blocks(channels, tile), TRANSPOSED=bias is None,
     )  # fmt: skip
     return y
 
@@ -412,7 +412,7 @@ def _pool(
     launch(
         _pooling_mixer_pool_kernel, (strips, blocks),
         y, out, *strides(y), channels, height, width, channels, rows,
-        **tile.launch(), **_blocks(channels, tile), TRANSPOSED=transposed,
+        **tile.launch, **_blocks(channels, tile), TRANSPOSED=transposed,
     )  # fmt: skip
     return out
 
@@ -467,7 +467,7 @@ def pooling_mixer_bwd(
         launch(
             _pooling_mixer_dweight_kernel, (programs, blocks),
             x, dy, partial, *strides(x), channels, height, width, channels, rows, strips, chunk,
-            **tile.launch(), **_blocks(channels, tile),
+            **tile.launch, **_blocks(channels, tile),
         )  # fmt: skip
         reduce_tile = pooling_mixer_reduce_tile(arch)
         whole_dweight = dweight if needs_dweight else empty_like(weight)
@@ -504,13 +504,13 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 ):
                     yield offline_entry(
                         kernel, case + (" transposed" if transposed else ""), pointers,
-                        _blocks(channels, tile) | {"TRANSPOSED": transposed}, **tile.launch(),
+                        _blocks(channels, tile) | {"TRANSPOSED": transposed}, **tile.launch,
                         aligned=aligned,
                     )  # fmt: skip
             tile = pooling_mixer_dweight_config(arch, channels)
             yield offline_entry(
                 _pooling_mixer_dweight_kernel, case, sums, _blocks(channels, tile),
-                **tile.launch(), aligned=aligned,
+                **tile.launch, aligned=aligned,
             )  # fmt: skip
         yield offline_entry(
             _pooling_mixer_reduce_kernel, dtype,

@@ -491,7 +491,7 @@ def _tiles(tile: Tile, height: int, width: int) -> int:
 
 
 def _constexprs(tile: Tile, channels: int, has_present: bool, **more: Any) -> dict[str, Any]:
-    return {"CHANNELS": channels, "HAS_PRESENT": has_present, **tile.blocks(), **more}
+    return {"CHANNELS": channels, "HAS_PRESENT": has_present, **tile.blocks, **more}
 
 
 @remembered
@@ -499,7 +499,7 @@ def _options(
     arch: int, tile: Tile, channels: int, has_present: bool, **more: Any
 ) -> dict[str, Any]:
     constexprs = _constexprs(tile, channels, has_present, **more)
-    return {**tile.launch(), "max_registers": query_hub_max_registers(arch), **constexprs}
+    return {**tile.launch, "max_registers": query_hub_max_registers(arch), **constexprs}
 
 
 def query_hub_fwd(
@@ -627,7 +627,7 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 more = {"SCORES": inside, "SAVE": save}
                 yield offline_entry(
                     _query_hub_fwd_kernel, case + " save" * save, pointers,
-                    _constexprs(tile, channels, has_present, **more), **tile.launch(),
+                    _constexprs(tile, channels, has_present, **more), **tile.launch,
                     max_registers=limit, aligned=aligned,
                 )  # fmt: skip
             chosen = backward
@@ -637,6 +637,6 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
                 tile = choose(arch, itemsize, channels)
                 constexprs = _constexprs(tile, channels, has_present, **more)
                 yield offline_entry(
-                    kernel, case, pointers, constexprs, **tile.launch(), max_registers=limit,
+                    kernel, case, pointers, constexprs, **tile.launch, max_registers=limit,
                     aligned=aligned,
                 )  # fmt: skip

@@ -328,7 +328,7 @@ def upsample_cross_entropy_fwd(
     launch(
         _upsample_cross_entropy_fwd_kernel, (programs, cdiv(n_y, lines)),
         rows, labels, loss, lse, rows.shape[-1], *sizes, lines, ignore_index, *scales,
-        **tile.launch(), **tile.blocks(),
+        **tile.launch, **tile.blocks,
     )  # fmt: skip
     return loss, lse
 
@@ -360,7 +360,7 @@ def upsample_cross_entropy_bwd(
     launch(
         _upsample_cross_entropy_bwd_kernel, (cdiv(columns, tile.block_m) * batch, blocks),
         rows, labels, lse, grad, out, rows.shape[-1], *sizes, strip, ignore_index, *scales,
-        **tile.launch(), **tile.blocks(),
+        **tile.launch, **tile.blocks,
     )  # fmt: skip
     return out.permute(0, 3, 1, 2)
 
@@ -391,6 +391,6 @@ def offline_entries(arch: int) -> Iterator[OfflineEntry]:
             for tile in dict.fromkeys(choose(arch, classes) for classes in numbers):
                 yield offline_entry(
                     kernel, f"{dtype} {labels} K{tile.block_k} M{tile.block_m}", pointers,
-                    tile.blocks(), **tile.launch(), scores=tile.block_m * tile.block_k,
+                    tile.blocks, **tile.launch, scores=tile.block_m * tile.block_k,
                     floats=("scale_y", "scale_x"), aligned=aligned,
                 )  # fmt: skip

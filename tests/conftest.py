@@ -33,7 +33,7 @@ from equiseg_fast.testing import nan_poison  # noqa: E402
 trace_rules.get_torch_obj_rule_map()
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    from equiseg_fast import _interpreter
+    from equiseg_fast.kernels import _interpreter
 
     _interpreter.install()
 

@@ -126,8 +126,8 @@ class TestItemsizes:
 class TestTile:
     def test_has_what_it_was_given(self) -> None:
         tile = Tile(block_l=64, block_c=32, num_warps=4)
-        assert tile.blocks() == {"BLOCK_L": 64, "BLOCK_C": 32}
-        assert tile.launch() == {"num_warps": 4, "num_stages": 1}
+        assert tile.blocks == {"BLOCK_L": 64, "BLOCK_C": 32}
+        assert tile.launch == {"num_warps": 4, "num_stages": 1}
         assert repr(tile) == "Tile(block_l=64, block_c=32, num_warps=4, num_stages=1)"
 
 

@@ -6,7 +6,7 @@ import torch
 triton = pytest.importorskip("triton")
 import triton.language as tl  # noqa: E402
 
-from equiseg_fast import _interpreter  # noqa: E402
+from equiseg_fast.kernels import _interpreter  # noqa: E402
 
 if not triton.knobs.runtime.interpret:
     pytest.skip("needs TRITON_INTERPRET=1", allow_module_level=True)

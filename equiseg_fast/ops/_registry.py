@@ -46,7 +46,7 @@ def register(
     @cache  # after the first call, for what it imports
     def launcher() -> Callable[..., Any]:
         if _backend.INTERPRET:
-            import_module("equiseg_fast._interpreter").install()
+            import_module("equiseg_fast.kernels._interpreter").install()
         return getattr(import_module(f"equiseg_fast.kernels.{kernels}"), name)
 
     def triton(*args: Any) -> Any:
@@ -280,7 +280,7 @@ def differentiable(
     loops: backward loops over what the sizes or values of tensors say, which nothing can trace.
     """
     count = saves if isinstance(saves, int) else tensors
-    split = saves if callable(saves) else lambda inputs, _: (inputs[:count], inputs[count:])
+    choose = saves if callable(saves) else None
 
     class Differentiable(Function):
         @staticmethod
@@ -289,27 +289,30 @@ def differentiable(
 
         @staticmethod
         def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-            saved, ctx.others = split(inputs, output)
-            ctx.save_for_backward(*saved)
+            if choose is None:
+                ctx.save_for_backward(*inputs[:count])
+                ctx.others = inputs[count:]
+            else:
+                saved, ctx.others = choose(inputs, output)
+                ctx.save_for_backward(*saved)
             ctx.set_materialize_grads(False)
             if isinstance(output, tuple):
                 constants = output[outputs:]
-                if summands > 1 and not any(x.requires_grad for x in inputs[:summands]):
+                if summands > 1 and True not in [x.requires_grad for x in inputs[:summands]]:
                     constants = (output[0], *constants)
                 if constants:
                     ctx.mark_non_differentiable(*constants)
 
         @staticmethod
         def backward(ctx: Any, *cotangents: Tensor | None) -> Any:
-            needs = ctx.needs_input_grad
+            every = ctx.needs_input_grad
+            needs = wanted = every[:tensors]
             cotangents = cotangents[:outputs]
             for g in cotangents:
                 if g is not None:
                     break
             else:
-                return (None,) * len(needs)
-            nothing = (None,) * (len(needs) - tensors)
-            needs = wanted = needs[:tensors]
+                return (None,) * len(every)
             if summands > 1:
                 wanted = (any(needs[:summands]), *needs[summands:])
             saved: Sequence[Any] = (*ctx.saved_tensors, *ctx.others)
@@ -323,9 +326,12 @@ def differentiable(
                 grads = backward(*cotangents, *saved, *wanted)
             if summands > 1:
                 grads = (*(grads[0],) * summands, *grads[1:])
-            return (*only_needed(grads, needs), *nothing)
+            if False in needs:
+                grads = only_needed(grads, needs)
+            return (*grads, *(None,) * (len(every) - tensors))
 
     function: Any = type(name, (Differentiable,), {})
+    apply = super(torch.autograd.Function, function).apply  # without looking for transforms
     bare = without_gradients or forward
 
     def call(*args: Any) -> Any:
@@ -335,7 +341,8 @@ def differentiable(
         if torch.is_grad_enabled():  # as `needs_grad`, without a call more
             for x in args[:tensors]:
                 if x.requires_grad:
-                    return function.apply(*args)
+                    # The compiler knows the `apply` of classes only.
+                    return (function.apply if torch.compiler.is_compiling() else apply)(*args)
         return bare(*args)
 
     return call
