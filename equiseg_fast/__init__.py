@@ -9,7 +9,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from ._version import __version__ as __version__
 
 # A checkout on a file system without symbolic links has a text file where `equiseg_fast/kernels`
 # should be; the sources are then one folder up. In a wheel this folder does not exist.

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 import torch
 
-from equiseg_fast import __version__
+from equiseg_fast._version import __version__
 from equiseg_fast.ops import _backend
 
 PACKAGES = ("torch", "triton", "numpy", "einops", "transformers")

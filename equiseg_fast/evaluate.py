@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from equiseg_fast import __version__
+from equiseg_fast._version import __version__
 from equiseg_fast.ops._checks import check_choice, check_seed, check_sizes
 
 from ._command import PRECISIONS, Failed, choose_device, parser_of, progress_bar, run_command

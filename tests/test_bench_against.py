@@ -74,7 +74,7 @@ def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
     shutil.copytree(ROOT, copy, symlinks=True, ignore=skip)
     git(copy, "init", "--quiet", "--initial-branch", "main")
     for tag, file, old, new in (
-        ("broken", INIT, "__version__ = ", "raise ImportError('on purpose')  # "),
+        ("broken", INIT, "from ._version import ", "raise ImportError('on purpose')  # "),
         ("older", LAYOUTS, "HUGGING_FACE_V5", "HUGGING_FACE_FIVE"),
     ):
         before = (copy / file).read_text()

@@ -31,14 +31,14 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("name", gpus.GPUS)
 def test_published_peaks_agree_with_one_another(name: str) -> None:
-    """Clock times multiprocessors times what one does per clock: a wrong figure, or one with
+    """Clock times SMs times what one does per clock: a wrong figure, or one with
     sparsity, would be off by far more than boost clocks differ."""
     gpu = gpus.by_name(name)
-    assert gpu.peak["bf16"] == pytest.approx(gpu.tensor * gpu.multiprocessors * gpu.clock, rel=0.03)
+    assert gpu.peak["bf16"] == pytest.approx(gpu.tensor * gpu.num_sms * gpu.clock, rel=0.03)
     lanes = 64 if gpu.capability == 80 else 128
-    assert gpu.peak["fp32"] == pytest.approx(2 * lanes * gpu.multiprocessors * gpu.clock, rel=0.15)
+    assert gpu.peak["fp32"] == pytest.approx(2 * lanes * gpu.num_sms * gpu.clock, rel=0.15)
     assert gpu.peak["bf16"] == gpu.peak["fp16"] == pytest.approx(2 * gpu.peak["tf32"], rel=0.03)
-    assert gpu.exps == 16 * gpu.multiprocessors * gpu.clock
+    assert gpu.exps == 16 * gpu.num_sms * gpu.clock
     assert 0.5e12 < gpu.bandwidth < 10e12
     assert gpu.source
 
@@ -290,6 +290,6 @@ def test_roofline_dry_run_and_parts(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", "--gpu", "b200", "--size", "64x64", "--parts"]) == 0
     out = capsys.readouterr().out
     assert "attn attention_fwd" in out
-    assert "multiprocessors" in out
+    assert "SMs" in out
     assert "148" in out
     assert "unconfirmed" in out

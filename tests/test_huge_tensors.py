@@ -54,14 +54,14 @@ class Launch:
 
 
 @contextmanager
-def recording(monkeypatch: pytest.MonkeyPatch, processors: int) -> Iterator[list[Launch]]:
-    """Launches are recorded, for an H200 with so many multiprocessors."""
+def recording(monkeypatch: pytest.MonkeyPatch, num_sms: int) -> Iterator[list[Launch]]:
+    """Launches are recorded, for an H200 with so many SMs."""
     launches: list[Launch] = []
     with monkeypatch.context() as patch:
         for stem in STEMS:
             module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
             patch.setattr(module, "launch", lambda *a, **k: launches.append(Launch(*a, **k)))
-            patch.setattr(module, "device_facts", lambda device: (90, processors))
+            patch.setattr(module, "device_facts", lambda device: (90, num_sms))
         yield launches
 
 
@@ -228,7 +228,7 @@ def test_every_operation_is_here() -> None:
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", sorted(LAUNCHERS))
 def test_addresses(name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    with recording(monkeypatch, processors=132) as launches:
+    with recording(monkeypatch, num_sms=132) as launches:
         LAUNCHERS[name](*cases(*shape)[name])
     assert launches
     assert any([check_launch(launch, monkeypatch) for launch in launches])

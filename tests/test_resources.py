@@ -32,7 +32,7 @@ HOT_ON_SM_90 += r"|attention_(fwd|bwd_dkdv|bwd_dq) bf16 D(32|64) "
 
 # Ceilings of what is hot on sm_90: registers, KiB of shared memory, machine instructions per score.
 # The larger of Triton 3.6 and 3.9, plus about 8 %. Two programs of eight warps share a
-# multiprocessor up to 128 registers; the exponential alone takes 8 issue slots per score.
+# SM up to 128 registers; the exponential alone takes 8 issue slots per score.
 GATES = {
     ("attention_fwd", 32): (112, 44, 6.6),
     ("attention_fwd", 64): (128, 68, 7.0),
@@ -43,7 +43,7 @@ GATES = {
 }
 
 # Ceilings of the registers of the other kernels, on sm_80 and sm_90, for whole blocks of channels.
-# 168 registers leave three programs of four warps on a multiprocessor, and 128 four.
+# 168 registers leave three programs of four warps on an SM, and 128 four.
 REGISTERS = {
     r"depthwise_conv bf16": 168,
     r"depthwise_bwd bf16": 140,

@@ -26,7 +26,7 @@ class Rates:
     tensor: float
     exps: float
     issue: float
-    multiprocessors: int
+    num_sms: int
     origin: str
 
 
@@ -52,8 +52,8 @@ def rates(name: str) -> Rates:
         (bandwidth, products), origin = SEEN[name.lower()], "seen on such a machine"
     return Rates(
         bandwidth, products, CLOCK_UNDER_LOAD * gpu.peak["fp32"],
-        gpu.tensor * gpu.multiprocessors * clock, CLOCK_UNDER_LOAD * gpu.exps,
-        LANES * gpu.multiprocessors * clock, gpu.multiprocessors, origin,
+        gpu.tensor * gpu.num_sms * clock, CLOCK_UNDER_LOAD * gpu.exps,
+        LANES * gpu.num_sms * clock, gpu.num_sms, origin,
     )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ def needed(kernel: Kernel, unit: str, rates: Rates) -> float:
     if unit == "issue":
         return kernel.slots / rates.issue
     # A grid with fewer programs than there are SMs leaves some of them idle.
-    idle = max(1.0, rates.multiprocessors / kernel.programs) if kernel.programs else 1.0
+    idle = max(1.0, rates.num_sms / kernel.programs) if kernel.programs else 1.0
     products = kernel.matrix / rates.tensor + kernel.vector / rates.fp32
     return idle * max(products, kernel.exps / rates.exps)
 

@@ -25,7 +25,7 @@ class Gpu:
     title: str
     device: tuple[str, ...]
     capability: int
-    multiprocessors: int
+    num_sms: int
     clock: float
     bandwidth: float
     tensor: int
@@ -37,7 +37,7 @@ class Gpu:
     @property
     def exps(self) -> float:
         """Exponentials per second."""
-        return EXPS_PER_CLOCK * self.multiprocessors * self.clock
+        return EXPS_PER_CLOCK * self.num_sms * self.clock
 
     @property
     def limits(self) -> Limits:

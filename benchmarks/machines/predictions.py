@@ -108,7 +108,7 @@ def _short(value: float) -> float:
 def predict(chosen: Iterable[Case], gpu: str) -> list[Prediction]:
     """All rows of the cases on a GPU."""
     known, rates, rows = gpus.by_name(gpu), efficiency.rates(gpu), []
-    facts = known.capability, known.multiprocessors
+    facts = known.capability, known.num_sms
     for case in chosen:
         for provider in (p for p in PROVIDERS if p in case.providers):
             for mode, calls in counted(case, provider, facts).items():

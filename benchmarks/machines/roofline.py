@@ -158,7 +158,7 @@ def _peaks(gpu: gpus.Gpu, limits: Limits, dtype: str, calibrated: bool) -> Fitte
     ):
         cells = [published, used] if calibrated else [used]
         table.add_row(name, *("not known" if x is None else f"{x / 1e12:.4g}" for x in cells))
-    table.add_row("multiprocessors", str(gpu.multiprocessors))
+    table.add_row("SMs", str(gpu.num_sms))
     table.add_row("clock, GHz", f"{gpu.clock / 1e9:.2f}")
     table.add_row("L2, MB", "not confirmed" if gpu.l2 is None else f"{gpu.l2 / 1e6:.0f}")
     return table

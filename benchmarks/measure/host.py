@@ -62,7 +62,7 @@ MODES = ("fwd", "fwd_train", "bwd")
 CALLS = 10
 """In a row; few enough that no queue of a GPU is ever full."""
 H100 = (90, 132)
-"""Architecture and multiprocessors."""
+"""Architecture and SMs."""
 BLOCKS = ("cross-modal block", "encoder block")
 OPS = tuple(name for name, op in operations().items() if op.scope == "operation")
 

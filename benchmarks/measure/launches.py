@@ -297,7 +297,7 @@ def counting(facts: tuple[int, int] | None = None) -> Iterator[KernelCounter]:
     """Count what runs inside, forward or backward, as if its tensors were on a GPU.
 
     Tensors are on the CPU or on "meta"; what our kernels would compute is left uninitialised. The
-    Triton backend is the default. facts: (architecture, multiprocessors) of the GPU, for example
+    Triton backend is the default. facts: (architecture, number of SMs) of the GPU, for example
     (90, 132); None for the choices of the interpreter.
     """
     counter = KernelCounter()

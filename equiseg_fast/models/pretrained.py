@@ -11,8 +11,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from equiseg_fast import __version__
 from equiseg_fast._files import replace_file
+from equiseg_fast._version import __version__
 from equiseg_fast.nn._layer import Layer
 from equiseg_fast.ops._checks import check_memory
 

@@ -16,9 +16,9 @@ import torch
 from rich.console import Console
 from torch import Tensor, nn
 
-from equiseg_fast import __version__
 from equiseg_fast._command import Failed, Interrupted
 from equiseg_fast._files import beside
+from equiseg_fast._version import __version__
 from equiseg_fast.data import Batch
 from equiseg_fast.models import EQUISeg
 
