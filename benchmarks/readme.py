@@ -102,10 +102,10 @@ def headline(found: Sequence[Folder]) -> str:
     return (
         f"On {_word(here.env['threads'])} CPU cores EQUISeg-{shape.variant.upper()} at "
         f"{shape.height} x {shape.width} with {_word(shape.modalities)} modalities takes "
-        f"{milliseconds(forward.other.p50_us)} ms\nin public style and "
-        f"{milliseconds(forward.ours.p50_us)} ms here, a training step "
-        f"{milliseconds(step.other.p50_us)} and {milliseconds(step.ours.p50_us)} ms with "
-        f"{100 * memory:.0f} % of the memory\n([report]({here.link}/report.md)); by operation:"
+        f"{milliseconds(forward.other.p50_us)} ms\nas public code writes it and "
+        f"{milliseconds(forward.ours.p50_us)} ms here; a training step takes "
+        f"{milliseconds(step.other.p50_us)} ms and {milliseconds(step.ours.p50_us)} ms,\nwith "
+        f"{100 * memory:.0f} % of the memory ([report]({here.link}/report.md)). By operation:"
     )
 
 
@@ -173,7 +173,8 @@ def _cells(modes: dict[str, Contest]) -> list[str]:
         other, ratio = milliseconds(contest.other.p50_us), times(contest.ratio)
         named = "" if contest.other.provider == "baseline" else f" {contest.other.provider}"
         cells += [other + named, milliseconds(contest.ours.p50_us)]
-        cells.append(ratio if contest.clear else f"({ratio})")
+        ratio = ratio if contest.clear else f"({ratio})"
+        cells.append(ratio if contest.settled else f"{ratio} †")
     last = modes.get("step") or next(iter(modes.values()))
     return [*cells, significant(last.other.peak_mib), significant(last.ours.peak_mib)]
 
@@ -185,14 +186,14 @@ def _predictions() -> str:
         "No GPU has been measured yet. What follows are predictions, not measurements: the least",
         "time in ms that the bytes, FLOPs and exponentials of what EQUISeg calls take at published",
         "peaks, one call after the other, under autocast to bf16, with four modalities at",
-        "1024 x 1024, batch 1 (`python -m benchmarks roofline`).",
+        "1024 x 1024, batch 1 (`python -m benchmarks roofline --gpu h200`).",
         "",
         f"| predicted floor | {' | '.join(titles)} |",
         f"|---|{'--:|' * len(titles)}",
     ]
     for variant in ("b0", "b2"):
         for mode, what in MODES.items():
-            cells = [roofline.milliseconds(_floor(variant, mode, name)) for name in PREDICTED]
+            cells = [milliseconds(1e6 * _floor(variant, mode, name)) for name in PREDICTED]
             lines.append(f"| EQUISeg-{variant.upper()}, {what} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -13,7 +13,8 @@ from equiseg_fast.integrations import accelerate_segformer, revert
 
 
 def milliseconds(model: torch.nn.Module, images: torch.Tensor, seconds: float) -> float:
-    timer = Timer("model(images)", globals={"model": model, "images": images})
+    names = {"model": model, "images": images}
+    timer = Timer("model(images)", globals=names, num_threads=torch.get_num_threads())
     return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
 
 
@@ -37,7 +38,10 @@ def main(arguments: list[str] | None = None) -> float:
     print(
         f"{len(report.paths('replaced'))} modules; logits differ by {difference:.1e} of the largest"
     )
-    print(f"{slow:.1f} ms as it was, {fast:.1f} ms accelerated ({slow / fast:.2f}x) on {device}")
+    print(
+        f"{slow:.1f} ms as it was, {fast:.1f} ms accelerated ({slow / fast:.2f}x) on {device}, "
+        f"{torch.get_num_threads()} threads"
+    )
     return difference
 
 

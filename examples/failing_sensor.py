@@ -6,6 +6,7 @@ Three states of the sensor: fine, blank without the model being told, and known 
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -65,7 +66,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         images = {key: image[None] for key, image in sample.images.items()}
         with torch.no_grad():
             prediction = model(images, present=sample.present[:, None]).argmax(dim=1)[0]
-        row = panels(held_out, held_out.raw(0))
+        seen = {s.name: s.denormalise(sample.images[s.name]) for s in scenes.sensors}
+        row = panels(held_out, replace(sample, images=seen))
         rows.append((name, [*row, ("prediction", colour_labels(prediction, scenes.palette))]))
     sheet(rows, args.out, classes=scenes.classes, palette=scenes.palette)
     print(f"written to {args.out}")

@@ -58,12 +58,13 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     print(profiled.key_averages().table(sort_by=order, row_limit=8))
 
     # Then how long. `python -m benchmarks run --op attention` does this with more care.
-    medians = {}
+    medians, threads = {}, torch.get_num_threads()
+    print(f"ms of a forward and backward, {dtype} on {device}, {threads} threads:")
     for name, function in (("equiseg_fast", attention), ("SDPA", sdpa)):
         names = {"step": step, "function": function, "inputs": inputs, "cotangent": cotangent}
-        timer = Timer("step(function, inputs, cotangent)", globals=names)
+        timer = Timer("step(function, inputs, cotangent)", globals=names, num_threads=threads)
         medians[name] = 1e3 * timer.blocked_autorange(min_run_time=args.seconds).median
-        print(f"{name}: {medians[name]:.2f} ms forward and backward, {dtype} on {device}")
+        print(f"{name}: {medians[name]:.2f}")
     return medians
 
 

@@ -29,7 +29,8 @@ LEAST_PRODUCT = 16
 
 @dataclass(frozen=True)
 class Architecture:
-    """What is the same for all GPUs from `sm_<since>` up to the next row; `number` is compiled for.
+    """What is the same for all GPUs from `sm_<since>` up to the next row; `number` is the compile
+    target.
 
     `tensor_core` is the instruction family of matrix products, `shared_limit` the bytes of shared
     memory that a program can have on any of them.
@@ -75,9 +76,9 @@ ARCHITECTURES = (
 def architecture(arch: int) -> Architecture:
     """The last row that begins at or before `arch`: sm_103 is treated as sm_100, sm_121 as sm_120.
 
-    So a major version that nobody knows yet is treated as the newest known: with mma.sync, which
-    every architecture has, and little shared memory, that is cautious, too. The interpreter is
-    treated as the oldest. Raises ValueError for what is older than sm_80.
+    Whatever comes after the last row gets mma.sync, which every architecture has, and little shared
+    memory, which is conservative. The interpreter is treated as the oldest. Raises ValueError for
+    what is older than sm_80.
     """
     if arch == INTERPRETER:
         return ARCHITECTURES[0]
@@ -114,8 +115,8 @@ class Tile:
     columns n of a product, classes k, rows h and columns w of a map, tokens l, channels c. What it
     does not have is None.
 
-    `lean` kernels contain their products once (see `attention`). Of programs that walk down strips
-    `ctas_per_sm` fit on one SM, by their registers.
+    `lean` kernels contain their products once (see `attention`). `ctas_per_sm`: how many programs
+    of a kernel that walks down strips fit on one SM, by their registers.
     """
 
     block_m: int | None = None
@@ -152,8 +153,9 @@ class Tile:
 
 
 def is_odd(size: int) -> bool:
-    """Whether rows of `size` elements rule out vectors: then every element has an address of its
-    own in registers, and tiles have to be smaller not to spill."""
+    """Whether `size` is no multiple of 16. Then Triton, which specialises on that, cannot prove
+    that rows are aligned: every element has an address of its own in registers, and tiles have to
+    be smaller not to spill."""
     return size % 16 != 0
 
 
