@@ -40,7 +40,9 @@ Shapes = dict[str, tuple[int, ...]]
 class Operation(NamedTuple):
     """shapes: of the floating inputs, all differentiable; others: labels, masks, sizes, numbers,
     from a seed; fp32: floating inputs that are fp32 for half-precision features; kinds and
-    contraction: as for `check_op_parity`; centred: floating inputs without a mean."""
+    contraction: as for `check_op_parity`; centred: floating inputs without a mean; composed: on the
+    CPU it is made of operators that PyTorch itself can transform, and no `autograd.Function` of
+    ours, which has no forward mode."""
 
     function: Callable[..., Any]
     reference: Callable[..., Any]
@@ -50,6 +52,7 @@ class Operation(NamedTuple):
     kinds: dict[str, str] = {}  # noqa: RUF012 (never changed)
     contraction: Callable[[Sizes], int | None] = lambda sizes: None
     centred: tuple[str, ...] = ()
+    composed: bool = False
 
     def inputs(
         self,

@@ -35,6 +35,7 @@ OPERATION = Operation(
     kinds={"dweight": "parameter", "dbias": "parameter"},
     contraction=lambda s: 0 if s.channels < 8 else 8,
     centred=("update",),
+    composed=True,
 )
 
 

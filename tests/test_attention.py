@@ -33,6 +33,7 @@ OPERATION = Operation(
     contraction=lambda s: min(s.channels, s.height * s.width // 4),
     # The kernels take dq from differences with the rounded result, which is to have no offset.
     centred=("v",),
+    composed=True,
 )
 
 

@@ -19,6 +19,7 @@ OPERATION = Operation(
     stencil_shapes(3),
     map_size,
     kinds={"dweight": "parameter", "dbias": "parameter"},
+    composed=True,
 )
 
 

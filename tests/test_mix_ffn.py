@@ -36,6 +36,7 @@ OPERATION = Operation(
         "parameter",
     ),
     contraction=lambda s: s.channels,
+    composed=True,
 )
 
 

@@ -26,10 +26,6 @@ CASES = [
 ]
 SIZES = Sizes(modalities=2, batch=1, height=2, width=4, channels=2, classes=2)
 
-# On the CPU these are compositions of operators that PyTorch itself can transform; everything else
-# is an `autograd.Function` of ours, which has no forward mode.
-COMPOSED = {"attention", "depthwise_conv_gelu", "add_layer_norm", "mix_ffn"}
-
 Function = Callable[[Tensor], Tensor]
 
 
@@ -160,7 +156,7 @@ def test_reverse_mode_and_vmap(name: str, backend: str | None, transform: str) -
 @pytest.mark.parametrize("transform", FORWARD)
 @pytest.mark.parametrize(("name", "backend"), CASES)
 def test_forward_mode_is_right_or_refused(name: str, backend: str | None, transform: str) -> None:
-    if backend == "triton" or (backend == "torch" and name not in COMPOSED):
+    if backend == "triton" or (backend == "torch" and not OPERATIONS[name].composed):
         fast, _, x = function_of(name, backend)
         with pytest.raises(RuntimeError, match=r'use reverse mode .* or backend="reference"$'):
             FORWARD[transform](fast, x)

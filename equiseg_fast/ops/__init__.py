@@ -33,11 +33,8 @@ __all__ = [
     "use_backend",
 ]
 
-for _operation in (
-    add_layer_norm, attention, class_prototypes, depthwise_conv_gelu, guided_gate, mix_ffn, ohem,
-    pooling_mixer, query_hub, upsample_cross_entropy,
-):  # fmt: skip
+for _name in set(__all__) - {"explain", "use_backend"}:
     # `torch.jit.script` asks for this first.
-    vars(_operation)["__prepare_scriptable__"] = _checks.refuse_torchscript
+    vars(globals()[_name])["__prepare_scriptable__"] = _checks.refuse_torchscript
 
 _flops.install()
