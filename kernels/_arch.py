@@ -1,8 +1,8 @@
 """Architectures: the facts that kernels and `python -m benchmarks resources` share, and tiles.
 
 Pure Python, no Triton. An architecture is `10 * major + minor` of a compute capability; 0 stands
-for Triton's interpreter, where time is the number of programs times operations, so tiles are large
-and only as small as lets loops be exercised by short inputs.
+for Triton's interpreter, where time grows with the number of programs, so tiles are large, but
+small enough that short inputs still run every loop more than once.
 
 The launch configurations at the top of each kernel file are functions of the architecture, the
 precision and numbers of channels: nothing is measured or searched when a model runs, so the same
@@ -10,8 +10,8 @@ input gives the same bits. Their numbers come from compiling every entry offline
 benchmarks resources`): the largest tiles without spilled registers and within the shared memory of
 the architecture, with its tensor-core instruction.
 
-A new architecture is one row of `ARCHITECTURES`; then the table of machine code is compiled anew,
-and what spills there gets smaller tiles in its kernel's file.
+A new architecture is one row of `ARCHITECTURES`; then `resources` compiles what is missing, and
+what spills there gets smaller tiles in its kernel's file.
 """
 
 from __future__ import annotations
@@ -171,6 +171,7 @@ def channel_block(channels: int, largest: int = 64) -> int:
 
 
 _CTAS_PER_SM = 4
+"""Programs per SM that a sum over tokens is cut into: enough to keep loads in flight."""
 
 
 def token_chunks(programs: int, token_blocks: int, num_sms: int) -> tuple[int, int]:

@@ -23,7 +23,7 @@ Sums over rows. The backward has as many programs as the device holds at once; e
 share of the rows with both sums in registers and stores them in fp32, and a second kernel adds
 them in a fixed order: no atomics, bit-identical repeats.
 
-Numbers. fp32 inside, one rounding at each store. LayerNorm sees the total that is stored, rounded,
+Numerics. fp32 inside, one rounding at each store. LayerNorm sees the total that is stored, rounded,
 so that its result is the one of an addition followed by a LayerNorm.
 
 Limits. C <= 4096, the channels of a row that the registers of a program hold.

@@ -25,7 +25,7 @@ and 2^40 otherwise: then |out numerator| <= 2^40 max|v| is finite for |v| < 2^87
 the keys is part of that last block too, hence the loop itself has no mask and one compiled kernel
 serves every Lq and Lk.
 
-Numbers. Scale and log2(e) are folded into one fused multiply-add per score; accumulation in fp32;
+Numerics. Scale and log2(e) are folded into one fused multiply-add per score; accumulation in fp32;
 one rounding at the store. fp32 inputs are multiplied as fp32 unless TF32 is allowed. Any sign of
 scale.
 

@@ -15,7 +15,7 @@ Work. Forward reads x once and writes the prototypes, 1 addition per element; ba
 labels and writes dx. The sums of all classes are one product, one-hot [K, L] times x [L, C], so
 that a token is read once whatever its class.
 
-Numbers. fp32-accurate sums for every dtype. The products are exact: fp32 features are split into
+Numerics. fp32-accurate sums for every dtype. The products are exact: fp32 features are split into
 three bf16 numbers that add up to them. Tensor cores truncate when they accumulate, which would add
 up over many tokens; therefore a product spans one tile of tokens, and tiles are added with
 rounding. Every program sums its own chunk of tokens, then chunks are added in a fixed order: no

@@ -28,7 +28,7 @@ error of gelu is below 7.5e-6 and that of gelu' below 1.9e-5. Next to the roundi
 of 51 instructions per element on sm_90; the other 28 take about as long as the memory traffic of an
 H200. Infinities and NaN come out as they do from erf.
 
-Numbers. fp32 inside, one rounding at the store; du is rounded to the dtype of x in between.
+Numerics. fp32 inside, one rounding at the store; du is rounded to the dtype of x in between.
 """
 
 from __future__ import annotations

@@ -14,10 +14,10 @@ Saved for the backward: x, logits, present. With the gradients d_branches and d_
 
 Work. Forward reads M and writes M + 1 maps, 3 FLOP per element; backward reads 2 M + 1 and writes
 M, 8 FLOP. All modalities of a tile are held at once, as a block [modalities, tokens, channels],
-hence one read of everything. Every program computes the softmax it needs: M C numbers, against
-many times M C features.
+hence one read of everything. Every program computes the softmax it needs, which is cheap: M C
+values, against M L C features.
 
-Numbers. fp32 inside, one rounding at the store. The sum over tokens: every program adds up its own
+Numerics. fp32 inside, one rounding at the store. The sum over tokens: every program adds up its own
 chunk of tokens, then the chunks are added in a fixed order: no atomics, so repeats are
 bit-identical.
 
@@ -72,14 +72,15 @@ def _gate_tile(arch: int, modalities: int, channels: int, elements: int, num_war
 
 @tunable
 def guided_gate_fwd_config(arch: int, itemsize: int, modalities: int, channels: int) -> Tile:
-    """Tiles of the forward kernel: enough tokens to keep all modalities of one in one thread."""
+    """Tiles of the forward kernel: enough tokens that one thread holds all modalities of an
+    element, so that sums over modalities need no shuffle."""
     return _gate_tile(arch, modalities, channels, 4096, 8 if itemsize == 4 else 4)
 
 
 @tunable
 def guided_gate_bwd_config(arch: int, modalities: int, channels: int) -> Tile:
     """Tiles of the backward kernel; the loop runs over tokens, the sums stay in registers."""
-    # With four warps the compiler for sm_100 spills rather than lower occupancy.
+    # With four warps the compiler for sm_100 and later spills rather than lower occupancy.
     num_warps = 8 if architecture(arch).number >= 100 else 4
     return _gate_tile(arch, modalities, channels, 2048, num_warps)
 
@@ -274,7 +275,8 @@ def guided_gate_bwd(
     x: torch.Tensor, logits: torch.Tensor, present: torch.Tensor | None,
     rho: float, needs_dx: bool, needs_dlogits: bool,
 ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Gradients of `guided_gate_fwd` for those of its outputs, of any strides; either may be None.
+    """Backward of `guided_gate_fwd`, given the gradients of its outputs (any strides; either may be
+    None).
 
     Returns dx [M, B, L, C] in the dtype of x and dlogits [M, B, C] fp32, contiguous; those not
     needed are empty, [0].

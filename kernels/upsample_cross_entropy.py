@@ -29,7 +29,7 @@ Saved for the backward: logits, labels, lse.
 Work. Forward: logits and labels read, loss and lse written (8 bytes a pixel); 11 K FLOP a pixel.
 Backward: logits, labels, lse, grad read, d logits written; 8 K FLOP per evaluation of a pixel.
 
-Numbers. fp32 inside whatever the logits are, one rounding at the store. The loss is
+Numerics. fp32 inside whatever the logits are, one rounding at the store. The loss is
 (max - v[label]) + log(sum), without cancellation where the label wins by far. A label that is
 neither a class nor ignored has a loss of NaN.
 

@@ -23,8 +23,8 @@ _COMPLIANT = (torch.Tag.pt2_compliant_tag,)
 _OPERATIONS = torch.ops.equiseg_fast
 
 LAUNCHERS: dict[str, Callable[..., Any]] = {}
-"""What launches the kernels of each registered operation, by name: to be looked into, not called
-instead of the operation."""
+"""What launches the kernels of each registered operation, by name. For inspection; call the
+operation instead."""
 
 
 def register(
@@ -43,7 +43,7 @@ def register(
     runs there. fake returns empty tensors of exact shape, dtype, strides.
     """
 
-    @cache  # after the first call, for what it imports
+    @cache  # lazy, because it imports Triton
     def launcher() -> Callable[..., Any]:
         if _backend.INTERPRET:
             import_module("equiseg_fast.kernels._interpreter").install()
@@ -93,7 +93,7 @@ class Function(torch.autograd.Function):
 
     @classmethod
     def vmap(cls, info: Any, in_dims: Sequence[int | None], *args: Any) -> Any:
-        """One example after the other: as slow as so many calls, and as right."""
+        """A loop: one call per example."""
 
         def call(i: int) -> Any:
             mapped = zip(args, in_dims, strict=True)
@@ -108,11 +108,11 @@ class Function(torch.autograd.Function):
 
 
 def as_result(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """x in a dtype, contiguous, as a `Function` returns it: without calls that change nothing, and
-    no view, which nobody could change in place.
+    """x in a dtype, contiguous, as a `Function` returns it: without no-op calls, and no view, which
+    could not be modified in place.
 
-    The compiler of PyTorch 2.11 takes what those return for another tensor, and the gradient of the
-    result gets lost. So it does after operators that work in place.
+    The compiler of PyTorch 2.11 treats results of no-op calls, views and in-place operators as
+    different tensors, and drops the gradient.
     """
     if x.dtype != dtype:
         x = x.to(dtype)
@@ -138,7 +138,7 @@ def autocast_is_on(x: Tensor) -> bool:
 def without_autocast(device: str) -> AbstractContextManager[None]:
     """A context in which nothing is cast, for statistics that are fp32 by definition."""
     if _has_autocast(device):
-        # A compiled or exported program says so for good; here it would say nothing, slowly.
+        # A compiled or exported program must record this; in eager mode it would be a slow no-op.
         if torch.is_autocast_enabled(device) or torch.compiler.is_compiling():
             return torch.autocast(device, enabled=False)
     return nullcontext()
@@ -147,7 +147,7 @@ def without_autocast(device: str) -> AbstractContextManager[None]:
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Under autocast cast fp32 and half-precision inputs to its dtype; fp64 stays as it is.
 
-    So does what is no tensor, which the checks behind this report.
+    Non-tensors pass through; the checks that follow reject them.
     """
     if not autocast_is_on(tensors[0]):
         return tensors
@@ -263,21 +263,22 @@ def differentiable(
 ) -> Callable[..., Any]:
     """`forward`, whose arguments are all given and by position, with gradients.
 
-    backward takes the cotangents (None for what has none, but never all), then what was saved, then
-        for each gradient whether it is needed, and returns the gradients, as many; of a single one
-        that is needed it is not told. What is not needed is dropped.
-    reference takes what was saved and returns the outputs; it serves where PyTorch has to
-        differentiate or transform the backward (`by_reference`). None if backward can do that
-        itself, and always does.
+    backward takes the cotangents (None where there is none, but never all None), then what was
+        saved, then one flag per gradient that says whether it is needed, and returns one gradient
+        per flag; with a single differentiable input no flag is passed. Gradients that are not
+        needed are dropped.
+    reference takes what was saved and returns the outputs; it is used where PyTorch has to
+        differentiate or transform the backward (`by_reference`). None if backward itself can be
+        differentiated, and then always is.
     name: of the node in the graph, as profilers show it.
-    tensors: so many arguments, the first ones, may need a gradient. outputs: so many, the first
-        ones, are differentiable. summands: so many arguments, the first ones, are only added up,
-        which makes the first output; they share one gradient.
-    saves: so many arguments, the first ones, are tensors to save, `tensors` by default, and the
-        rest is kept as it is; or a function of the arguments and the result of forward that returns
-        both, the tensors that have gradients first.
-    without_gradients: instead of `forward` where nothing is recorded.
-    loops: backward loops over what the sizes or values of tensors say, which nothing can trace.
+    tensors: number of leading arguments that may require a gradient. outputs: number of leading
+        outputs that are differentiable. summands: number of leading arguments whose sum is the
+        first output, and which share one gradient.
+    saves: number of leading arguments that are saved as tensors (default: `tensors`), the others
+        being kept as they are; or a function of the arguments and the result of forward that
+        returns the tensors to save, those with gradients first, and the rest.
+    without_gradients: called instead of `forward` where nothing is recorded.
+    loops: backward loops depend on sizes or values of tensors, which nothing can trace.
     """
     count = saves if isinstance(saves, int) else tensors
     choose = saves if callable(saves) else None
@@ -336,9 +337,9 @@ def differentiable(
 
     def call(*args: Any) -> Any:
         if is_transformed():
-            # The compiler would take the forward alone there too, but by its number of parameters.
+            # The compiler would run the forward alone there, too, but stumbles over its signature.
             return (bare if _backend.loses_derivatives() else function.apply)(*args)
-        if torch.is_grad_enabled():  # as `needs_grad`, without a call more
+        if torch.is_grad_enabled():  # `needs_grad`, inlined
             for x in args[:tensors]:
                 if x.requires_grad:
                     # The compiler knows the `apply` of classes only.

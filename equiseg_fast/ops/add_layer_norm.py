@@ -43,7 +43,7 @@ def add_layer_norm(
     Returns total and normed, both `[..., C]` in the dtype of x, contiguous. total is rounded once,
     normed is that of the rounded total: what an addition followed by `F.layer_norm` gives.
     Statistics are fp32 (fp64 for fp64), the variance is that of differences from the mean, so a
-    large mean does no harm. The least that has to move is x, update and both results, in the
+    large mean does no harm. Minimum traffic is x, update and both results, in the
     backward total and three gradients, 4 passes over the features each way (5 and 8 for the two
     operators on their own); 8 FLOP per element forward, 14 backward. Saves total and two numbers
     per row. The backward is deterministic, and x and update get the same gradient, computed once.

@@ -36,7 +36,7 @@ def class_prototypes(
 
     Returns prototypes `[M, B, num_classes, C]` in fp32 (fp64 for fp64 x), zero rows for absent
     classes, and counts `[B, num_classes]` int64. Sums are fp32 also under autocast; a feature that
-    is not finite spoils its channel in all classes of its image and modality. The least to move:
+    is not finite spoils its channel in all classes of its image and modality. Minimum traffic:
     read x and one label per token, write the prototypes (1 FLOP per element); backward reads the
     labels and writes the gradient of x, which is not saved. The backward is deterministic. Raises
     TypeError or ValueError naming the argument. Source: the prototypes of the self-guided module

@@ -27,7 +27,7 @@ def depthwise_conv_gelu(
     weight: `[C, 1, 3, 3]`; bias: `[C]`; both in the dtype and on the device of x.
     backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
-    Returns `[B, L, C]` in the dtype of x. The least that has to move is x and the result, in the
+    Returns `[B, L, C]` in the dtype of x. Minimum traffic is x and the result, in the
     backward also both gradients (the kernels compute the convolution again and save the inputs
     alone); 19 FLOP per element forward, 56 backward. Products add up in fp32 (fp64 for fp64). The
     GELU of the triton backend is erf's in fp32 and a fit in half precision, which is closer to erf

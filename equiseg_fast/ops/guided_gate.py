@@ -31,7 +31,7 @@ def guided_gate(
     Returns branches `[M, B, L, C]` and fused `[B, L, C]` in the dtype of x. With
     `g = softmax(logits over present m)` and K present modalities: `branch_m = x_m (1 + rho (K g_m
     - 1))`, `fused = sum_m g_m x_m`, in fp32 with one rounding. An image without any present
-    modality has no weights: its outputs are NaN. The least to move: read x, write both outputs
+    modality has no weights: its outputs are NaN. Minimum traffic: read x, write both outputs
     (3 FLOP per element); backward reads x and both gradients, writes one (8 FLOP). The backward is
     deterministic. Autocast changes nothing: x keeps its dtype. Raises TypeError or ValueError
     naming the argument. Source: our reading of the self-guided module of EQUISeg
@@ -80,7 +80,7 @@ def _torch_forward(
         x = x.masked_fill(~present[:, :, None, None], 0.0)
     branches = as_result(x * factor, x.dtype)
     fused = x[0] * g[0]
-    # For the compiler, which knows better, see `as_result`.
+    # Out of place under torch.compile; see `as_result`.
     add_product = torch.addcmul if torch.compiler.is_compiling() else Tensor.addcmul_
     for one, weight in zip(x[1:], g[1:], strict=True):
         fused = add_product(fused, one.to(fused.dtype), weight)

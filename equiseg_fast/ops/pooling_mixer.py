@@ -44,7 +44,7 @@ def pooling_mixer(
     backend: "triton", "torch", "reference", "auto"; None takes the current default.
 
     Returns `[B, L, C]` in the dtype of x. The convolution pads with zeros (3 on each side); a pool
-    divides by the number of pixels it finds inside the image. The least that has to move is x and
+    divides by the number of pixels it finds inside the image. Minimum traffic is x and
     the result, in the backward x and both gradients; the kernels also write and read the fp32
     convolution once. About 150 FLOP per element forward, 260 backward. Sums are fp32 (fp64 for
     fp64) with one rounding at the end; only x and weight are saved; the backward is deterministic.

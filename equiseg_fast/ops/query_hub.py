@@ -50,7 +50,7 @@ def query_hub(
     Returns `[M, B, L, C]` in the dtype of x: `t_m = (1 + sigmoid(pw_m(dw_m(x_m)))) x_m`, then for
     primary i the elementwise maximum of `t_m` over present m != i, zero where there is none. Scores
     and comparisons are fp32 (fp64 for fp64). A tie sends its gradient to the lowest modality; the
-    backward is deterministic. The least that has to move is x and the result, in the backward also
+    backward is deterministic. Minimum traffic is x and the result, in the backward also
     the two gradients; about 25 FLOP per element forward, 65 backward. Under autocast the inputs are
     cast to its dtype. Raises TypeError or ValueError naming the argument on bad input. Source:
     CMNeXt (arXiv 2303.01480), section 3.2; un-primed sources as in EQUISeg (arXiv 2509.24505).
