@@ -11,6 +11,8 @@ import pytest
 import yaml
 from PIL import Image
 
+from equiseg_fast import ops
+
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 PAGES = {
@@ -76,6 +78,11 @@ def test_links_and_files_exist(page: str) -> None:
             assert heading in [title.lower().replace(" ", "-") for title in titles], target
     for named in re.findall(r"`((?:tests|examples|docs|kernels|benchmarks)/[\w/.]+\.\w+)`", text):
         assert (ROOT / named).exists(), named
+
+
+@pytest.mark.parametrize("name", ops.__all__)
+def test_every_operation_is_documented(name: str) -> None:
+    assert re.search(rf"\b{name}\b", PAGES["docs/operations.md"])
 
 
 def run(line: str, more: str = "") -> None:
