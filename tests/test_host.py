@@ -44,6 +44,7 @@ LIMITS = {
     "class_prototypes": (4.6, 4.0, 1.6),
     "upsample_cross_entropy": (4.3, 3.8, 1.8),
 }
+MOST = tuple(map(max, zip(*LIMITS.values(), strict=True)))
 
 
 @pytest.fixture(autouse=True)
@@ -58,8 +59,7 @@ class TestLimits:
             times = host.measure(CPU, (op,), repeats=15)
             over = {t.mode: round(t.min_us / t.floor_us, 2) for t in times if t.floor_us}
             assert list(over) == list(host.MODES)
-            most = tuple(map(max, zip(*LIMITS.values(), strict=True)))
-            limits = dict(zip(host.MODES, LIMITS.get(op, most), strict=True))
+            limits = dict(zip(host.MODES, LIMITS.get(op, MOST), strict=True))
             if all(over[mode] <= limits[mode] for mode in over):
                 return
         pytest.fail(f"{op}: {over} times the floor, allowed are {limits}")

@@ -15,7 +15,7 @@ from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
-from equiseg_fast import EQUISeg, ops
+from equiseg_fast import EQUISeg, ops, reference
 from tests.every_operation import OPERATIONS
 from tests.operations import Sizes, needs_interpreter
 
@@ -31,6 +31,9 @@ Function = Callable[[Tensor], Tensor]
 
 def test_every_operation_is_here() -> None:
     assert set(OPERATIONS) == set(ops.__all__) - {"explain", "use_backend"}
+    for name, operation in OPERATIONS.items():
+        assert operation.function is getattr(ops, name)
+        assert operation.reference is getattr(reference, name)
 
 
 def function_of(name: str, backend: str | None) -> tuple[Function, Function, Tensor]:

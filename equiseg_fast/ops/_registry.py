@@ -179,15 +179,6 @@ def empty_gradients(tensors: Sequence[Tensor], needs: Sequence[bool]) -> tuple[T
     )
 
 
-def only_needed(
-    gradients: Sequence[Tensor | None], needs: Sequence[bool]
-) -> tuple[Tensor | None, ...]:
-    """None instead of the gradients that autograd does not need."""
-    if all(needs):
-        return tuple(gradients)
-    return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
-
-
 def by_reference(*cotangents: Tensor | None) -> bool:
     """Whether a backward has to be done in operators that PyTorch itself can differentiate and
     transform (`reference_gradients`): for a graph of it, under transforms, and for cotangents that
@@ -328,7 +319,7 @@ def differentiable(
             if summands > 1:
                 grads = (*(grads[0],) * summands, *grads[1:])
             if False in needs:
-                grads = only_needed(grads, needs)
+                grads = tuple(g if need else None for g, need in zip(grads, needs, strict=True))
             return (*grads, *(None,) * (len(every) - tensors))
 
     function: Any = type(name, (Differentiable,), {})
