@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
-from equiseg_fast.ops import _flops, _registry
+from equiseg_fast.ops import _registry
 from tests.every_operation import OPERATIONS
 from tests.operations import Sizes, needs_interpreter
 
@@ -34,8 +34,7 @@ def count(name: str, backend: str) -> tuple[int, int]:
 
 
 def test_every_registered_operation_has_a_formula() -> None:
-    assert set(_flops.FORMULAS) == set(_registry.LAUNCHERS)
-    for name in _flops.FORMULAS:
+    for name in _registry.LAUNCHERS:
         assert getattr(torch.ops.equiseg_fast, name) in flop_registry
 
 

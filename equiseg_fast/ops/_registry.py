@@ -26,6 +26,9 @@ LAUNCHERS: dict[str, Callable[..., Any]] = {}
 """What launches the kernels of each registered operation, by name. For inspection; call the
 operation instead."""
 
+FLOPS: dict[str, Callable[..., int]] = {}
+"""How many FLOPs each registered operation counts for in `_flops`, by name."""
+
 
 def register(
     name: str,
@@ -34,13 +37,15 @@ def register(
     kernels: str,
     torch: Callable[..., Any],
     fake: Callable[..., Any],
+    flops: Callable[..., int] = lambda *_, **__: 0,
 ) -> Any:
     """Define `equiseg_fast::<name><schema>` and return its callable overload.
 
     kernels is the file of `equiseg_fast.kernels` whose function `name` launches ours; it serves
     CUDA, and the CPU when Triton interprets. torch is the same computation in stock PyTorch
     operators; it serves the CPU otherwise, so that a model exported with the kernels inside still
-    runs there. fake returns empty tensors of exact shape, dtype, strides.
+    runs there. fake returns empty tensors of exact shape, dtype, strides. flops takes the arguments
+    with shapes in place of tensors, and returns what `_flops` defines.
     """
 
     @cache  # lazy, because it imports Triton
@@ -56,6 +61,7 @@ def register(
         return (launcher() if _backend.INTERPRET else torch)(*args)
 
     LAUNCHERS[name] = triton
+    FLOPS[name] = flops
     _LIBRARY.define(name + schema, tags=_COMPLIANT)
     _LIBRARY.impl(name, triton, "CUDA")
     _LIBRARY.impl(name, cpu, "CPU")

@@ -1,6 +1,7 @@
 """Softmax attention for tall queries and short, spatially reduced keys."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal, overload
 
 import torch
@@ -258,12 +259,19 @@ def _fake_backward(
     return empty_gradients((q, k, v), others[-3:])
 
 
+def _flops_backward(*arguments: Any) -> int:
+    """The scores again; the weights for their gradient, and a product for each gradient."""
+    _, _, q, k, *_, dq, dk, dv = arguments
+    return 2 * prod(q) * k[1] * (1 + (dq or dk) + dq + dk + dv)
+
+
 _FORWARD = register(
     "attention_fwd",
     "(Tensor q, Tensor k, Tensor v, float scale, bool allow_tf32) -> (Tensor out, Tensor lse)",
     kernels="attention",
     torch=_torch_forward,
     fake=_fake_forward,
+    flops=lambda q, k, *_: 4 * prod(q) * k[1],
 )
 _BACKWARD = register(
     "attention_bwd",
@@ -273,6 +281,7 @@ _BACKWARD = register(
     kernels="attention",
     torch=_torch_backward,
     fake=_fake_backward,
+    flops=_flops_backward,
 )
 
 

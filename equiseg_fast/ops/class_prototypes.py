@@ -1,6 +1,7 @@
 """Class prototypes: the mean feature of every class, per image and modality."""
 
 from collections.abc import Sequence
+from math import prod
 from typing import Any
 
 import torch
@@ -149,6 +150,8 @@ _FORWARD = register(
     kernels="class_prototypes",
     torch=_torch_forward,
     fake=_fake_forward,
+    # A product with the classes of the tokens; the backward only looks up.
+    flops=lambda x, labels, num_classes, _: 2 * prod(x) * num_classes,
 )
 _BACKWARD = register(
     "class_prototypes_bwd",

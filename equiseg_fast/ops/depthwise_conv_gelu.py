@@ -1,5 +1,7 @@
 """The middle of Mix-FFN: 3x3 depthwise convolution, bias and GELU on tokens."""
 
+from math import prod
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -119,6 +121,7 @@ _FORWARD = register(
     kernels="depthwise_conv_gelu",
     torch=_torch_forward,
     fake=_fake_forward,
+    flops=lambda x, weight, *_: 2 * prod(x) * prod(weight[1:]),
 )
 _BACKWARD = register(
     "depthwise_conv_gelu_bwd",
@@ -128,6 +131,8 @@ _BACKWARD = register(
     kernels="depthwise_conv_gelu",
     torch=_torch_backward,
     fake=_fake_backward,
+    # The forward again, and a convolution for each of the first two gradients.
+    flops=lambda _, x, weight, *others: 2 * prod(x) * prod(weight[1:]) * (1 + sum(others[-3:-1])),
 )
 
 

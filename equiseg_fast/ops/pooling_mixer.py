@@ -1,6 +1,7 @@
 """The token mixing of the parallel pooling mixer: 7x7 depthwise convolution plus three pools."""
 
 from collections.abc import Callable
+from math import prod
 from typing import Any
 
 import torch
@@ -187,6 +188,7 @@ _FORWARD = register(
     kernels="pooling_mixer",
     torch=_torch_forward,
     fake=_fake_forward,
+    flops=lambda x, weight, *_: 2 * prod(x) * prod(weight[1:]),
 )
 _BACKWARD = register(
     "pooling_mixer_bwd",
@@ -196,6 +198,7 @@ _BACKWARD = register(
     kernels="pooling_mixer",
     torch=_torch_backward,
     fake=_fake_backward,
+    flops=lambda _, x, weight, *others: 2 * prod(x) * prod(weight[1:]) * sum(others[-3:-1]),
 )
 
 

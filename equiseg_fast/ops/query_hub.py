@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -354,6 +355,8 @@ _FORWARD = register(
     kernels="query_hub",
     torch=_torch_forward,
     fake=_fake_forward,
+    # One 3 x 3 convolution to one channel: both convolutions of a score net are done as one.
+    flops=lambda x, *_: 2 * 9 * prod(x),
 )
 _BACKWARD = register(
     "query_hub_bwd",
@@ -363,6 +366,7 @@ _BACKWARD = register(
     kernels="query_hub",
     torch=_torch_backward,
     fake=_fake_backward,
+    flops=lambda _, x, *others: 2 * 9 * prod(x) * sum(others[-2:]),
 )
 
 
