@@ -22,8 +22,9 @@ from tests.operations import MEAN, Operation, Shapes, Sizes
 
 
 def _attention_shapes(s: Sizes) -> Shapes:
-    keys = (s.batch, max(1, s.height * s.width // 4), 2, s.channels)
-    return {"q": (s.batch, s.height * s.width, 2, s.channels), "k": keys, "v": keys}
+    heads = (max(2, s.channels // 64), min(s.channels, 64))
+    keys = (s.batch, max(1, s.height * s.width // 4), *heads)
+    return {"q": (s.batch, s.height * s.width, *heads), "k": keys, "v": keys}
 
 
 OPERATION = Operation(
