@@ -16,6 +16,10 @@ needs_interpreter = pytest.mark.skipif(
     not _backend.INTERPRET, reason="kernels on CPU tensors need TRITON_INTERPRET=1"
 )
 
+HALF = (torch.float16, torch.bfloat16)
+DTYPES = (torch.float32, *HALF)
+LAYOUTS = ("transposed", "sliced", "expanded", "channels_last")
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 MEAN = 3.0
 """Of the features in every parity test: rounding what has an offset shows where it should not be

@@ -21,7 +21,7 @@ from equiseg_fast.testing import (
     random_normal,
     same_bits,
 )
-from tests.operations import MEAN, Operation, token_shape
+from tests.operations import DEVICE, DTYPES, HALF, MEAN, Operation, token_shape
 
 OPERATION = Operation(
     add_layer_norm,
@@ -39,9 +39,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "update", "weight", "bias")
 
 triton_op = partial(add_layer_norm, backend="triton")

@@ -18,7 +18,7 @@ from equiseg_fast.testing import (
     override,
     random_normal,
 )
-from tests.operations import MEAN, Operation, Shapes, Sizes
+from tests.operations import DEVICE, DTYPES, HALF, MEAN, Operation, Shapes, Sizes
 
 
 def _attention_shapes(s: Sizes) -> Shapes:
@@ -37,10 +37,6 @@ OPERATION = Operation(
     composed=True,
 )
 
-
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 triton_attention = partial(attention, backend="triton")
 

@@ -16,7 +16,17 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN, Operation, Sizes, map_size, random_labels, token_shape
+from tests.operations import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    MEAN,
+    Operation,
+    Sizes,
+    map_size,
+    random_labels,
+    token_shape,
+)
 
 
 def _class_labels(s: Sizes, seed: int) -> dict[str, Any]:
@@ -33,11 +43,6 @@ OPERATION = Operation(
     kinds={"out0": "statistic"},
 )
 
-
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-LAYOUTS = ("transposed", "sliced", "expanded", "channels_last")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 triton_prototypes = partial(class_prototypes, backend="triton")
 

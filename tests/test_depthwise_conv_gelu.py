@@ -11,7 +11,7 @@ from torch import Tensor
 from equiseg_fast import depthwise_conv_gelu, explain, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
-from tests.operations import MEAN, Operation, map_size, stencil_shapes
+from tests.operations import DEVICE, DTYPES, HALF, MEAN, Operation, map_size, stencil_shapes
 
 OPERATION = Operation(
     depthwise_conv_gelu,
@@ -23,9 +23,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "weight", "bias")
 
 triton_op = partial(depthwise_conv_gelu, backend="triton")

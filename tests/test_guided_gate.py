@@ -16,7 +16,15 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN, Operation, random_present, token_shape
+from tests.operations import (
+    DEVICE,
+    DTYPES,
+    LAYOUTS,
+    MEAN,
+    Operation,
+    random_present,
+    token_shape,
+)
 
 OPERATION = Operation(
     guided_gate,
@@ -27,11 +35,6 @@ OPERATION = Operation(
     kinds={"dlogits": "parameter"},
 )
 
-
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-LAYOUTS = ("transposed", "sliced", "expanded", "channels_last")
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 triton_gate = partial(guided_gate, backend="triton")
 

@@ -14,7 +14,17 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from equiseg_fast import explain, mix_ffn, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal
-from tests.operations import MEAN, Operation, Shapes, Sizes, map_size, token_shape
+from tests.operations import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    MEAN,
+    Operation,
+    Shapes,
+    Sizes,
+    map_size,
+    token_shape,
+)
 
 
 def _mix_ffn_shapes(s: Sizes) -> Shapes:
@@ -40,9 +50,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "fc1_weight", "fc1_bias", "dw_weight", "dw_bias", "fc2_weight", "fc2_bias")
 BANDS = importlib.import_module("equiseg_fast.ops.mix_ffn")
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from equiseg_fast import ohem, reference
 from equiseg_fast.ops import _checks
-from tests.operations import Operation, generator
+from tests.operations import DEVICE, Operation, generator
 
 OPERATION = Operation(
     ohem,
@@ -19,9 +19,6 @@ OPERATION = Operation(
         "valid": torch.rand(s.batch, s.height, s.width, generator=generator(seed)) < 0.8
     },
 )
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 @pytest.mark.parametrize("few", [False, True])

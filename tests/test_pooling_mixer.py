@@ -18,7 +18,7 @@ from equiseg_fast.testing import (
     same_bits,
     with_layout,
 )
-from tests.operations import MEAN, Operation, map_size, stencil_shapes
+from tests.operations import DEVICE, DTYPES, HALF, MEAN, Operation, map_size, stencil_shapes
 
 OPERATION = Operation(
     pooling_mixer,
@@ -29,9 +29,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NAMES = ("x", "weight", "bias")
 
 triton_mixer = partial(pooling_mixer, backend="triton")

@@ -11,7 +11,18 @@ from torch import Tensor
 from equiseg_fast import explain, query_hub, reference
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, random_normal, same_bits
-from tests.operations import MEAN, Operation, Shapes, Sizes, map_size, random_present, token_shape
+from tests.operations import (
+    DEVICE,
+    DTYPES,
+    HALF,
+    MEAN,
+    Operation,
+    Shapes,
+    Sizes,
+    map_size,
+    random_present,
+    token_shape,
+)
 
 
 def _hub_shapes(s: Sizes) -> Shapes:
@@ -29,9 +40,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 NETS = ("dw_weight", "dw_bias", "pw_weight", "pw_bias")
 
 triton_hub = partial(query_hub, backend="triton")

@@ -14,8 +14,8 @@ from equiseg_fast.data import Augment, SyntheticScenes, batches
 from equiseg_fast.kernels import _tuned
 from equiseg_fast.kernels._arch import INTERPRETER, Tile
 from equiseg_fast.ops import _backend
+from tests.operations import DEVICE
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 CAN_LAUNCH = _backend.TRITON_INSTALLED and (_backend.INTERPRET or DEVICE == "cuda")
 
 NAMES = ("rgb", "depth")

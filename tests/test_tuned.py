@@ -27,9 +27,9 @@ from equiseg_fast.testing import random_normal
 pytest.importorskip("triton", reason="needs triton")
 from equiseg_fast.kernels import _arch, _common, _tuned, attention, query_hub
 from equiseg_fast.kernels._arch import Tile
+from tests.operations import DEVICE
 
 KERNELS = [importlib.import_module(f"equiseg_fast.kernels.{stem}") for stem in kernel_stems()]
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 KEY = ("attention_fwd_config", (90, "half", 32))
 ENTRY = {"function": KEY[0], "arguments": list(KEY[1]), "config": {"block_m": 64, "num_warps": 4}}
 ANY = Timing(1.0, 1.0, 1.0, 1.0, 3, "wall")

@@ -13,7 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from equiseg_fast import explain, ohem, reference, upsample_cross_entropy
 from equiseg_fast.ops import _backend
 from equiseg_fast.testing import assert_deterministic, check_op_parity, override, random_normal
-from tests.operations import MEAN, Operation, Sizes, random_labels
+from tests.operations import DEVICE, DTYPES, HALF, MEAN, Operation, Sizes, random_labels
 
 
 def _pixel_labels(s: Sizes, seed: int) -> dict[str, Any]:
@@ -30,9 +30,6 @@ OPERATION = Operation(
 )
 
 
-HALF = (torch.float16, torch.bfloat16)
-DTYPES = (torch.float32, *HALF)
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 IGNORE = 255
 
 triton_loss = partial(upsample_cross_entropy, backend="triton")
