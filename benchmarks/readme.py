@@ -181,7 +181,7 @@ def _cells(modes: dict[str, Contest]) -> list[str]:
 
 def _predictions() -> str:
     """Floors of the whole model, from published peaks."""
-    titles = [gpus.by_name(name).title for name in PREDICTED]
+    titles = [gpus.GPUS[name].title for name in PREDICTED]
     lines = [
         "No GPU has been measured yet. What follows are predictions, not measurements: the least",
         "time in ms that the bytes, FLOPs and exponentials of what EQUISeg calls take at published",
@@ -201,7 +201,7 @@ def _predictions() -> str:
 def _floor(variant: str, mode: str, name: str) -> float:
     shape = Shape(variant, 0, 1024, 1024, batch=1, modalities=4)
     works = roofline.model_works(shape, "bf16", mode)
-    return gpus.by_name(name).limits.floor(works, "bf16")
+    return gpus.GPUS[name].limits.floor(works, "bf16")
 
 
 REGIONS: dict[str, Callable[[Sequence[Folder]], str]] = {

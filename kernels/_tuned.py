@@ -26,8 +26,6 @@ VARIABLE = "EQUISEG_FAST_TUNED"
 SCHEMA = 1
 
 WARPS = (1, 2, 4, 8, 16)
-LARGEST_TILE = 2**20
-"""Elements; Triton has none that are larger."""
 
 Key = tuple[str, tuple[Any, ...]]
 """Name of a `*_config` function and its arguments."""
@@ -137,12 +135,13 @@ def default(key: Key) -> Tile:
 
 
 @contextmanager
-def use(table: Table) -> Iterator[None]:
-    """This table and no other, in the whole process; an empty one for the defaults."""
+def use(table: Table) -> Iterator[dict[Key, Tile]]:
+    """This table and no other, in the whole process; an empty one for the defaults. Yields what is
+    chosen meanwhile."""
     global _in_use
-    previous, _in_use = _in_use, _Choices(table)
+    previous, _in_use = _in_use, (choices := _Choices(table))
     try:
-        yield
+        yield choices.made
     finally:
         _in_use = previous
 
@@ -163,7 +162,6 @@ def check(key: Key, config: Any) -> None:
     if type(config) is not Tile or not config.settings().keys() <= known.keys():
         raise TypeError(f"{what} must be a tile with {', '.join(known)}; got {config!r}")
     least = _least[name](*arguments) if name in _least else {}
-    tile = 1
     for field in known:
         value = getattr(config, field)
         whole = type(value) is int and value > 0
@@ -173,15 +171,12 @@ def check(key: Key, config: Any) -> None:
             allowed, fits = f"one of {', '.join(map(str, WARPS))}", whole and value in WARPS
         elif field.startswith("block_"):
             allowed, fits = "a power of two", whole and value.bit_count() == 1
-            tile *= value if fits else 1
         else:
             allowed, fits = "a positive integer", whole
         if not fits:
             raise ValueError(f"{what}: {field} must be {allowed}; got {value!r}")
         if field in least and value < least[field]:
             raise ValueError(f"{what}: {field} must be at least {least[field]}; got {value}")
-    if tile > LARGEST_TILE:
-        raise ValueError(f"{what}: blocks must hold at most {LARGEST_TILE} elements; got {tile}")
 
 
 _check_once = functools.lru_cache(check)
@@ -190,25 +185,6 @@ _check_once = functools.lru_cache(check)
 def read(path: Path) -> dict[Key, Tile]:
     """The table of a file. Raises ValueError naming the file, and the entry and field that are
     wrong, or that triton is not there."""
-    table: dict[Key, Tile] = {}
-    places: dict[Key, int] = {}
-    entries = content(path)["configs"]
-    _import_kernels(path)
-    for i, entry in enumerate(entries, start=1):
-        try:
-            key, config = _entry(entry)
-            if key in table:
-                what = f"{key[0]}{list(key[1])}"
-                raise ValueError(f"{what} must be there once; is also entry {places[key]}")
-        except ValueError as error:
-            raise ValueError(f"{path.name} entry {i}: {error}") from error
-        table[key], places[key] = config, i
-    return table
-
-
-def content(path: Path) -> dict[str, Any]:
-    """The object in a file, whose "configs" are a list of what nobody has looked at yet. Raises
-    ValueError naming the file, and what is wrong with it."""
     try:
         found = json.loads(path.read_text())
     except (OSError, ValueError) as error:
@@ -216,20 +192,21 @@ def content(path: Path) -> dict[str, Any]:
             f"{VARIABLE} must name a file of `python -m benchmarks tune`; {path.name} is none "
             f"({type(error).__name__}: {getattr(error, 'strerror', None) or error})"
         ) from error
-    if _member(found, "schema", int, path.name) != SCHEMA:
-        raise ValueError(f"{path.name}: schema must be {SCHEMA}; got {found['schema']!r}")
-    _member(found, "configs", list, path.name)
-    return found
-
-
-def _member(of: Any, name: str, kind: type, what: str) -> Any:
-    if type(of) is not dict:
-        raise ValueError(f"{what} must be an object; got {type(of).__name__}")
-    if name not in of:
-        raise ValueError(f"{what} must have {name!r}; got {', '.join(map(repr, of)) or 'nothing'}")
-    if type(of[name]) is not kind:
-        raise ValueError(f"{what}: {name} must be of type {kind.__name__}; got {of[name]!r}")
-    return of[name]
+    if type(found) is not dict or found.get("schema") != SCHEMA:
+        raise ValueError(f"{path.name} must be an object whose schema is {SCHEMA}")
+    if type(found.get("configs")) is not list:
+        raise ValueError(f"{path.name}: configs must be a list; got {found.get('configs')!r}")
+    _import_kernels(path)
+    table: dict[Key, Tile] = {}
+    for i, entry in enumerate(found["configs"], start=1):
+        try:
+            key, config = _entry(entry)
+            if key in table:
+                raise ValueError(f"{key[0]}{list(key[1])} must be there once")
+        except ValueError as error:
+            raise ValueError(f"{path.name} entry {i}: {error}") from error
+        table[key] = config
+    return table
 
 
 def _import_kernels(path: Path) -> None:
@@ -242,14 +219,17 @@ def _import_kernels(path: Path) -> None:
 
 
 def _entry(entry: Any) -> tuple[Key, Tile]:
-    name = _member(entry, "function", str, "it")
-    arguments = _member(entry, "arguments", list, "it")
-    changes = _member(entry, "config", dict, "it")
-    if name not in _functions:
+    members = ("function", "arguments", "config")
+    if type(entry) is not dict or not entry.keys() >= set(members):
+        raise ValueError(f"it must be an object with {', '.join(members)}; got {entry!r}")
+    name, arguments, changes = (entry[member] for member in members)
+    if type(name) is not str or name not in _functions:
         raise ValueError(f"function must be one of {sorted(_functions)}; got {name!r}")
     wanted = list(inspect.signature(_functions[name]).parameters)
-    if len(arguments) != len(wanted):
-        raise ValueError(f"arguments of {name} must be {wanted}; got {arguments}")
+    if type(arguments) is not list or len(arguments) != len(wanted):
+        raise ValueError(f"arguments of {name} must be {wanted}; got {arguments!r}")
+    if type(changes) is not dict:
+        raise ValueError(f"config must be an object; got {changes!r}")
     check_arguments(name, arguments)
     key = name, tuple(arguments)
     chosen = default(key)
@@ -259,12 +239,3 @@ def _entry(entry: Any) -> tuple[Key, Tile]:
     config = replace(chosen, **changes)
     check(key, config)
     return key, config
-
-
-def write(path: Path, configs: list[dict[str, Any]], made_on: Mapping[str, Any]) -> None:
-    """A file that `read` understands. configs: dictionaries with "function", "arguments", "config"
-    and whatever else a reader should know; made_on: the device and versions of the search."""
-    content = {"schema": SCHEMA, "made_on": dict(made_on), "configs": configs}
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(json.dumps(content, indent=1) + "\n")
-    new.replace(path)  # a search that ends here has not lost what it had

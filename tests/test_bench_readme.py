@@ -96,7 +96,7 @@ def test_without_a_gpu_there_are_predictions_called_that() -> None:
     predicted = [float(cell) for cell in row.split("|")[2:-1]]
     assert len(predicted) == len(readme.PREDICTED)
     for name, ms in zip(readme.PREDICTED, predicted, strict=True):
-        assert 1e3 * moved / gpus.by_name(name).limits.bandwidth <= ms * 1.01
+        assert 1e3 * moved / gpus.GPUS[name].limits.bandwidth <= ms * 1.01
 
 
 @pytest.mark.parametrize(

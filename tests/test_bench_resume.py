@@ -18,7 +18,6 @@ import torch
 from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Problem, Shape
-from benchmarks.machines import tune
 from benchmarks.measure import timing
 from benchmarks.measure.plan import Case, Options, remaining
 from benchmarks.measure.record import UNTIMED, Record, Writer, read_jsonl
@@ -397,29 +396,6 @@ def test_a_failed_capture_is_on_record_and_ends_the_process(
     assert rows["baseline", "fwd"].graph_us == 1.0
     assert rows["torch", "step"].method == rows["baseline", "step"].method == "graph"
     assert len(gpu.captures) == 5
-
-
-def test_a_failed_capture_does_not_end_a_search(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The choice is on record as broken, and the next process goes on behind it."""
-    known = tune.Search.time
-    failed: list[str] = []
-
-    def time(self: tune.Search, trials: dict, mode: str) -> Any:
-        if not failed:
-            failed.append(mode)
-            raise RuntimeError("operation not permitted when stream is capturing")
-        return known(self, trials, mode)
-
-    monkeypatch.setattr(tune.Search, "time", time)
-    command = ["tune", "--device", "cpu", "--op", "guided_gate", "--out", str(tmp_path)]
-    assert main([*command, "--minutes", "5"]) == AGAIN
-    assert main([*command, "--minutes", "5"]) == 0
-    entries, _ = tune._earlier(tmp_path / "search.json", tune._made_on(torch.device("cpu"), True))
-    assert "not permitted" in entries[0]["broken"]
-    assert len(entries) == 2
-    assert "broken" not in entries[1]
 
 
 class Stream:

@@ -20,7 +20,7 @@ from torch.utils.flop_counter import flop_registry
 
 @dataclass(frozen=True)
 class Kernel:
-    """One launch. kind: of `efficiency.KINDS`, how well it does what it does. bytes: read or
+    """One launch. kind: as in `predictions.ASSUMPTIONS`, how well it does. bytes: read or
     written. matrix: FLOPs of products of half-precision inputs; vector: of fp32 ones. exps:
     exponentials. slots: machine instructions of all lanes. programs: CTAs, 0 where they are enough
     or not known."""

@@ -140,7 +140,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
             Task("prepare/versions", (PYTHON, "-m", "equiseg_fast.env"), 40),
             Task(
                 "prepare/calibrate",
-                bench("calibrate", *on, "--rounds", 10, "--out", folder / "calibration"), 40,
+                bench("calibrate", *on, "--out", folder / "calibration"), 40,
             ),
             Task("prepare/cache", _fill(cuda, cache), 40 if cuda else 60, compiled),
             *_driver(cuda),
