@@ -765,7 +765,7 @@ class TestEncoder:
         seen = []
         for block in encoder.block1:
             block.register_forward_hook(lambda *_: seen.append(1))
-        with torch.no_grad(), launches.counting() as counter:
+        with torch.no_grad(), launches.counting(launches.H100) as counter:
             encoder.encode(0, torch.randn(1, 64, 32), 8, 8)
         assert len(seen) == len(encoder.block1) == 2
         assert counter.fused["add_layer_norm_fwd"] == 4

@@ -15,7 +15,7 @@ from benchmarks.cases import operations
 from benchmarks.cases.common.cost import Cost, Limits, Work, total
 from benchmarks.cases.common.problem import Shape
 from benchmarks.measure import launches
-from benchmarks.measure.launches import cost_of, counting_operations, on_meta
+from benchmarks.measure.launches import cost_of, counting, on_meta
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.models.config import VARIANTS
 from equiseg_fast.ops import _backend
@@ -135,7 +135,7 @@ def test_parts_add_up_to_the_multiply_adds_of_the_model(
         names = [f"m{i}" for i in range(modalities)]
         model = EQUISeg.from_name(variant, modalities=names, num_classes=25, fold_head=False).eval()
         images = torch.empty(modalities, 1, 3, size, size)
-        with torch.no_grad(), counting_operations() as counter:
+        with torch.no_grad(), counting() as counter:
             model(images)
     matrix = sum(work.matrix for call in counter.calls for work in call.works)
     assert (matrix / 2 + stencils(shape)) / 1e9 == pytest.approx(gmac, abs=1e-3)

@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.measure import launches
 from benchmarks.measure.kernel_work import Kernel
-from benchmarks.measure.launches import META, KernelCounter, counting, on_meta
-from benchmarks.providers import baselines
+from benchmarks.measure.launches import H100, META, KernelCounter, counting, on_meta
+from benchmarks.providers import baseline_model, baselines
 from equiseg_fast import (
     EQUISeg,
     add_layer_norm,
@@ -21,6 +20,7 @@ from equiseg_fast import (
     upsample_cross_entropy,
 )
 from equiseg_fast.kernels import _common
+from equiseg_fast.nn import CrossModalBlock
 from equiseg_fast.ops import _backend
 
 pytestmark = pytest.mark.skipif(
@@ -33,34 +33,32 @@ def _poisoned_allocations() -> None:
     """Not here: the poison itself would be counted."""
 
 
-@pytest.fixture(scope="module")
-def rows() -> dict[tuple[int, str, str], launches.Row]:
-    return {(r.stage, r.part, r.provider): r for r in launches.cross_modal_blocks()}
+SIZE = 8
 
 
-def block(stage: int, modalities: int, training: bool) -> tuple[torch.nn.Module, list[Tensor]]:
+def block(stage: int, modalities: int, training: bool) -> tuple[CrossModalBlock, list[Tensor]]:
     names = [f"m{i}" for i in range(modalities)]
     model = EQUISeg.from_name("b0", modalities=names, num_classes=25, drop_path=0.0)
-    sizes = (modalities, 1, launches.SIZE**2, model.config.dims[stage - 1])
+    sizes = (modalities, 1, SIZE**2, model.config.dims[stage - 1])
     return model.fusion[stage - 1].train(training), [torch.randn(sizes) for _ in range(2)]
 
 
 class TestCounter:
     def test_views_and_allocations_are_no_kernels(self) -> None:
         x = torch.randn(2, 3, 4)
-        with launches.counting() as counter:
+        with counting(H100) as counter:
             x.mT.unflatten(0, (2, 1)).detach().expand(2, 5, 4, 3)
             torch.empty_like(x)
             x.flatten(0, 1)
         assert counter.stock == {}
-        with launches.counting() as counter:
+        with counting(H100) as counter:
             torch.addmm(x[0, 0], x[0], x[0].T @ x[0]).sum().clone()
             x.mT.contiguous()
         assert counter.stock == {"addmm": 1, "mm": 1, "sum": 1, "clone": 2}
 
     def test_our_operations_are_looked_into(self) -> None:
         q, k, v = (torch.randn(1, 64, 2, 32, requires_grad=True) for _ in range(3))
-        with launches.counting() as counter:
+        with counting(H100) as counter:
             attention(q, k, v).backward(torch.ones(1, 64, 2, 32))
         fused = {"attention_fwd": 1, "attention_bwd_delta": 1, "attention_bwd_dq": 1}
         assert counter.fused.items() >= (fused | {"attention_bwd_dkdv": 1}).items()
@@ -68,11 +66,11 @@ class TestCounter:
 
     def test_copies_inside_our_operations_count(self) -> None:
         x, weight, bias = torch.randn(1, 64, 32), torch.randn(32, 1, 7, 7), torch.randn(32)
-        with torch.no_grad(), launches.counting() as counter:
+        with torch.no_grad(), counting(H100) as counter:
             pooling_mixer(x, weight, bias, 8, 8)
         assert counter.stock == {"clone": 1}  # the taps, channels last
         x = x.mT.contiguous().mT
-        with torch.no_grad(), launches.counting() as counter:
+        with torch.no_grad(), counting(H100) as counter:
             pooling_mixer(x, weight, bias, 8, 8)
         assert counter.stock == {"clone": 2}
 
@@ -80,7 +78,7 @@ class TestCounter:
         from equiseg_fast.kernels import attention as kernels
 
         before = _backend.INTERPRET
-        with pytest.raises(ValueError, match="stop"), launches.counting():
+        with pytest.raises(ValueError, match="stop"), counting(H100):
             raise ValueError("stop")
         assert kernels.launch is _common.launch
         assert _backend.INTERPRET is before
@@ -93,35 +91,48 @@ class TestCrossModalBlock:
     @pytest.mark.parametrize(
         ("stage", "fused", "total", "folded"), [(1, 5, 32, 30), (2, 5, 33, 31), (3, 6, 34, 32)]
     )
-    def test_forward(self, rows: dict, stage: int, fused: int, total: int, folded: int) -> None:
+    def test_forward(self, stage: int, fused: int, total: int, folded: int) -> None:
         """Stages beyond 128 channels have a kernel for scores; the others are one or two copies
         and products of small weights apart."""
-        ours = rows[stage, "block", "ours"]
-        assert (ours.fused, ours.total) == (fused, total)
-        assert rows[stage, "block", "ours, folded"].total == folded
-        assert rows[stage, "block", "baseline"].total > 4 * total
+        module, (x, y) = block(stage, 4, training=False)
+        with torch.no_grad(), counting(H100) as ours:
+            module(x, y, SIZE, SIZE)
+        assert (ours.fused.total(), len(ours.calls)) == (fused, total)
+        maps = [tokens.mT.unflatten(-1, (SIZE, SIZE)).contiguous() for tokens in x]
+        with torch.no_grad(), counting(H100) as eager:
+            baseline_model.cross_modal_block(module, maps, list(y), SIZE, SIZE)
+        assert len(eager.calls) > 4 * total
+        whole = EQUISeg.from_name("b0", num_classes=25).fold_()
+        with torch.no_grad(), counting(H100) as ours:
+            whole.fusion[stage - 1](x, y, SIZE, SIZE)
+        assert len(ours.calls) == folded
 
-    def test_gate(self, rows: dict) -> None:
-        for stage in (1, 2, 3, 4):
-            assert rows[stage, "gate", "ours"].fused == 1
-            assert rows[stage, "gate", "ours"].total == 16
-            assert rows[stage, "gate", "baseline"].total > 4 * 16
+    def test_gate(self) -> None:
+        model = EQUISeg.from_name("b0", num_classes=25).eval()
+        for s, width in enumerate(model.config.dims):
+            y = torch.randn(4, 1, SIZE**2, width)
+            with torch.no_grad(), counting(H100) as ours:
+                model._balance(s, y, None)
+            assert (ours.fused.total(), len(ours.calls)) == (1, 16)
+            with torch.no_grad(), counting(H100) as eager:
+                baseline_model.balance(model.gates[s], list(y))
+            assert len(eager.calls) > 4 * 16
 
     def test_the_number_of_modalities_does_not_matter(self) -> None:
         totals = set()
         for modalities in (2, 3, 4, 8):
             module, (x, y) = block(1, modalities, training=False)
-            with torch.no_grad(), launches.counting() as counter:
-                module(x, y, launches.SIZE, launches.SIZE)
-            totals.add(counter.fused.total() + counter.stock.total())
+            with torch.no_grad(), counting(H100) as counter:
+                module(x, y, SIZE, SIZE)
+            totals.add(len(counter.calls))
         assert len(totals) == 1
 
     def test_training(self) -> None:
         module, (x, y) = block(1, 4, training=True)
-        with launches.counting() as forward:
-            out = module(x, y, launches.SIZE, launches.SIZE)
+        with counting(H100) as forward:
+            out = module(x, y, SIZE, SIZE)
         cotangent = torch.randn_like(out)
-        with launches.counting() as backward:
+        with counting(H100) as backward:
             out.backward(cotangent)
         assert (forward.fused.total(), backward.fused.total()) == (5, 12)
         assert forward.stock.total() <= 30
@@ -134,13 +145,10 @@ class TestCrossModalBlock:
 
     def test_baseline_is_counted_by_the_same_rule(self) -> None:
         q = torch.randn(1, 64, 1, 32)
-        with launches.counting() as counter:
+        with counting(H100) as counter:
             baselines.attention(q, q, q)
         assert counter.fused == {}
         assert counter.stock == {"bmm": 2, "mul": 1, "_softmax": 1}
-
-
-HOPPER = (90, 132)
 
 
 def new(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) -> Tensor:
@@ -148,7 +156,7 @@ def new(*shape: int, dtype: torch.dtype = torch.bfloat16, grad: bool = False) ->
 
 
 def step(function: Callable[..., Tensor], *leaves: Tensor) -> KernelCounter:
-    with counting(HOPPER) as counter:
+    with counting(H100) as counter:
         out = function(*leaves)
         torch.autograd.grad(out, leaves, torch.empty_like(out))
     return counter
@@ -161,7 +169,7 @@ def named(counter: KernelCounter) -> dict[str, Kernel]:
 class TestWork:
     def test_one_launch_of_ours(self) -> None:
         x, update, weight, bias = new(2, 64, 32), new(2, 64, 32), new(32), new(32)
-        with counting(HOPPER) as counter:
+        with counting(H100) as counter:
             add_layer_norm(x, update, weight, bias)
         (kernel,) = counter.kernels()
         # x, update, total, normed; weight, bias; mean, rstd in fp32
@@ -182,7 +190,7 @@ class TestWork:
         assert found["attention_bwd_dkdv"].matrix == 8 * 64 * scores
         assert found["attention_bwd_dq"].matrix == 6 * 64 * scores
         assert found["attention_bwd_dq"].kind == "attention backward D=64"
-        with counting(HOPPER) as counter:
+        with counting(H100) as counter:
             attention(q[..., :32], k[..., :32], v[..., :32])
         assert counter.kernels()[0].kind == "attention forward D=32"
 
@@ -195,7 +203,7 @@ class TestWork:
         assert slots["bwd", "depthwise_bwd"] == 51 * x.numel()
         assert slots["bwd", "sum_partials"] == 0
         logits, labels = new(1, 32, 8, 8), torch.zeros(1, 64, 64, dtype=torch.uint8, device=META)
-        with counting(HOPPER) as counter:
+        with counting(H100) as counter:
             upsample_cross_entropy(logits, labels)
         assert named(counter)["upsample_cross_entropy_fwd"].slots == 20 * 32 * 64 * 64
 
@@ -209,7 +217,7 @@ class TestWork:
         assert forward.bytes == 2 * (4096 * 32 + 64 * 32 + 64 + 4096 * 64)
         assert [k.kind for k in backward] == ["GEMM", "weight-gradient GEMM", "reduction"]
         assert [call.phase for call in counter.calls] == ["fwd", "bwd", "bwd", "bwd"]
-        with counting() as counter:
+        with counting(H100) as counter:
             F.linear(new(4, 32, dtype=torch.float32), new(64, 32, dtype=torch.float32))
         (single,) = counter.kernels()
         assert (single.matrix, single.vector) == (0, 2 * 4 * 32 * 64)
@@ -227,7 +235,7 @@ class TestWork:
 
     def test_stencils_and_pools(self) -> None:
         x, weight = new(2, 16, 8, 8), new(16, 1, 7, 7)
-        with counting() as counter:
+        with counting(H100) as counter:
             F.conv2d(x, weight, new(16), padding=3, groups=16)
             F.avg_pool2d(x, 11, 1, 5)
         convolution, pool = counter.kernels()
@@ -248,13 +256,13 @@ class TestWork:
         found = step(lambda x: F.batch_norm(x, mean, var, training=True), maps).kernels()
         size = 2 * 32 * 64 * 2
         assert [k.bytes // size for k in found if k.kind == "BatchNorm"] == [1, 2, 2, 3]
-        with counting() as counter:
+        with counting(H100) as counter:
             F.batch_norm(maps, mean, var)
         assert [k.bytes // size for k in counter.kernels()] == [2]
 
     def test_copies_and_what_is_overwritten(self) -> None:
         x = new(64, 32)
-        with counting() as counter:
+        with counting(H100) as counter:
             x.clone()
             x.mT.contiguous()
             x.copy_(new(64, 32))
@@ -305,7 +313,7 @@ class TestMeta:
         assert torch.zeros(1).device.type == "cpu"
 
     def test_who_waits_for_a_value_goes_on(self) -> None:
-        with on_meta(), counting() as counter:
+        with on_meta(), counting(H100) as counter:
             marks = torch.zeros(64, dtype=torch.int64)
             mask = marks == 3
             assert mask.sum() > 0

@@ -1,21 +1,21 @@
 """Where the time of the model goes: its forward split into parts, for the baseline and for ours.
 
-For the first whole model in the results of a run; written beside them, for `report` to draw. The
-functions and modules that are one part each are watched while the model runs, with the clock on a
-CPU and with events on a GPU (where gaps between kernels count, too: no CUDA graph hides them). What
-no part claims is the rest: norms, residuals, copies. A compiled model has no such seams.
+For the first whole model in the results of a run; written beside them, for `report` to draw. What
+is one part is timed as a whole while the model runs, with the clock on a CPU and with events on a
+GPU (where gaps between kernels count, too: no CUDA graph hides them).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from functools import wraps
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from time import perf_counter
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from rich.console import Console
@@ -46,43 +46,107 @@ from equiseg_fast.nn import (
 
 FILE = "breakdown.json"
 SEAMS = ("baseline", "torch", "triton")
-"""Providers that have parts."""
+"""Providers that have parts; a compiled model has none."""
 REPEATS = 3
 REST = "norms, residuals, copies"
-
-Label = Callable[[Any], str | None]
-"""Of the first argument: the part, None for no part."""
+"""What no part claims."""
 
 
 def _attention(layer: Any) -> str:
     return "self-attention" if isinstance(layer, EfficientSelfAttention) else "cross-attention"
 
 
-def _embedding(conv: nn.Conv2d) -> str | None:
+def _embedding(conv: nn.Conv2d) -> str:
     # The other convolutions with a stride reduce keys, inside attention.
-    return "patch embedding" if conv.stride[0] > 1 else None
+    return "patch embedding" if conv.stride[0] > 1 else ""
 
 
-def _always(name: str) -> Label:
-    return lambda _: name
-
-
-WATCHED: tuple[tuple[Any, str, Label], ...] = (
+WATCHED: tuple[tuple[Any, str, str | Callable[[Any], str]], ...] = (
     (nn.Conv2d, "forward", _embedding),
-    (CrossModalAttention, "forward", _attention),
-    (EfficientSelfAttention, "forward", _attention),
+    (CrossModalAttention, "forward", "cross-attention"),
+    (EfficientSelfAttention, "forward", "self-attention"),
     (baseline_model, "_attention_layer", _attention),
-    (MixFFN, "forward", _always("Mix-FFN")),
-    (baseline_model, "_mix_ffn", _always("Mix-FFN")),
-    (SelfQueryHub, "forward", _always("query hub")),
-    (baseline_model, "hub_of", _always("query hub")),
-    (ParallelPoolingMixer, "forward", _always("pooling mixer")),
-    (baseline_model, "_pooling_mixer_block", _always("pooling mixer")),
-    (EQUISeg, "_balance", _always("gate")),
-    (baseline_model, "balance", _always("gate")),
-    (EQUISeg, "_head", _always("head")),
-    (baseline_model.EagerBaseline, "_head", _always("head")),
+    (MixFFN, "forward", "Mix-FFN"),
+    (baseline_model, "_mix_ffn", "Mix-FFN"),
+    (SelfQueryHub, "forward", "query hub"),
+    (baseline_model, "hub_of", "query hub"),
+    (ParallelPoolingMixer, "forward", "pooling mixer"),
+    (baseline_model, "_pooling_mixer_block", "pooling mixer"),
+    (EQUISeg, "_balance", "gate"),
+    (baseline_model, "balance", "gate"),
+    (EQUISeg, "_head", "head"),
+    (baseline_model.EagerBaseline, "_head", "head"),
 )
+"""Functions that are a part, by name or by their first argument ("": no part). What runs inside a
+part belongs to it."""
+
+
+@contextmanager
+def watching(mark: Callable[[], Any]) -> Iterator[list[tuple[str, Any, Any]]]:
+    """Parts that run inside, each with the marks before and behind it."""
+    spans: list[tuple[str, Any, Any]] = []
+    inside = False
+
+    def watched(function: Callable[..., Any], part: str | Callable[[Any], str]) -> Any:
+        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+            nonlocal inside
+            name = part if isinstance(part, str) else part(first)
+            if inside or not name:
+                return function(first, *args, **kwargs)
+            inside, begin = True, mark()
+            try:
+                return function(first, *args, **kwargs)
+            finally:
+                spans.append((name, begin, mark()))
+                inside = False
+
+        return call
+
+    with ExitStack() as stack:
+        for owner, name, part in WATCHED:
+            new = watched(getattr(owner, name), part)
+            stack.enter_context(patch.object(owner, name, new))
+        yield spans
+
+
+def split(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds per part of one call, and of the REST; they add up to the time of the call."""
+    cuda = device.type == "cuda"
+
+    def event() -> torch.cuda.Event:
+        made = torch.cuda.Event(enable_timing=True)
+        made.record()
+        return made
+
+    def seconds(begin: Any, end: Any) -> float:
+        return begin.elapsed_time(end) / 1e3 if cuda else end - begin
+
+    mark = event if cuda else perf_counter
+    with watching(mark) as spans, torch.no_grad():
+        begin = mark()
+        call()
+        end = mark()
+    if cuda:
+        torch.cuda.synchronize(device)
+    parts: Counter[str] = Counter()
+    for part, *span in spans:
+        parts[part] += seconds(*span)
+    return {**parts, REST: seconds(begin, end) - sum(parts.values())}
+
+
+def measure(
+    shape: Shape, dtype: str, device: torch.device, providers: Iterable[str], seed: int = 0
+) -> dict[str, Any]:
+    """{"label": of the case, "providers": {provider: {part: seconds}}}, each of the run whose time
+    is the median of REPEATS; only providers that have parts."""
+    problem = operations()["model"].build(shape, DTYPES[dtype], device, seed)
+    found = {}
+    for provider in (p for p in providers if p in SEAMS):
+        call = problem.calls[provider]
+        split(call, device)  # warm
+        runs = [split(call, device) for _ in range(REPEATS)]
+        found[provider] = sorted(runs, key=lambda parts: sum(parts.values()))[REPEATS // 2]
+    return {"label": f"model fwd {shape.label} {dtype}", "providers": found}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,92 +170,11 @@ def main(args: argparse.Namespace, console: Console) -> int:
     found = measure(first.shape, first.dtype, device, providers, args.seed)
     folder: Path = args.results if args.results.is_dir() else args.results.parent
     outputs.write(folder / FILE, json.dumps(found, indent=1) + "\n")
-    names = list(found["providers"])
-    table = FittedTable(("part", *names), words=("part",), title=f"ms of {found['label']}")
-    for part in dict.fromkeys(part for name in names for part in found["providers"][name]):
-        seconds = [found["providers"][name].get(part) for name in names]
+    times = found["providers"]
+    table = FittedTable(("part", *times), words=("part",), title=f"ms of {found['label']}")
+    for part in dict.fromkeys(part for parts in times.values() for part in parts):
+        seconds = [parts.get(part) for parts in times.values()]
         table.add_row(part, *(significant(s and 1e3 * s) for s in seconds))
     console.print(table)
     console.print(f"written to {folder / FILE}; `report {folder}` draws it", soft_wrap=True)
     return 0
-
-
-class Stopwatch:
-    """Spans of parts; what runs inside a part belongs to it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.inside = False
-        self.spans: list[tuple[str, Any, Any]] = []
-
-    def mark(self) -> Any:
-        if self.device.type != "cuda":
-            return perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def seconds(self, begin: Any, end: Any) -> float:
-        return begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
-
-    def watched(self, function: Callable[..., Any], label: Label) -> Callable[..., Any]:
-        @wraps(function)
-        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
-            part = None if self.inside else label(first)
-            if part is None:
-                return function(first, *args, **kwargs)
-            self.inside, begin = True, self.mark()
-            try:
-                return function(first, *args, **kwargs)
-            finally:
-                self.spans.append((part, begin, self.mark()))
-                self.inside = False
-
-        return call
-
-    @contextmanager
-    def on(self) -> Iterator[None]:
-        originals = [(owner, name, getattr(owner, name)) for owner, name, _ in WATCHED]
-        try:
-            for owner, name, label in WATCHED:
-                setattr(owner, name, self.watched(getattr(owner, name), label))
-            yield
-        finally:
-            for owner, name, function in originals:
-                setattr(owner, name, function)
-
-
-def split(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds per part of one call, and of the REST; they add up to the time of the call."""
-    watch = Stopwatch(device)
-    with watch.on(), torch.no_grad():
-        begin = watch.mark()
-        call()
-        end = watch.mark()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    parts: dict[str, float] = {}
-    for part, *span in watch.spans:
-        parts[part] = parts.get(part, 0.0) + watch.seconds(*span)
-    return parts | {REST: watch.seconds(begin, end) - sum(parts.values())}
-
-
-def measure(
-    shape: Shape, dtype: str, device: torch.device, providers: Iterable[str], seed: int = 0
-) -> dict[str, Any]:
-    """{"label": of the case, "providers": {provider: {part: seconds}}}, each of the run whose time
-    is the median of REPEATS; only providers that have parts."""
-    problem = operations()["model"].build(shape, DTYPES[dtype], device, seed)
-    found = {}
-    for provider in providers:
-        if provider in SEAMS:
-            call = problem.calls[provider]
-            with torch.no_grad():
-                call()
-            runs = sorted((split(call, device) for _ in range(REPEATS)), key=_total)
-            found[provider] = runs[len(runs) // 2]
-    return {"label": f"model fwd {shape.label} {dtype}", "providers": found}
-
-
-def _total(parts: dict[str, float]) -> float:
-    return sum(parts.values())

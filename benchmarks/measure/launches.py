@@ -1,18 +1,15 @@
 """What a GPU would be given, counted on tensors of the CPU or of "meta", which take no memory.
 
 Everything runs as it would on a GPU but for our kernels, which are noted and left out (results do
-not matter here). A stock operator counts as one call unless it only makes a view or allocates; the
-kernels that CUDA makes of it are beside it (`kernel_work`). The number of calls does not depend on
-the size of the map.
+not matter here). The number of calls does not depend on the size of the map.
 """
 
 from __future__ import annotations
 
 import importlib
-import sys
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from types import SimpleNamespace
@@ -33,12 +30,12 @@ from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.command.options import kernel_stems
 from benchmarks.measure import kernel_work
 from benchmarks.measure.kernel_work import Kernel, tensors_in
-from benchmarks.providers import baseline_model
-from equiseg_fast import EQUISeg, use_backend
-from equiseg_fast.ops import _backend
-from equiseg_fast.ops._registry import LAUNCHERS
+from equiseg_fast import use_backend
+from equiseg_fast.ops import _backend, _registry
 
 META = torch.device("meta")
+H100 = (90, 132)
+"""Architecture and number of SMs, as our launchers ask for them."""
 
 # What CUDA's autocast computes in half precision and in fp32, by the names of the functions.
 TO_HALF = {
@@ -104,25 +101,18 @@ def on_meta(autocast: torch.dtype | None = None) -> Iterator[None]:
     Where the host waits for a value it reads 1 or true, and boolean indices select everything.
     """
     mode = _Meta(None if autocast == torch.float32 else autocast)
-    before = torch.get_autocast_dtype
 
-    @contextmanager
-    def without(device: str) -> Iterator[None]:
-        with patch.object(mode, "dtype", None):
-            yield
+    def region(device: str, dtype: Any = None, enabled: bool = True) -> AbstractContextManager[Any]:
+        return nullcontext() if enabled else patch.object(mode, "dtype", None)
 
-    changes: list[tuple[Any, str, Any]] = [
-        (torch, "autocast", lambda *_: nullcontext()),
-        (torch, "get_autocast_dtype", lambda device: mode.dtype or before(device)),
-    ]
-    ours = {"autocast_is_on": lambda _: mode.dtype is not None, "without_autocast": without}
-    for module in [m for name, m in sys.modules.items() if name.startswith("equiseg_fast")]:
-        changes += [(module, name, ours[name]) for name in ours.keys() & vars(module).keys()]
-    with ExitStack() as stack:
-        for change in changes:
-            stack.enter_context(patch.object(*change))
-        stack.enter_context(_config.patch(meta_nonzero_assume_all_nonzero=True))
-        stack.enter_context(mode)
+    with (
+        patch.object(torch, "autocast", region),
+        patch.object(torch, "get_autocast_dtype", lambda _: mode.dtype),
+        patch.object(torch, "is_autocast_enabled", lambda *_: mode.dtype is not None),
+        patch.object(_registry, "_has_autocast", lambda _: True),
+        _config.patch(meta_nonzero_assume_all_nonzero=True),
+        mode,
+    ):
         yield
 
 
@@ -151,15 +141,18 @@ FUSED = {"pointwise", "transposing copy"}
 
 @dataclass(frozen=True)
 class Call:
-    """A launch of ours, or a call of a stock operator, with the kernels that CUDA makes of it.
+    """A launch of ours, or a call of a stock operator that does more than make a view or allocate,
+    with the kernels that CUDA makes of it.
+
     phase: "fwd", or "bwd" for what autograd runs. module: in whose forward it was called, or the
-    node recorded that calls it. cost: of an operation of ours that was not looked into."""
+    node recorded that calls it. cost: of an operation of ours that was not looked into.
+    """
 
     name: str
     ours: bool
     phase: str
-    kernels: tuple[Kernel, ...]
-    module: str = ""
+    module: str
+    kernels: tuple[Kernel, ...] = ()
     cost: Work | None = None
 
     @property
@@ -176,10 +169,9 @@ class Call:
 
 
 class KernelCounter(TorchDispatchMode):
-    """Notes calls in their order. whole: our operations count as one call each, with the cost of
-    their cases, and Triton need not be installed; otherwise they are looked into."""
+    """Notes calls in their order; see `counting`."""
 
-    def __init__(self, whole: bool = False) -> None:
+    def __init__(self, whole: bool) -> None:
         super().__init__()
         self.calls: list[Call] = []
         self.whole = whole
@@ -196,30 +188,29 @@ class KernelCounter(TorchDispatchMode):
         """Calls of stock operators by name."""
         return Counter(call.name for call in self.calls if not call.ours)
 
-    def kernels(self, phase: str = "") -> list[Kernel]:
-        """Of one phase, or of all."""
-        return [k for call in self.calls if phase in ("", call.phase) for k in call.kernels]
+    def kernels(self) -> list[Kernel]:
+        return [k for call in self.calls for k in call.kernels]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
+        ours = func.namespace == "equiseg_fast"
         # The node of this call, if it has one, is the last that was made.
         self._recorded[torch._C._autograd._get_sequence_nr() - 1] = self._inside[-1]
-        if func.namespace == "equiseg_fast" and self.whole:
-            out = func(*args, **kwargs)
-            self._add(name, True, (), _operation(func, args, out))
-            return out
-        with self:
-            if func.namespace == "equiseg_fast":
-                return LAUNCHERS[name](*args, **kwargs)
-            # Inside our operations nothing has taken composite ones like `contiguous` apart yet.
-            result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+        if not (ours and self.whole):
+            with self:
+                if ours:
+                    return _registry.LAUNCHERS[name](*args, **kwargs)
+                # Inside our operations nothing has taken composite ones like `contiguous` apart.
+                result = func.decompose(*args, **kwargs)
+                if result is not NotImplemented:
+                    return result
         out = func(*args, **kwargs)
-        if kernel_work.launches_kernel(func):
+        if ours:
+            self._add(name, True, cost=_operation(func, args, out))
+        elif kernel_work.launches_kernel(func):
             self._add(name, False, kernel_work.stock(func, args, kwargs, out))
         return out
 
@@ -228,14 +219,12 @@ class KernelCounter(TorchDispatchMode):
         name = _name(kernel)
         self._add(name, True, (kernel_work.ours(name, grid, args, options),))
 
-    def _add(
-        self, name: str, ours: bool, kernels: tuple[Kernel, ...], cost: Work | None = None
-    ) -> None:
+    def _add(self, name: str, ours: bool, *made: Any, **more: Any) -> None:
         phase, module = "fwd", self._inside[-1]
         if torch._C._current_graph_task_id() != -1:
             node = torch._C._current_autograd_node()
             phase, module = "bwd", self._recorded.get(node._sequence_nr(), "") if node else ""
-        self.calls.append(Call(name, ours, phase, kernels, module, cost))
+        self.calls.append(Call(name, ours, phase, module, *made, **more))
 
     @contextmanager
     def naming(self, root: nn.Module | None) -> Iterator[None]:
@@ -293,23 +282,18 @@ def launching(
 
 
 @contextmanager
-def counting(facts: tuple[int, int] | None = None) -> Iterator[KernelCounter]:
+def counting(
+    facts: tuple[int, int] | None = None, root: nn.Module | None = None
+) -> Iterator[KernelCounter]:
     """Count what runs inside, forward or backward, as if its tensors were on a GPU.
 
-    Tensors are on the CPU or on "meta"; what our kernels would compute is left uninitialised. The
-    Triton backend is the default. facts: (architecture, number of SMs) of the GPU, for example
-    (90, 132); None for the choices of the interpreter.
+    facts: of the GPU, as in `H100`, whose launches are counted; None counts our operations as one
+    call each, with the cost of their cases, and needs no Triton. What ours would compute is left
+    uninitialised. root: names the modules of calls.
     """
-    counter = KernelCounter()
-    with launching(lambda _: counter.launch, facts), as_on_gpu("triton"), counter:
-        yield counter
-
-
-@contextmanager
-def counting_operations(root: nn.Module | None = None) -> Iterator[KernelCounter]:
-    """As `counting`, with operations of ours as one call each. root: names the modules of calls."""
-    counter = KernelCounter(whole=True)
-    with as_on_gpu("triton"), counter.naming(root), counter:
+    counter = KernelCounter(whole=facts is None)
+    launches = launching(lambda _: counter.launch, facts) if facts else nullcontext()
+    with launches, as_on_gpu("triton"), counter.naming(root), counter:
         yield counter
 
 
@@ -336,16 +320,11 @@ def count(
 ) -> list[Call]:  # fmt: skip
     """The calls of one provider on one case at its full size.
 
-    graph: whether one is recorded, with the backward to all leaves behind it. facts: as for
-    `counting`; None counts our operations as one call each, with the cost of their cases.
+    graph: whether one is recorded, with the backward to all leaves behind. facts: see `counting`.
     """
-    root = _problem(op, shape, dtype).root
     autocast = None if op.scope == "operation" else dtype
-    with (
-        on_meta(autocast),
-        torch.set_grad_enabled(graph),
-        counting(facts) if facts else counting_operations(root) as counter,
-    ):
+    root = _problem(op, shape, dtype).root
+    with on_meta(autocast), torch.set_grad_enabled(graph), counting(facts, root) as counter:
         run_case(op, shape, dtype, provider, graph)
     return counter.calls
 
@@ -383,50 +362,3 @@ def recorded() -> Iterator[list[str]]:
 
 def _name(kernel: Any) -> str:
     return kernel.__name__.strip("_").removesuffix("_kernel")
-
-
-# ---- the cross-modal block, for reports ---------------------------------------------------------
-
-MODALITIES = 4
-SIZE = 8
-"""Height and width of the map."""
-
-
-@dataclass(frozen=True)
-class Row:
-    """Kernels of one forward of a part of EQUISeg-B0, in inference with all modalities."""
-
-    stage: int
-    part: str
-    provider: str
-    fused: int
-    stock: int
-
-    @property
-    def total(self) -> int:
-        return self.fused + self.stock
-
-
-def cross_modal_blocks(stages: Iterable[int] = (1, 2, 3, 4)) -> list[Row]:
-    """Cross-modal blocks and the gates behind them: the eager baseline, ours, and ours folded."""
-    model = EQUISeg.from_name("b0", num_classes=25, drop_path=0.0, head_dropout=0.0).eval()
-    folded = EQUISeg.from_name("b0", num_classes=25).fold_()
-    size = (SIZE, SIZE)
-    rows = []
-    for s in (stage - 1 for stage in stages):
-        x, y = torch.randn(2, MODALITIES, 1, SIZE * SIZE, model.config.dims[s])
-        maps = [tokens.mT.unflatten(-1, size).contiguous() for tokens in x]
-        block, eager = model.fusion[s], baseline_model
-        calls: dict[tuple[str, str], Callable[[], Any]] = {
-            ("block", "baseline"): partial(eager.cross_modal_block, block, maps, list(y), *size),
-            ("block", "ours"): partial(block, x, y, *size),
-            ("block", "ours, folded"): partial(folded.fusion[s], x, y, *size),
-            ("gate", "baseline"): partial(eager.balance, model.gates[s], list(y)),
-            ("gate", "ours"): partial(model._balance, s, y, None),
-        }
-        for (part, provider), call in calls.items():
-            with torch.no_grad(), counting() as counter:
-                call()
-            fused, stock = counter.fused.total(), counter.stock.total()
-            rows.append(Row(s + 1, part, provider, fused, stock))
-    return rows
