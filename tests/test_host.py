@@ -66,17 +66,6 @@ class TestLimits:
 
 
 class TestMeasurement:
-    def test_parts_make_up_the_whole(self) -> None:
-        fwd, train, bwd = host.measure(CPU, ("guided_gate",), repeats=2)
-        assert list(fwd.parts) == ["checks", "choice", "dispatcher", "arguments"]
-        assert list(train.parts) == ["checks", "choice", "graph", "dispatcher", "arguments"]
-        assert list(bwd.parts) == ["engine and node", "dispatcher", "arguments"]
-        for time in (fwd, train, bwd):
-            assert sum(time.parts.values()) == pytest.approx(time.min_us)
-            assert 0 < time.min_us <= time.us
-            assert time.ratio == time.min_us / time.min_add_us
-            assert not time.launched
-
     def test_kernels_are_not_launched_but_asked_for_as_on_an_h100(
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
@@ -89,10 +78,6 @@ class TestMeasurement:
         assert config != gate_kernels.guided_gate_fwd_config(0, host.DTYPE.itemsize, *shape)
         forward = [k for k in seen if "BLOCK_L" in k and "NEEDS_DX" not in k]
         assert {k["BLOCK_L"] for k in forward} == {config.block_l}
-
-    def test_blocks_have_no_floor(self) -> None:
-        times = host.measure(CPU, ("encoder block",), repeats=1)
-        assert [(t.floor_us, t.parts) for t in times] == [(None, {})] * 3
 
     def test_nothing_stays_changed(self, request: pytest.FixtureRequest) -> None:
         request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
@@ -112,21 +97,26 @@ class TestMeasurement:
         assert benchmark_main([*args, str(out)]) == 0
         shown = capsys.readouterr().out
         assert "without Triton's launcher" in shown
-        assert "guided_gate fwd_train" in shown
-        content = json.loads(out.read_text())
-        assert content["env"]["device"]
-        assert [t["mode"] for t in content["times"]] == list(host.MODES)
-        assert all(t["ratio"] > 0 and t["floor_us"] > 0 for t in content["times"])
+        assert json.loads(out.read_text())["env"]["device"]
+        times = host.read(out)
+        assert [time.mode for time in times] == list(host.MODES)
+        for time in times:
+            assert 0 < time.min_us <= time.us
+            assert time.floor_us > 0
+            assert f"{time.min_us / time.min_add_us:.0f}" in host.cells(time)
 
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"op": ("model",)}, "--op must be among attention, .*encoder block; got 'model'"),
+            (
+                {"op": ("model",)},
+                "--op must be among attention, .*upsample_cross_entropy; got 'model'",
+            ),
             ({"repeats": 0}, "--repeats must be at least 1; got 0"),
         ],
     )
     def test_bad_options(self, change: dict[str, Any], message: str) -> None:
-        given = {"op": (), "device": "cpu", "repeats": 1, "out": None, "dry_run": False}
+        given = {"op": host.OPS, "device": "cpu", "repeats": 1, "out": None, "dry_run": False}
         args = Namespace(**given | change)
         with pytest.raises(ValueError, match=message):
             host.main(args, Console(quiet=True))

@@ -1,12 +1,10 @@
 """How long the host works for a call of an operation, beside `torch.add` and beside a floor.
 
-Three modes: `fwd`, without gradients; `fwd_train`, recording a graph; `bwd`, the gradients of all
-inputs, with the start of PyTorch's engine. On a GPU calls are enqueued and not waited for. Without
-one our launchers see a device with the figures of an H100 and launch nothing, so the time has
-neither Triton's launcher nor the driver in it, but stock operators, which really run, in one thread
-of the CPU. The floor is what PyTorch asks for any operation called from Python: the same through an
-operation of the same schema that only allocates its results, under an `autograd.Function` that only
-saves its inputs.
+On a GPU calls are enqueued and not waited for. Without one our launchers see an H100 and launch
+nothing: neither Triton's launcher nor the driver is in the time, but stock operators are, which
+really run, in one thread. The floor is what PyTorch asks for any operation called from Python: the
+same through an operation of that schema that only allocates its results, under an
+`autograd.Function` that only saves its inputs.
 """
 
 from __future__ import annotations
@@ -15,13 +13,11 @@ import argparse
 import gc
 import itertools
 import json
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
-from time import perf_counter
 from typing import Any
 from unittest.mock import patch
 
@@ -37,7 +33,7 @@ from benchmarks.command.options import choose_device, names, to_path
 from benchmarks.command.table import FittedTable
 from benchmarks.measure.launches import H100, launching
 from benchmarks.measure.record import environment
-from benchmarks.measure.timing import call_in_mode
+from benchmarks.measure.timing import Call, call_in_mode, measure_cpu
 from equiseg_fast import use_backend
 from equiseg_fast.ops import _backend
 
@@ -46,6 +42,7 @@ FILE = "host.json"
 SHAPE = Shape("b0", 1, 32, 32, modalities=4)
 DTYPE = torch.bfloat16
 MODES = ("fwd", "fwd_train", "bwd")
+"""Without a graph, recording one, and the gradients of all inputs with the start of the engine."""
 CALLS = 10
 """In a row; few enough that no queue of a GPU is ever full."""
 OPS = tuple(name for name, op in operations().items() if op.scope == "operation")
@@ -54,11 +51,9 @@ COLUMNS = ("operation", "mode", "median us", "least us", "x torch.add", "floor u
 
 @dataclass
 class HostTime:
-    """Microseconds of the host for one call in a mode: median and least over the rounds.
-
-    min_add_us: least of `torch.add` in these rounds. floor_us: least of the floor, None where the
-    call is more than one operation. launched: whether Triton's launcher is included.
-    """
+    """Microseconds of the host for one call: median and least over the rounds, the least of
+    `torch.add` in these rounds and of the floor (None where the call is more than one operation).
+    launched: whether Triton's launcher is included."""
 
     op: str
     mode: str
@@ -101,43 +96,36 @@ def _nothing(*_: Any, **__: Any) -> None:
 def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime]:
     problem = operations()[name].build(SHAPE, DTYPE, device, 0)
     forward, leaves = problem.calls["triton"], list(problem.leaves.values())
-    calls: dict[str, Callable[[], Any]] = {m: call_in_mode(forward, leaves, m) for m in MODES}
-    calls["fwd"] = forward  # under one no_grad for all calls, which costs as much as torch.add
-    with _Captured() as captured:
+    calls = {mode: call_in_mode(forward, leaves, mode) for mode in MODES} | {"fwd": forward}
+    with _Idle() as idle:
         call_in_mode(forward, leaves, "step")()
-    called = [operation.overloadpacket.__name__ for operation, _, _ in captured.calls]
-    if called == [f"{name}_fwd", f"{name}_bwd"]:
-        calls |= {f"floor {mode}": call for mode, call in _floors(captured, leaves).items()}
+    if list(idle.calls) == [f"{name}_fwd", f"{name}_bwd"]:
+        floors = _floors(*idle.calls.values(), leaves)
+        calls |= {f"floor {mode}": call for mode, call in floors.items()}
     small = torch.ones(8, device=device)
     calls["add"] = partial(torch.add, small, small)
-    times = _timed(calls, device, repeats)
-    least = {call: min(found) for call, found in times.items()}
+    rows = {call: _in_a_row(calls[call], call.endswith(("fwd_train", "bwd"))) for call in calls}
+    for warm_up in rows.values():
+        warm_up()
+    times = measure_cpu(rows, seconds=0, rounds=(repeats, repeats))
+    least = {call: time.min_us / CALLS for call, time in times.items()}
     return [
         HostTime(
-            name, mode, statistics.median(times[mode]), least[mode], least["add"],
+            name, mode, times[mode].p50_us / CALLS, least[mode], least["add"],
             least.get(f"floor {mode}"), device.type == "cuda",
         )
         for mode in MODES
     ]  # fmt: skip
 
 
-def _timed(
-    calls: Mapping[str, Callable[[], Any]], device: torch.device, repeats: int
-) -> dict[str, list[float]]:
-    """Microseconds per call in every round; one round makes each call CALLS times."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for i in range(-2, repeats):  # two rounds to warm up
-        for name, call in calls.items():
-            if device.type == "cuda":
-                torch.cuda.synchronize(device)
-            with torch.set_grad_enabled(name.removeprefix("floor ") in ("fwd_train", "bwd")):
-                begin = perf_counter()
-                for _ in range(CALLS):
-                    call()
-                seconds = perf_counter() - begin
-            if i >= 0:
-                times[name].append(1e6 * seconds / CALLS)
-    return times
+def _in_a_row(call: Call, grad: bool) -> Call:
+    def calls() -> None:
+        # Once for all calls, because it costs as much as torch.add.
+        with torch.set_grad_enabled(grad):
+            for _ in range(CALLS):
+                call()
+
+    return calls
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -195,20 +183,21 @@ def cells(time: HostTime) -> tuple[str, ...]:
 # ---- the floor ----------------------------------------------------------------------------------
 
 
-class _Captured(TorchDispatchMode):
-    """Calls of our registered operations, with their arguments and results."""
+class _Idle(TorchDispatchMode):
+    """For every call of our registered operations one of an operation of the same schema that
+    allocates such results and does nothing else, by name."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, Sequence[Any], Sequence[Tensor]]] = []
+        self.calls: dict[str, Call] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
     ) -> Any:
         results = func(*args, **(kwargs or {}))
         if func.namespace == "equiseg_fast":
-            several = (results,) if isinstance(results, Tensor) else results
-            self.calls.append((func, args, several))
+            name = func.overloadpacket.__name__
+            self.calls[name] = partial(_allocating(name, func._schema, results), *args)
         return results
 
 
@@ -216,29 +205,24 @@ _NUMBER = itertools.count()
 _FLOOR = torch.library.Library("equiseg_fast_floor", "FRAGMENT")
 
 
-def _floor_operation(operation: Any, results: Sequence[Tensor]) -> Any:
-    """An operation of the same schema that allocates such results and does nothing else."""
-    like = [(x.shape, x.dtype, x.device) for x in results]
+def _allocating(known: str, schema: Any, results: Any) -> Any:
+    several = (results,) if isinstance(results, Tensor) else results
+    like = [(x.shape, x.dtype, x.device) for x in several]
 
     def allocate(*_: Any) -> Any:
         made = tuple(torch.empty(s, dtype=t, device=d) for s, t, d in like)
         return made if len(made) > 1 else made[0]
 
-    known = operation.overloadpacket.__name__
     name = f"{known}_{next(_NUMBER)}"  # what is registered stays registered
-    _FLOOR.define(name + str(operation._schema).partition(known)[2])
+    _FLOOR.define(name + str(schema).partition(known)[2])
     for key in ("CPU", "CUDA"):
         _FLOOR.impl(name, allocate, key)
     return getattr(torch.ops.equiseg_fast_floor, name).default
 
 
-def _floors(captured: _Captured, leaves: Sequence[Tensor]) -> dict[str, Callable[[], Any]]:
-    """The modes through operations that do nothing, for a captured forward and backward."""
-    one, other = (
-        partial(_floor_operation(operation, results), *args)
-        for operation, args, results in captured.calls
-    )
-    gradients = [torch.empty_like(x) for x in leaves]
+def _floors(one: Call, other: Call, leaves: Sequence[Tensor]) -> dict[str, Call]:
+    """The modes through two operations that do nothing, forward and backward."""
+    gradients = tuple(torch.empty_like(x) for x in leaves)
 
     class Floor(torch.autograd.Function):
         @staticmethod
@@ -250,7 +234,7 @@ def _floors(captured: _Captured, leaves: Sequence[Tensor]) -> dict[str, Callable
         def backward(ctx: Any, *_: Any) -> Any:
             ctx.saved_tensors  # noqa: B018 (unpacking them has a cost)
             other()
-            return tuple(gradients)
+            return gradients
 
     def call() -> Outputs:
         outputs = Floor.apply(*leaves)

@@ -119,17 +119,14 @@ def external_commands(case: Case, args: argparse.Namespace, out: Path) -> list[s
     """Commands for ncu and nsys that profile the same calls on a GPU."""
     shape = ",".join(f"{name}={value}" for name, value in asdict(case.shape).items())
     same = (
-        "python", "-m", "benchmarks", "profile", "--op", case.op.name, "--mode", case.modes[0],
-        "--dtype", case.dtype, "--provider", args.provider or "triton", "--suite", args.suite,
-        "--at", shape, "--seed", str(args.seed), "--device", "cuda", "--only-calls",
-    )  # fmt: skip
-    ncu = (
-        "ncu", "--set", "full", "--clock-control", "none", "--profile-from-start", "off",
-        "--force-overwrite", "--export", f"{out}/kernels", *same, "1",
-    )  # fmt: skip
-    nsys = (
-        "nsys", "profile", "--trace", "cuda,nvtx", "--capture-range", "cudaProfilerApi",
-        "--force-overwrite", "true", "--output", f"{out}/timeline", *same, str(CALLS),
-    )  # fmt: skip
-    folder = shlex.join(("mkdir", "-p", str(out)))
-    return [f"{folder} && {shlex.join(command)}" for command in (ncu, nsys)]
+        f"python -m benchmarks profile --op {case.op.name} --mode {case.modes[0]} "
+        f"--dtype {case.dtype} --provider {args.provider or 'triton'} --suite {args.suite} "
+        f"--at {shape} --seed {args.seed} --device cuda --only-calls"
+    )
+    folder = shlex.quote(str(out))
+    return [
+        f"mkdir -p {folder} && ncu --set full --clock-control none --profile-from-start off "
+        f"--force-overwrite --export {folder}/kernels {same} 1",
+        f"mkdir -p {folder} && nsys profile --trace cuda,nvtx --capture-range cudaProfilerApi "
+        f"--force-overwrite true --output {folder}/timeline {same} {CALLS}",
+    ]
