@@ -135,9 +135,9 @@ def test_parts_add_up_to_the_multiply_adds_of_the_model(
         names = [f"m{i}" for i in range(modalities)]
         model = EQUISeg.from_name(variant, modalities=names, num_classes=25, fold_head=False).eval()
         images = torch.empty(modalities, 1, 3, size, size)
-        with torch.no_grad(), counting() as counter:
+        with torch.no_grad(), counting() as calls:
             model(images)
-    matrix = sum(work.matrix for call in counter.calls for work in call.works)
+    matrix = sum(work.matrix for call in calls for work in call.works)
     assert (matrix / 2 + stencils(shape)) / 1e9 == pytest.approx(gmac, abs=1e-3)
 
 

@@ -82,14 +82,12 @@ class TestMeasurement:
     def test_nothing_stays_changed(self, request: pytest.FixtureRequest) -> None:
         request.addfinalizer(partial(torch.set_num_threads, torch.get_num_threads()))
         torch.set_num_threads(2)
-        before = torch.get_num_threads(), gc.isenabled(), _backend.INTERPRET, _backend.current()
+        before = torch.get_num_threads(), _backend.INTERPRET, _backend.current()
         with pytest.raises(ValueError, match="stop"), host._ready(CPU):
             raise ValueError("stop")
         assert gate_kernels.launch is _common.launch
         assert gate_kernels.device_facts is _common.device_facts
-        assert before == (
-            torch.get_num_threads(), gc.isenabled(), _backend.INTERPRET, _backend.current()
-        )  # fmt: skip
+        assert before == (torch.get_num_threads(), _backend.INTERPRET, _backend.current())
 
     def test_command(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         out = tmp_path / "host.json"

@@ -10,7 +10,6 @@ same through an operation of that schema that only allocates its results, under 
 from __future__ import annotations
 
 import argparse
-import gc
 import itertools
 import json
 from collections.abc import Iterator, Sequence
@@ -74,14 +73,11 @@ def measure(device: torch.device, ops: Sequence[str] = OPS, repeats: int = 30) -
 
 @contextmanager
 def _ready(device: torch.device) -> Iterator[None]:
-    """Our backend, no garbage collection; without a GPU one thread, and launches of nothing."""
+    """Our backend; without a GPU one thread, and launches of nothing."""
     with ExitStack() as stack:
         stack.enter_context(use_backend("triton"))
-        stack.callback(torch.set_num_threads, torch.get_num_threads())
-        if gc.isenabled():
-            stack.callback(gc.enable)
-            gc.disable()
         if device.type != "cuda":
+            stack.callback(torch.set_num_threads, torch.get_num_threads())
             torch.set_num_threads(1)
             # so that tensors on the CPU are taken for ours
             stack.enter_context(patch.object(_backend, "INTERPRET", True))
@@ -178,9 +174,6 @@ def cells(time: HostTime) -> tuple[str, ...]:
     floor = "" if time.floor_us is None else f"{time.floor_us:.0f}"
     numbers = (time.us, time.min_us, time.min_us / time.min_add_us)
     return (time.op, time.mode, *(f"{x:.0f}" for x in numbers), floor)
-
-
-# ---- the floor ----------------------------------------------------------------------------------
 
 
 class _Idle(TorchDispatchMode):

@@ -7,7 +7,6 @@ not matter here). The number of calls does not depend on the size of the map.
 from __future__ import annotations
 
 import importlib
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, replace
@@ -22,6 +21,7 @@ from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map_only
 
 from benchmarks.cases import operations
 from benchmarks.cases.common.cost import Cost, Work
@@ -53,9 +53,6 @@ READ_BY_HOST = {"item": 1, "__bool__": True, "__int__": 1}
 """What the host reads where it waits for a value, by the name of the method."""
 
 
-# ---- tensors without memory ---------------------------------------------------------------------
-
-
 class _Meta(TorchFunctionMode):
     """Makes tensors on "meta", casts as CUDA's autocast to `dtype` would (None: does not), and
     attends as FlashAttention does, which the choice of a backend would not find there."""
@@ -77,20 +74,13 @@ class _Meta(TorchFunctionMode):
             return READ_BY_HOST[name]
         if self.dtype and name in TO_HALF | TO_SINGLE and "dtype" not in kwargs:
             wanted = self.dtype if name in TO_HALF else torch.float32
-            args, kwargs = _cast(args, wanted, self.dtype), _cast(kwargs, wanted, self.dtype)
+            known = (self.dtype, torch.float32)
+            args, kwargs = tree_map_only(
+                Tensor, lambda x: x.to(wanted) if x.dtype in known else x, (args, kwargs)
+            )
         if name == "scaled_dot_product_attention" and args[0].element_size() == 2:
             return torch.ops.aten._scaled_dot_product_flash_attention(*args[:3], **kwargs)[0]
         return func(*args, **kwargs)
-
-
-def _cast(values: Any, wanted: torch.dtype, half: torch.dtype) -> Any:
-    if isinstance(values, Tensor) and values.dtype in (torch.float32, half):
-        return values.to(wanted)
-    if isinstance(values, dict):
-        return {name: _cast(x, wanted, half) for name, x in values.items()}
-    if isinstance(values, list | tuple):
-        return type(values)(_cast(x, wanted, half) for x in values)
-    return values
 
 
 @contextmanager
@@ -133,8 +123,6 @@ def as_on_gpu(backend: str) -> Iterator[None]:
         yield
 
 
-# ---- calls --------------------------------------------------------------------------------------
-
 FUSED = {"pointwise", "transposing copy"}
 """Kinds of kernels that a floor leaves out: a compiler can fuse them into a neighbour."""
 
@@ -152,8 +140,8 @@ class Call:
     ours: bool
     phase: str
     module: str
-    kernels: tuple[Kernel, ...] = ()
-    cost: Work | None = None
+    kernels: tuple[Kernel, ...]
+    cost: Work | None
 
     @property
     def works(self) -> list[Work]:
@@ -168,7 +156,7 @@ class Call:
         ]
 
 
-class KernelCounter(TorchDispatchMode):
+class _Counter(TorchDispatchMode):
     """Notes calls in their order; see `counting`."""
 
     def __init__(self, whole: bool) -> None:
@@ -177,19 +165,6 @@ class KernelCounter(TorchDispatchMode):
         self.whole = whole
         self._inside = [""]
         self._recorded: dict[int, str] = {}
-
-    @property
-    def fused(self) -> Counter[str]:
-        """Launches of ours by name."""
-        return Counter(call.name for call in self.calls if call.ours)
-
-    @property
-    def stock(self) -> Counter[str]:
-        """Calls of stock operators by name."""
-        return Counter(call.name for call in self.calls if not call.ours)
-
-    def kernels(self) -> list[Kernel]:
-        return [k for call in self.calls for k in call.kernels]
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -219,12 +194,14 @@ class KernelCounter(TorchDispatchMode):
         name = _name(kernel)
         self._add(name, True, (kernel_work.ours(name, grid, args, options),))
 
-    def _add(self, name: str, ours: bool, *made: Any, **more: Any) -> None:
+    def _add(
+        self, name: str, ours: bool, kernels: tuple[Kernel, ...] = (), cost: Work | None = None
+    ) -> None:
         phase, module = "fwd", self._inside[-1]
         if torch._C._current_graph_task_id() != -1:
             node = torch._C._current_autograd_node()
             phase, module = "bwd", self._recorded.get(node._sequence_nr(), "") if node else ""
-        self.calls.append(Call(name, ours, phase, module, *made, **more))
+        self.calls.append(Call(name, ours, phase, module, kernels, cost))
 
     @contextmanager
     def naming(self, root: nn.Module | None) -> Iterator[None]:
@@ -284,17 +261,17 @@ def launching(
 @contextmanager
 def counting(
     facts: tuple[int, int] | None = None, root: nn.Module | None = None
-) -> Iterator[KernelCounter]:
-    """Count what runs inside, forward or backward, as if its tensors were on a GPU.
+) -> Iterator[list[Call]]:
+    """What is called inside, forward or backward, as if its tensors were on a GPU, in this order.
 
     facts: of the GPU, as in `H100`, whose launches are counted; None counts our operations as one
     call each, with the cost of their cases, and needs no Triton. What ours would compute is left
     uninitialised. root: names the modules of calls.
     """
-    counter = KernelCounter(whole=facts is None)
+    counter = _Counter(whole=facts is None)
     launches = launching(lambda _: counter.launch, facts) if facts else nullcontext()
     with launches, as_on_gpu("triton"), counter.naming(root), counter:
-        yield counter
+        yield counter.calls
 
 
 @cache
@@ -324,9 +301,9 @@ def count(
     """
     autocast = None if op.scope == "operation" else dtype
     root = _problem(op, shape, dtype).root
-    with on_meta(autocast), torch.set_grad_enabled(graph), counting(facts, root) as counter:
+    with on_meta(autocast), torch.set_grad_enabled(graph), counting(facts, root) as calls:
         run_case(op, shape, dtype, provider, graph)
-    return counter.calls
+    return calls
 
 
 def cost_of(op: Op, shape: Shape, itemsize: int) -> Cost:

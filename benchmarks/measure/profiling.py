@@ -23,7 +23,7 @@ from benchmarks.measure.plan import Case, Options, dry_run, plan, shape_argument
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES
 
-WARM_UP, CALLS = 3, 10
+CALLS = 10
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +66,9 @@ def main(args: argparse.Namespace, console: Console) -> int:
             outputs.writable(out, "trace.json")
         runner = Runner(options)
         with runner.stream():
-            call = _warm_call(runner, case)
+            call = _checked(runner, case)
+            for _ in range(3):
+                call()
             if args.only_calls:
                 _only_calls(call, args.only_calls)
                 return 0
@@ -79,7 +81,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
     return 0
 
 
-def _warm_call(runner: Runner, case: Case) -> Callable[[], Any]:
+def _checked(runner: Runner, case: Case) -> Callable[[], Any]:
+    """The call, once its results were found right."""
     (provider,), (mode,) = case.providers, case.modes
     prepared = runner.prepare(case)
     prepared.check(provider)
@@ -87,10 +90,7 @@ def _warm_call(runner: Runner, case: Case) -> Callable[[], Any]:
     row = prepared.record(provider, mode)
     if row.status != "ok":
         raise RuntimeError(f"{case.label} {mode} {provider}: {row.status}: {row.reason}")
-    call = calls[provider][0]
-    for _ in range(WARM_UP):
-        call()
-    return call
+    return calls[provider][0]
 
 
 def _only_calls(call: Callable[[], Any], number: int) -> None:
