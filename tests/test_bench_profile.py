@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ import pytest
 from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Problem
+from benchmarks.command.options import ROOT
 from benchmarks.measure import profiling
 
 HERE = ["--at", "height=64,width=96", "--device", "cpu"]
@@ -30,28 +31,14 @@ def test_operators_and_trace(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     assert sum(e["name"] == "aten::convolution_backward" for e in events) == profiling.CALLS
 
 
-def test_commands_of_the_gpu_profilers_name_the_very_case(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    out = tmp_path / "with space"
-    chosen = ["profile", "--op", "add_layer_norm", "--mode", "bwd", "--dtype", "bf16"]
-    chosen += ["--suite", "core", "--shape", "stage=3,variant=b0,modalities=4", "--at", "batch=2"]
-    chosen += ["--seed", "7"]
-    assert main([*chosen, "--device", "cuda", "--dry-run", "--out", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert not out.exists()
-    commands = [line.strip() for line in text.splitlines() if "--only-calls" in line]
-    for tool, command in zip(("ncu", "nsys"), commands, strict=True):
-        words = shlex.split(command)
-        assert words[:5] == ["mkdir", "-p", str(out), "&&", tool]
-        again = words[words.index("benchmarks") + 1 :]
-        # Pasted, the command says that it would profile the same.
-        assert main([*again, "--dry-run"]) == 0
-        first = capsys.readouterr().out.splitlines()[0]
-        assert first == text.splitlines()[0]
-    assert first == "add_layer_norm b0 s3 512x512 B2 M4 bf16 bwd triton on cuda"
-    assert "--seed 7" in commands[0]
-    assert "--clock-control none" in commands[0]
+def test_commands_for_the_gpu_profilers_are_understood(capsys: pytest.CaptureFixture[str]) -> None:
+    text = (ROOT / "docs" / "benchmarks.md").read_text()
+    for number in ("1", "10"):
+        (command,) = re.findall(f"python -m benchmarks (profile .*--only-calls {number})\n", text)
+        assert main([*command.split(), "--dry-run"]) == 0
+        first, case, *_ = capsys.readouterr().out.splitlines()
+        assert first == "attention b0 s2 480x736 B1 M3 fp32 fwd triton on cuda"
+        assert case.endswith("fwd: triton")
 
 
 def test_nothing_wrong_is_profiled(
