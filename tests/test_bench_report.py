@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from time import perf_counter, sleep
@@ -14,7 +13,7 @@ from rich.console import Console
 
 from benchmarks.__main__ import main
 from benchmarks.cases.common.problem import Shape
-from benchmarks.measure import breakdown, host
+from benchmarks.measure import breakdown
 from benchmarks.measure.record import Record, write_jsonl
 from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import analysis, plots, report, terminal
@@ -288,18 +287,3 @@ def test_breakdown_of_a_run_is_part_of_its_report(
     with pytest.raises(SystemExit):
         main(["breakdown", str(tmp_path), "--device", "cpu"])
     assert "must have times of the operation model" in capsys.readouterr().err
-
-
-def test_host_times_beside_the_records_are_a_section(tmp_path: Path) -> None:
-    times = [
-        host.HostTime("add_layer_norm", "fwd", 12.4, 10.2, 1.0, 4.0, False),
-        host.HostTime("mix_ffn", "bwd", 300.0, 280.0, 2.0, None, False),
-    ]
-    content = {"times": [asdict(time) for time in times]}
-    (tmp_path / host.FILE).write_text(json.dumps(content))
-    assert host.read(tmp_path / host.FILE) == times
-    report.write(some_records(), {}, tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "Host time of a call, without Triton's launcher" in text
-    assert "| add_layer_norm | fwd | 12 | 10 | 10 | 4 |" in text
-    assert "| mix_ffn | bwd | 300 | 280 | 140 |  |" in text

@@ -211,19 +211,12 @@ def test_measured_rows_are_held_against_all_four_limits() -> None:
 # ---- predictions --------------------------------------------------------------------------------
 
 
-def test_floors_of_parts_and_stages_add_up() -> None:
+def test_floor_of_the_model_is_no_less_than_that_of_its_bytes() -> None:
     shape = Shape("b0", 0, 256, 256, 1, 4)
     limits = gpus.by_name("a100").limits
     for mode in ("fwd", "step"):
         works = roofline.model_works(shape, "bf16", mode)
-        groups = roofline.groups_of(works)
-        assert list(groups)[:2] == ["encoder, stage 1", "encoder, stage 2"]
-        assert "fusion, stage 4" in groups
-        assert sum(map(len, groups.values())) == len(works)
-        seconds = sum(limits.floor(members, "bf16") for members in groups.values())
-        whole = limits.floor(works, "bf16")
-        assert seconds == pytest.approx(whole)
-        assert whole >= total(works).bytes / limits.bandwidth
+        assert limits.floor(works, "bf16") >= total(works).bytes / limits.bandwidth
 
 
 def test_a_training_step_takes_longer_and_a_better_gpu_less(
@@ -282,14 +275,13 @@ def test_usage_errors_of_roofline(
     assert message in capsys.readouterr().err
 
 
-def test_roofline_dry_run_and_parts(capsys: pytest.CaptureFixture[str]) -> None:
+def test_roofline_dry_run(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["roofline", "--gpu", "b200", "--dry-run"]) == 0
     out = capsys.readouterr().out
     assert "nothing was computed" in out
     assert " ms" not in out
-    assert main(["roofline", "--gpu", "b200", "--size", "64x64", "--parts"]) == 0
+    assert main(["roofline", "--gpu", "b200", "--size", "64x64"]) == 0
     out = capsys.readouterr().out
-    assert "attn attention_fwd" in out
     assert "SMs" in out
     assert "148" in out
     assert "unconfirmed" in out

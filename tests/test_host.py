@@ -19,7 +19,7 @@ from torch import Tensor
 pytest.importorskip("triton", reason="host times are those of launching kernels")
 
 from benchmarks.__main__ import main as benchmark_main
-from benchmarks.measure import host
+from benchmarks.measure import host, launches
 from equiseg_fast import attention, guided_gate, use_backend
 from equiseg_fast.kernels import _common, _tuned, add_layer_norm, query_hub
 from equiseg_fast.kernels import guided_gate as gate_kernels
@@ -57,7 +57,7 @@ class TestLimits:
     def test_a_call_costs_few_times_what_pytorch_asks_for(self, op: str) -> None:
         for _ in range(4):  # a busy machine slows calls down, but never speeds them up
             times = host.measure(CPU, (op,), repeats=15)
-            over = {t.mode: round(t.min_us / t.floor_us, 2) for t in times if t.floor_us}
+            over = {t["mode"]: round(t["min_us"] / t["floor_us"], 2) for t in times}
             assert list(over) == list(host.MODES)
             limits = dict(zip(host.MODES, LIMITS.get(op, MOST), strict=True))
             if all(over[mode] <= limits[mode] for mode in over):
@@ -70,8 +70,11 @@ class TestMeasurement:
         self, monkeypatch: pytest.MonkeyPatch
     ) -> None:
         seen = []
-        nothing = host._nothing
-        monkeypatch.setattr(host, "_nothing", lambda *a, **k: (seen.append(k), nothing())[1])
+
+        def launching(_: Any, facts: tuple[int, int]) -> contextlib.AbstractContextManager[None]:
+            return launches.launching(lambda *_, **options: seen.append(options), facts)
+
+        monkeypatch.setattr(host, "launching", launching)
         host.measure(CPU, ("guided_gate",), repeats=1)
         shape = host.SHAPE.modalities, host.SHAPE.channels
         config = gate_kernels.guided_gate_fwd_config(90, host.DTYPE.itemsize, *shape)
@@ -95,13 +98,13 @@ class TestMeasurement:
         assert benchmark_main([*args, str(out)]) == 0
         shown = capsys.readouterr().out
         assert "without Triton's launcher" in shown
-        assert json.loads(out.read_text())["env"]["device"]
-        times = host.read(out)
-        assert [time.mode for time in times] == list(host.MODES)
-        for time in times:
-            assert 0 < time.min_us <= time.us
-            assert time.floor_us > 0
-            assert f"{time.min_us / time.min_add_us:.0f}" in host.cells(time)
+        content = json.loads(out.read_text())
+        assert content["env"]["device"]
+        assert [row["mode"] for row in content["times"]] == list(host.MODES)
+        for row, line in zip(content["times"], shown.splitlines()[-4:], strict=False):
+            assert 0 < row["min_us"] <= row["us"]
+            assert row["floor_us"] > 0
+            assert line.split()[4] == f"{row['min_us'] / row['min_add_us']:.0f}"
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -13,7 +13,6 @@ measured.
 from __future__ import annotations
 
 import argparse
-import re
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -33,37 +32,12 @@ if TYPE_CHECKING:
 
 LABEL = "prediction, not measured"
 MODES = {"fwd": "inference", "step": "training step"}
-GROUPS = {"encoder": "encoder", "fusion": "fusion", "gates": "gate", "head": "head", "": "the rest"}
-"""Parts of the model, by the name that their modules begin with."""
 
 
 def model_works(shape: Shape, dtype: str, mode: str) -> tuple[Work, ...]:
     """The calls of the whole model, in inference ("fwd") or a training step ("step")."""
     op = operations()["training" if mode == "step" else "model"]
     return cost_of(op, shape, DTYPES[dtype].itemsize).of(mode)
-
-
-def groups_of(works: Sequence[Work]) -> dict[str, list[Work]]:
-    """By part and stage, in the order of the model, e.g. "encoder, stage 1"."""
-    groups: dict[tuple[int, str], list[Work]] = {}
-    order = list(GROUPS)
-    for work in works:
-        known = re.match(r"(encoder)\.\D+(\d)|(fusion|gates)\.(\d)|(head)", work.part)
-        start, stage = ([x for x in known.groups() if x] + [""])[:2] if known else ("", "")
-        name = GROUPS[start]
-        if stage:
-            name += f", stage {int(stage) + (start != 'encoder')}"
-        groups.setdefault((order.index(start), name), []).append(work)
-    return {name: groups[place, name] for place, name in sorted(groups)}
-
-
-def _kinds_of(works: Sequence[Work]) -> dict[str, list[Work]]:
-    """By module, those of all blocks together, and call; e.g. "attn.q addmm"."""
-    kinds: dict[str, list[Work]] = {}
-    for work in works:
-        name = re.sub(r"^(encoder\.)?(block)?\w+(\.\d+)*\.?(?=.* )", "", work.part).strip()
-        kinds.setdefault(name, []).append(work)
-    return kinds
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,7 +53,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--calibration", type=to_path, metavar="FILE",
         help="of `calibrate`, instead of the datasheet",
     )  # fmt: skip
-    parser.add_argument("--parts", action="store_true", help="every call of every stage, too")
     parser.add_argument("--dry-run", action="store_true", help="only say what would be predicted")
 
 
@@ -121,16 +94,8 @@ def main(args: argparse.Namespace, console: Console) -> int:
 
     works = model_works(shape, args.dtype, args.mode)
     whole = limits.floor(works, args.dtype)
-    model = _table(f"whole model, {what}", "stage", *["part"] * args.parts)
-    blank = [""] * args.parts
-    for name, members in groups_of(works).items():
-        model.add_row(
-            name, *blank, *_cells(members, limits, args.dtype, whole), style="bold" * args.parts
-        )
-        for kind, calls in _kinds_of(members).items() if args.parts else ():
-            model.add_row("", kind, *_cells(calls, limits, args.dtype, whole))
-    model.end_section()
-    model.add_row("whole model", *blank, *_cells(works, limits, args.dtype, whole), style="bold")
+    model = _table(f"whole model, {what}", "stage")
+    model.add_row("whole model", *_cells(works, limits, args.dtype, whole), style="bold")
     console.print(model)
     work = total(works)
     console.print(

@@ -14,9 +14,7 @@ import itertools
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
@@ -36,39 +34,28 @@ from benchmarks.measure.timing import Call, call_in_mode, measure_cpu
 from equiseg_fast import use_backend
 from equiseg_fast.ops import _backend
 
-FILE = "host.json"
-"""Beside the records of a run, for its report."""
 SHAPE = Shape("b0", 1, 32, 32, modalities=4)
 DTYPE = torch.bfloat16
 MODES = ("fwd", "fwd_train", "bwd")
 """Without a graph, recording one, and the gradients of all inputs with the start of the engine."""
 CALLS = 10
-"""In a row; few enough that no queue of a GPU is ever full."""
+"""In a row. Inputs are so small that a GPU keeps up, and its queue is never full."""
 OPS = tuple(name for name, op in operations().items() if op.scope == "operation")
-COLUMNS = ("operation", "mode", "median us", "least us", "x torch.add", "floor us")
 
 
-@dataclass
-class HostTime:
-    """Microseconds of the host for one call: median and least over the rounds, the least of
-    `torch.add` in these rounds and of the floor (None where the call is more than one operation).
-    launched: whether Triton's launcher is included."""
+def measure(
+    device: torch.device, ops: Sequence[str] = OPS, repeats: int = 30
+) -> list[dict[str, Any]]:
+    """One row per operation and mode. repeats: rounds.
 
-    op: str
-    mode: str
-    us: float
-    min_us: float
-    min_add_us: float
-    floor_us: float | None
-    launched: bool
-
-
-def measure(device: torch.device, ops: Sequence[str] = OPS, repeats: int = 30) -> list[HostTime]:
-    """Host times of operations by name; repeats: rounds."""
+    Microseconds of one call: us and min_us, median and least over the rounds; min_add_us and
+    floor_us, the least of `torch.add` in these rounds and of the floor, None where the call is more
+    than one operation.
+    """
     if not _backend.TRITON_INSTALLED:
         raise ValueError("host times are those of launching kernels; triton is not installed")
     with _ready(device):
-        return [time for name in ops for time in _measure_one(name, device, repeats)]
+        return [row for name in ops for row in _measure_one(name, device, repeats)]
 
 
 @contextmanager
@@ -81,15 +68,11 @@ def _ready(device: torch.device) -> Iterator[None]:
             torch.set_num_threads(1)
             # so that tensors on the CPU are taken for ours
             stack.enter_context(patch.object(_backend, "INTERPRET", True))
-            stack.enter_context(launching(lambda _: _nothing, H100))
+            stack.enter_context(launching(lambda *_, **__: None, H100))
         yield
 
 
-def _nothing(*_: Any, **__: Any) -> None:
-    """Instead of a launch."""
-
-
-def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime]:
+def _measure_one(name: str, device: torch.device, repeats: int) -> list[dict[str, Any]]:
     problem = operations()[name].build(SHAPE, DTYPE, device, 0)
     forward, leaves = problem.calls["triton"], list(problem.leaves.values())
     calls = {mode: call_in_mode(forward, leaves, mode) for mode in MODES} | {"fwd": forward}
@@ -100,18 +83,22 @@ def _measure_one(name: str, device: torch.device, repeats: int) -> list[HostTime
         calls |= {f"floor {mode}": call for mode, call in floors.items()}
     small = torch.ones(8, device=device)
     calls["add"] = partial(torch.add, small, small)
-    rows = {call: _in_a_row(calls[call], call.endswith(("fwd_train", "bwd"))) for call in calls}
-    for warm_up in rows.values():
+    in_a_row = {c: _in_a_row(calls[c], c.endswith(("fwd_train", "bwd"))) for c in calls}
+    for warm_up in in_a_row.values():
         warm_up()
-    times = measure_cpu(rows, seconds=0, rounds=(repeats, repeats))
+    times = measure_cpu(in_a_row, seconds=0, rounds=(repeats, repeats))
     least = {call: time.min_us / CALLS for call, time in times.items()}
     return [
-        HostTime(
-            name, mode, times[mode].p50_us / CALLS, least[mode], least["add"],
-            least.get(f"floor {mode}"), device.type == "cuda",
-        )
+        {
+            "op": name,
+            "mode": mode,
+            "us": times[mode].p50_us / CALLS,
+            "min_us": least[mode],
+            "min_add_us": least["add"],
+            "floor_us": least.get(f"floor {mode}"),
+        }
         for mode in MODES
-    ]  # fmt: skip
+    ]
 
 
 def _in_a_row(call: Call, grad: bool) -> Call:
@@ -147,33 +134,21 @@ def main(args: argparse.Namespace, console: Console) -> int:
         return 0
     if args.out:
         outputs.writable_file(args.out)
-    times = measure(device, args.op, args.repeats)
-    table = FittedTable(COLUMNS, words=COLUMNS[:2], title=title(times))
-    for time in times:
-        table.add_row(*cells(time))
+    rows = measure(device, args.op, args.repeats)
+    columns = ("operation", "mode", "median us", "least us", "x torch.add", "floor us")
+    kind = "with" if device.type == "cuda" else "without"
+    title = f"Host time of a call, {kind} Triton's launcher"
+    table = FittedTable(columns, words=columns[:2], title=title)
+    for row in rows:
+        # Least times lack what other processes take away.
+        times = row["us"], row["min_us"], row["min_us"] / row["min_add_us"], row["floor_us"]
+        shown = ("" if time is None else f"{time:.0f}" for time in times)
+        table.add_row(row["op"], row["mode"], *shown)
     console.print(table)
     if args.out:
-        content = {"env": environment(device), "times": [asdict(time) for time in times]}
+        content = {"env": environment(device), "times": rows}
         outputs.write(args.out, json.dumps(content, indent=1) + "\n")
     return 0
-
-
-def read(path: Path) -> list[HostTime]:
-    """The times of a file that `--out` has written."""
-    return [HostTime(**row) for row in outputs.read_json(path)["times"]]
-
-
-def title(times: Sequence[HostTime]) -> str:
-    kind = "with" if times and times[0].launched else "without"
-    return f"Host time of a call, {kind} Triton's launcher"
-
-
-def cells(time: HostTime) -> tuple[str, ...]:
-    """What `COLUMNS` say of it. Ratios are those of the least times, which lack what other
-    processes take away."""
-    floor = "" if time.floor_us is None else f"{time.floor_us:.0f}"
-    numbers = (time.us, time.min_us, time.min_us / time.min_add_us)
-    return (time.op, time.mode, *(f"{x:.0f}" for x in numbers), floor)
 
 
 class _Idle(TorchDispatchMode):

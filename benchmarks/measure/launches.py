@@ -9,14 +9,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, replace
-from functools import cache, partial
+from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.fx.experimental import _config
 from torch.overrides import TorchFunctionMode
 from torch.utils._device import _device_constructors
@@ -132,28 +132,14 @@ class Call:
     """A launch of ours, or a call of a stock operator that does more than make a view or allocate,
     with the kernels that CUDA makes of it.
 
-    phase: "fwd", or "bwd" for what autograd runs. module: in whose forward it was called, or the
-    node recorded that calls it. cost: of an operation of ours that was not looked into.
+    phase: "fwd", or "bwd" for what autograd runs. works: what a floor is made of.
     """
 
     name: str
     ours: bool
     phase: str
-    module: str
     kernels: tuple[Kernel, ...]
-    cost: Work | None
-
-    @property
-    def works(self) -> list[Work]:
-        """What a floor is made of."""
-        part = f"{self.module} {self.name}"
-        if self.cost is not None:
-            return [replace(self.cost, part=part)]
-        return [
-            Work(k.bytes, k.matrix + k.vector, exps=k.exps, part=part)
-            for k in self.kernels
-            if k.kind not in FUSED
-        ]
+    works: tuple[Work, ...]
 
 
 class _Counter(TorchDispatchMode):
@@ -163,8 +149,6 @@ class _Counter(TorchDispatchMode):
         super().__init__()
         self.calls: list[Call] = []
         self.whole = whole
-        self._inside = [""]
-        self._recorded: dict[int, str] = {}
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Any = None
@@ -172,8 +156,6 @@ class _Counter(TorchDispatchMode):
         kwargs = kwargs or {}
         name = func.overloadpacket.__name__
         ours = func.namespace == "equiseg_fast"
-        # The node of this call, if it has one, is the last that was made.
-        self._recorded[torch._C._autograd._get_sequence_nr() - 1] = self._inside[-1]
         if not (ours and self.whole):
             with self:
                 if ours:
@@ -184,41 +166,24 @@ class _Counter(TorchDispatchMode):
                     return result
         out = func(*args, **kwargs)
         if ours:
-            self._add(name, True, cost=_operation(func, args, out))
+            self._add(name, True, (), (_operation(func, args, out),))
         elif kernel_work.launches_kernel(func):
-            self._add(name, False, kernel_work.stock(func, args, kwargs, out))
+            kernels = kernel_work.stock(func, args, kwargs, out)
+            own = [kernel for kernel in kernels if kernel.kind not in FUSED]
+            works = (Work(k.bytes, k.matrix + k.vector, exps=k.exps) for k in own)
+            self._add(name, False, kernels, tuple(works))
         return out
 
     def launch(self, kernel: Any, grid: Sequence[int], *args: Any, **options: Any) -> None:
         """Instead of a launch."""
-        name = _name(kernel)
+        name = kernel.__name__.strip("_").removesuffix("_kernel")
         self._add(name, True, (kernel_work.ours(name, grid, args, options),))
 
     def _add(
-        self, name: str, ours: bool, kernels: tuple[Kernel, ...] = (), cost: Work | None = None
+        self, name: str, ours: bool, kernels: tuple[Kernel, ...], works: tuple[Work, ...] = ()
     ) -> None:
-        phase, module = "fwd", self._inside[-1]
-        if torch._C._current_graph_task_id() != -1:
-            node = torch._C._current_autograd_node()
-            phase, module = "bwd", self._recorded.get(node._sequence_nr(), "") if node else ""
-        self.calls.append(Call(name, ours, phase, module, kernels, cost))
-
-    @contextmanager
-    def naming(self, root: nn.Module | None) -> Iterator[None]:
-        """Calls know the module that makes them, by its name in `root`."""
-        names = {} if root is None else {module: name for name, module in root.named_modules()}
-        called = nn.Module.__call__
-
-        def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
-            self._inside.append(names.get(module, self._inside[-1]))
-            try:
-                return called(module, *args, **kwargs)
-            finally:
-                self._inside.pop()
-
-        # Not by hooks: with those modules take the way that calls every module inside them.
-        with patch.object(nn.Module, "__call__", call):
-            yield
+        phase = "fwd" if torch._C._current_graph_task_id() == -1 else "bwd"
+        self.calls.append(Call(name, ours, phase, kernels, works))
 
 
 def _operation(func: Any, args: Sequence[Any], out: Any) -> Work:
@@ -244,33 +209,28 @@ def _operation(func: Any, args: Sequence[Any], out: Any) -> Work:
 
 
 @contextmanager
-def launching(
-    instead: Callable[[Callable[..., None]], Callable[..., None]],
-    facts: tuple[int, int] | None = None,
-) -> Iterator[None]:
-    """Our launchers call what this makes of their `launch`, and choose tiles for such a device."""
+def launching(launch: Callable[..., None], facts: tuple[int, int]) -> Iterator[None]:
+    """Our launchers call this, and choose tiles for such a device (see `H100`)."""
     with ExitStack() as stack:
         for stem in kernel_stems():
             module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
-            stack.enter_context(patch.object(module, "launch", instead(module.launch)))
-            if facts and hasattr(module, "device_facts"):
+            stack.enter_context(patch.object(module, "launch", launch))
+            if hasattr(module, "device_facts"):
                 stack.enter_context(patch.object(module, "device_facts", lambda _: facts))
         yield
 
 
 @contextmanager
-def counting(
-    facts: tuple[int, int] | None = None, root: nn.Module | None = None
-) -> Iterator[list[Call]]:
+def counting(facts: tuple[int, int] | None = None) -> Iterator[list[Call]]:
     """What is called inside, forward or backward, as if its tensors were on a GPU, in this order.
 
     facts: of the GPU, as in `H100`, whose launches are counted; None counts our operations as one
     call each, with the cost of their cases, and needs no Triton. What ours would compute is left
-    uninitialised. root: names the modules of calls.
+    uninitialised.
     """
     counter = _Counter(whole=facts is None)
-    launches = launching(lambda _: counter.launch, facts) if facts else nullcontext()
-    with launches, as_on_gpu("triton"), counter.naming(root), counter:
+    launches = launching(counter.launch, facts) if facts else nullcontext()
+    with launches, as_on_gpu("triton"), counter:
         yield counter.calls
 
 
@@ -300,8 +260,8 @@ def count(
     graph: whether one is recorded, with the backward to all leaves behind. facts: see `counting`.
     """
     autocast = None if op.scope == "operation" else dtype
-    root = _problem(op, shape, dtype).root
-    with on_meta(autocast), torch.set_grad_enabled(graph), counting(facts, root) as calls:
+    _problem(op, shape, dtype)  # before anything is counted
+    with on_meta(autocast), torch.set_grad_enabled(graph), counting(facts) as calls:
         run_case(op, shape, dtype, provider, graph)
     return calls
 
@@ -320,22 +280,3 @@ def cost_of(op: Op, shape: Shape, itemsize: int) -> Cost:
     dtype = {2: torch.bfloat16, 4: torch.float32}[itemsize]
     calls = count(op, shape, dtype, "triton", bool(_problem(op, shape, dtype).leaves))
     return Cost(*(tuple(w for c in calls if c.phase == p for w in c.works) for p in ("fwd", "bwd")))
-
-
-@contextmanager
-def recorded() -> Iterator[list[str]]:
-    """What our kernels are launched with inside, each once: name, tile and launch options."""
-    seen: list[str] = []
-
-    def noted(launch: Callable[..., None], kernel: Any, *args: Any, **options: Any) -> None:
-        tile = (f"{k}={v}" for k, v in options.items() if k.startswith(("BLOCK", "num_")))
-        if (text := " ".join([_name(kernel), *tile])) not in seen:
-            seen.append(text)
-        launch(kernel, *args, **options)
-
-    with launching(lambda launch: partial(noted, launch)):
-        yield seen
-
-
-def _name(kernel: Any) -> str:
-    return kernel.__name__.strip("_").removesuffix("_kernel")

@@ -15,7 +15,7 @@ from benchmarks.cases.common import data
 from benchmarks.command import outputs
 from benchmarks.command.options import to_path
 from benchmarks.command.table import markdown_table, milliseconds, significant, times
-from benchmarks.measure import breakdown, host, record
+from benchmarks.measure import breakdown, record
 from benchmarks.measure.record import Record
 from benchmarks.measure.timing import FEWEST, WIDEST
 from benchmarks.providers.provider import PROVIDERS
@@ -64,22 +64,19 @@ COLUMNS = (
 
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
-    """`report.md` and the plots of the results in a folder, which may also hold `breakdown.json`
-    and `host.json`."""
+    """`report.md` and plots of the results in a folder, which may hold `breakdown.json`, too."""
     parts = outputs.read_json(path) if (path := folder / breakdown.FILE).is_file() else None
-    host_times = host.read(path) if (path := folder / host.FILE).is_file() else []
     drawn = plots.draw(records, folder / "plots", env.get("limits"), parts)
     images = [f"plots/{name}" for name in drawn]
-    (folder / "report.md").write_text(markdown(records, env, images, host_times))
+    (folder / "report.md").write_text(markdown(records, env, images))
 
 
 def markdown(
     records: Sequence[Record],
     env: Mapping[str, Any],
     images: Sequence[str],
-    host_times: Sequence[host.HostTime] = (),
 ) -> str:
-    """The whole report. images: file names next to it; host_times: of `host`."""
+    """The whole report. images: file names next to it."""
     sections = {
         "Headline": _headline(contests(records)),
         "Where ours is not the fastest": [_bullets(losses(records)) or "Nowhere in this run."],
@@ -89,9 +86,6 @@ def markdown(
         sections[op] = _operation(op, [r for r in records if r.op == op])
     if images:
         sections["Pictures"] = [f"![{Path(name).stem}]({name})" for name in images]
-    if host_times:
-        rows = [host.cells(time) for time in host_times]
-        sections[host.title(host_times)] = [markdown_table(host.COLUMNS, rows, words=2)]
     methods = "; ".join(dict.fromkeys(METHODS[r.method] for r in records if r.method))
     how = HOW.format(method=methods or "nothing", ours=", ".join(OURS), images=data.WHAT)
     sections["How to read this"] = [how]
