@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -68,47 +68,39 @@ PARTS: tuple[tuple[str | Label, Any, str], ...] = (
 """The functions that are a part, each with its owner."""
 
 
-@contextmanager
-def watching(device: torch.device) -> Iterator[Counter[str]]:
-    """Seconds of the parts that run inside. What a part calls belongs to it."""
-    spent: Counter[str] = Counter()
+def split(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
+    """Seconds per part of one call, and of the REST; they add up to the time of the call. What a
+    part calls belongs to it."""
+    spent: defaultdict[str, float] = defaultdict(float)
     inside = False
 
+    def now() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return perf_counter()
+
     def watched(label: str | Label, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(first: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(first: Any, *args: Any, **kwargs: Any) -> Any:
             nonlocal inside
             part = label if isinstance(label, str) else label(first)
             if inside or not part:
                 return function(first, *args, **kwargs)
-            inside, begin = True, _now(device)
-            try:
-                return function(first, *args, **kwargs)
-            finally:
-                spent[part] += _now(device) - begin
-                inside = False
+            inside, begin = True, now()
+            result = function(first, *args, **kwargs)
+            spent[part] += now() - begin
+            inside = False
+            return result
 
-        return call
+        return run
 
-    with ExitStack() as stack:
+    with ExitStack() as stack, torch.no_grad():
         for label, owner, name in PARTS:
             new = watched(label, getattr(owner, name))
             stack.enter_context(patch.object(owner, name, new))
-        yield spent
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return perf_counter()
-
-
-def split(call: Callable[[], Any], device: torch.device) -> dict[str, float]:
-    """Seconds per part of one call, and of the REST; they add up to the time of the call."""
-    with watching(device) as spent, torch.no_grad():
-        begin = _now(device)
+        begin = now()
         call()
-        whole = _now(device) - begin
-    return {**spent, REST: whole - spent.total()}
+        whole = now() - begin
+    return {**spent, REST: whole - sum(spent.values())}
 
 
 def measure(
