@@ -762,10 +762,11 @@ class TestEncoder:
         seen = []
         for block in encoder.block1:
             block.register_forward_hook(lambda *_: seen.append(1))
-        with torch.no_grad(), launches.counting() as counter:
+        with torch.no_grad(), launches.counting(launches.H100) as calls:
             encoder.encode(0, torch.randn(1, 64, 32), 8, 8)
         assert len(seen) == len(encoder.block1) == 2
-        assert counter.fused["add_layer_norm_fwd"] == 4
-        assert not {"add", "add_"} & {*counter.stock}
+        names = [call.name for call in calls]
+        assert names.count("add_layer_norm_fwd") == 4
+        assert not {"add", "add_"} & {*names}
         # The first norm of the stage, and those of the reduced keys.
-        assert counter.stock["native_layer_norm"] == 1 + 2
+        assert names.count("native_layer_norm") == 1 + 2

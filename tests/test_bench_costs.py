@@ -15,8 +15,9 @@ from benchmarks.cases import operations
 from benchmarks.cases.common.cost import Cost, Limits, Work, total
 from benchmarks.cases.common.problem import Shape
 from benchmarks.measure import launches
-from benchmarks.measure.launches import cost_of, counting_operations, on_meta
+from benchmarks.measure.launches import Call, cost_of, counting, on_meta
 from equiseg_fast import EQUISeg, use_backend
+from equiseg_fast.models import MixTransformer
 from equiseg_fast.models.config import VARIANTS
 from equiseg_fast.ops import _backend
 
@@ -135,28 +136,31 @@ def test_parts_add_up_to_the_multiply_adds_of_the_model(
         names = [f"m{i}" for i in range(modalities)]
         model = EQUISeg.from_name(variant, modalities=names, num_classes=25, fold_head=False).eval()
         images = torch.empty(modalities, 1, 3, size, size)
-        with torch.no_grad(), counting_operations() as counter:
+        with torch.no_grad(), counting() as calls:
             model(images)
-    matrix = sum(work.matrix for call in counter.calls for work in call.works)
+    matrix = sum(work.matrix for call in calls for work in call.works)
     assert (matrix / 2 + stencils(shape)) / 1e9 == pytest.approx(gmac, abs=1e-3)
 
 
-def works(op: str, shape: Shape, itemsize: int, group: str = "") -> tuple[list[Work], list[Work]]:
-    """Forward and backward, of the modules whose names begin so."""
-    cost = cost_of(operations()[op], shape, itemsize)
-    forward, backward = (
-        [w for w in half if w.part.startswith(group)] for half in (cost.forward, cost.backward)
-    )
-    return forward, backward
+def works(calls: list[Call], phase: str = "fwd", name: str = "") -> list[Work]:
+    """Of calls with this in their names."""
+    return [w for c in calls if c.phase == phase and name in c.name for w in c.works]
+
+
+def calls_of(op: str, shape: Shape, dtype: torch.dtype = torch.float32) -> list[Call]:
+    return launches.count(operations()[op], shape, dtype, "triton", op == "training")
 
 
 def test_the_folded_head_and_the_backward_are_those_that_pytorch_counts() -> None:
     shape = Shape("b0", 0, 64, 64, 2, 3)
-    forward, backward = (total(half).matrix for half in works("training", shape, 4, "head"))
     model = EQUISeg.from_name("b0", modalities=("a", "b", "c"))
     stages = [replace(shape, stage=s) for s in (1, 2, 3, 4)]
     features = [torch.randn(2, s.tokens, s.channels, requires_grad=True) for s in stages]
     sizes = [(s.h, s.w) for s in stages]
+    with counting() as calls:
+        out = model.head(features, sizes)
+        out.backward(torch.randn_like(out))
+    forward, backward = (total(works(calls, phase)).matrix for phase in ("fwd", "bwd"))
     with FlopCounterMode(display=False) as counter, use_backend("reference"):
         out = model.head(features, sizes)
     assert counter.get_total_flops() == forward
@@ -168,43 +172,41 @@ def test_the_folded_head_and_the_backward_are_those_that_pytorch_counts() -> Non
 @pytest.mark.parametrize("itemsize", [2, 4])
 def test_the_encoder_is_a_part_of_the_model(itemsize: int) -> None:
     shape = Shape("b2", 0, 128, 192, 2, 4)
-    alone, _ = works("encoder", shape, itemsize)
-    inside, _ = works("model", shape, itemsize, "encoder")
+    alone = cost_of(operations()["encoder"], shape, itemsize).forward
+    whole = cost_of(operations()["model"], shape, itemsize).forward
     assert len(alone) > 100
-    assert Counter(inside) <= Counter(alone)
-    parts = [w.part.split(".")[1] for w in inside if "depthwise" in w.part]
-    assert Counter(parts) == {"block1": 3, "block2": 4, "block3": 6, "block4": 3}
+    assert Counter(alone) <= Counter(whole)
 
 
 def test_images_get_no_gradient() -> None:
-    embeddings = [
-        [
-            total(half)
-            for half in works("encoder", Shape("b0", 0, 64, 64), 4, f"patch_embed{s}.proj")
-        ]
-        for s in (1, 2, 3, 4)
-    ]
-    assert [backward.matrix / forward.matrix for forward, backward in embeddings] == [1, 2, 2, 2]
-    # stage 1: 3 images of 64 x 64 x 3, 16 x 16 tokens of 32 channels, 7 x 7 taps
+    embed = MixTransformer("b0").patch_embed1.proj
+    cotangent = torch.randn(3, 32, 16, 16)
+    with counting() as calls:
+        embed(torch.randn(3, 3, 64, 64)).backward(cotangent)
+    forward, backward = (total(works(calls, phase, "convolution")) for phase in ("fwd", "bwd"))
+    assert backward.matrix == forward.matrix
+    # 3 images of 64 x 64 x 3, 16 x 16 tokens of 32 channels, 7 x 7 taps
     images, tokens, weight = 3 * 64 * 64 * 3, 3 * 16 * 16 * 32, 49 * 3 * 32
-    forward, backward = embeddings[0]
     assert forward.matrix == 2 * tokens * 49 * 3
     assert forward.bytes == 4 * (images + tokens + weight)
     # and the gradient of the bias, which reads that of the tokens again
     assert backward.bytes == forward.bytes + 4 * (tokens + 32)
+    with counting() as calls:
+        embed(torch.randn(3, 3, 64, 64, requires_grad=True)).backward(cotangent)
+    assert total(works(calls, "bwd", "convolution")).matrix == 2 * forward.matrix
 
 
 def test_training_needs_the_losses_and_statistics() -> None:
     shape = Shape("b0", 0, 64, 64, 1, 2)
-    inference, training = (works(op, shape, 4)[0] for op in ("model", "training"))
-    names = [{w.part.split()[-1] for w in found} for found in (inference, training)]
+    inference, training = (calls_of(op, shape) for op in ("model", "training"))
+    names = [
+        {c.name for c in calls if c.phase == "fwd" and c.works} for calls in (inference, training)
+    ]
     assert names[1] - names[0] >= {
         "class_prototypes_fwd", "upsample_cross_entropy_fwd", "_native_batch_norm_legit", "mm"
     }  # fmt: skip
     assert names[0] - names[1] == {"_native_batch_norm_legit_no_training"}
-    norms = [
-        sum(w.bytes for w in found if "batch_norm" in w.part) for found in (inference, training)
-    ]
+    norms = [total(works(calls, name="batch_norm")).bytes for calls in (inference, training)]
     # 16 x 16 to 2 x 2 tokens of two images; two norms in a mixer, one of them folded for inference;
     # one in the head, which is folded too. Statistics take a third pass.
     mixers = 4 * 2 * (256 * 32 + 64 * 64 + 16 * 160 + 4 * 256)
@@ -213,13 +215,13 @@ def test_training_needs_the_losses_and_statistics() -> None:
 
 
 def test_logits_are_written_at_the_size_of_the_images() -> None:
-    forward, _ = works("model", Shape("b0", 0, 64, 64, 1, 2), 2, " upsample")
-    assert [w.bytes for w in forward] == [2 * 25 * (16 * 16 + 64 * 64)]
+    calls = calls_of("model", Shape("b0", 0, 64, 64, 1, 2), torch.bfloat16)
+    assert works(calls, name="upsample")[-1].bytes == 2 * 25 * (16 * 16 + 64 * 64)
 
 
 def test_one_modality_has_nothing_to_fuse() -> None:
-    forward, backward = works("training", Shape("b0", 0, 64, 64, 1, 1), 4)
-    assert not [w for w in forward + backward if w.part.startswith(("fusion", "gates"))]
+    names = {call.name for call in calls_of("training", Shape("b0", 0, 64, 64, 1, 1))}
+    assert not [name for name in names if name.startswith(("query_hub", "pooling", "guided"))]
 
 
 def test_counting_needs_no_triton(monkeypatch: pytest.MonkeyPatch) -> None:

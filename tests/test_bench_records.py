@@ -18,7 +18,6 @@ from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Shape
 from benchmarks.measure import timing
-from benchmarks.measure.launches import recorded
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import (
     MACHINE_INFO,
@@ -30,8 +29,6 @@ from benchmarks.measure.record import (
     write_jsonl,
 )
 from benchmarks.measure.runner import Prepared, Runner
-from equiseg_fast import add_layer_norm
-from equiseg_fast.ops import _backend
 
 ROOT = Path(__file__).resolve().parents[1]
 SHAPE = Shape("b0", 1, 64, 96, batch=1, modalities=3)
@@ -157,33 +154,6 @@ def test_the_committed_results_can_be_read() -> None:
         path = ROOT / "benchmarks" / "results" / folder
         assert read(path)
         assert read_environment(path)["torch"]
-
-
-# ---- launch configurations ----------------------------------------------------------------------
-
-
-@pytest.mark.skipif(not _backend.TRITON_INSTALLED, reason="triton is not installed")
-def test_launches_are_written_down_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.measure.launches import kernel_stems
-
-    launched: list[str] = []
-    for stem in kernel_stems():
-        module = importlib.import_module(f"equiseg_fast.kernels.{stem}")
-        monkeypatch.setattr(module, "launch", lambda kernel, *_, **__: launched.append(kernel))
-    monkeypatch.setattr(_backend, "INTERPRET", True)  # so that the CPU's tensors are taken
-    x = torch.randn(2, 8, 64)
-    with recorded() as seen:
-        for _ in range(2):
-            add_layer_norm(x, x, x[0, 0], x[0, 1], backend="triton")
-    assert len(launched) == 2
-    (text,) = seen
-    name, *options = text.split()
-    assert name == "add_layer_norm_fwd"
-    assert {option.split("=")[0] for option in options} == {
-        "BLOCK_L", "BLOCK_C", "num_warps", "num_stages"
-    }  # fmt: skip
-    add_layer_norm(x, x, x[0, 0], x[0, 1], backend="triton")
-    assert (len(launched), len(seen)) == (3, 1)
 
 
 # ---- under pytest-benchmark ---------------------------------------------------------------------

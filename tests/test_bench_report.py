@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from io import StringIO
 from pathlib import Path
 from time import perf_counter, sleep
@@ -11,12 +10,10 @@ from time import perf_counter, sleep
 import pytest
 import torch
 from rich.console import Console
-from torch import nn
 
 from benchmarks.__main__ import main
 from benchmarks.cases.common.problem import Shape
-from benchmarks.measure import breakdown, host
-from benchmarks.measure.launches import Row
+from benchmarks.measure import breakdown
 from benchmarks.measure.record import Record, write_jsonl
 from benchmarks.providers.provider import PROVIDERS
 from benchmarks.reporting import analysis, plots, report, terminal
@@ -246,46 +243,33 @@ def test_the_parts_of_the_model_are_those_that_run(provider: str) -> None:
     assert "64x64" in found["label"]
 
 
-def test_watching_a_part_counts_all_of_it_and_stops() -> None:
-    class Slow(breakdown.MixFFN):
-        def __init__(self) -> None:
-            nn.Module.__init__(self)
-
-        def forward(self) -> None:
-            sleep(0.02)
-
-    watch = breakdown.Stopwatch(CPU)
-    slow = watch.watched(Slow.forward, lambda _: "part")
-    outer = watch.watched(lambda x: (slow(x), sleep(0.01)), lambda _: "outer")
-    outer(Slow())
-    ((name, begin, end),) = watch.spans
-    assert name == "outer"
-    assert watch.seconds(begin, end) >= 0.03
-    before = breakdown.MixFFN.forward
-    with watch.on():
-        assert breakdown.MixFFN.forward is not before
-    assert breakdown.MixFFN.forward is before
-
-
 def test_parts_add_up_to_the_whole(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(breakdown, "WATCHED", ((Clockwork, "tick", lambda _: "tick"),))
-    clock = Clockwork()
+    parts = (("run", Clockwork, "run"), ("tick", Clockwork, "tick"))
+    monkeypatch.setattr(breakdown, "PARTS", parts)
+    clock, tick = Clockwork(), Clockwork.tick
+
+    def call() -> None:
+        clock.run()  # with what runs inside
+        sleep(0.02)
+        clock.tick()
+
     begin = perf_counter()
-    parts = breakdown.split(clock.run, CPU)
-    assert sum(parts.values()) <= perf_counter() - begin
-    assert set(parts) == {"tick", breakdown.REST}
-    assert parts["tick"] >= 0.03
-    assert parts[breakdown.REST] >= 0.02
+    spent = breakdown.split(call, CPU)
+    assert sum(spent.values()) <= perf_counter() - begin
+    assert list(spent) == ["run", "tick", breakdown.REST]
+    assert 0.01 <= spent["tick"] < spent["run"]
+    assert spent["run"] >= 0.02
+    assert spent[breakdown.REST] >= 0.02
+    assert Clockwork.tick is tick
 
 
 class Clockwork:
     def run(self) -> None:
-        self.tick(0.01)
-        sleep(0.02)
-        self.tick(0.02)
+        self.tick()
+        self.tick()
 
-    def tick(self, seconds: float) -> None:
-        sleep(seconds)
+    def tick(self) -> None:
+        sleep(0.01)
 
 
 def test_breakdown_of_a_run_is_part_of_its_report(
@@ -303,25 +287,3 @@ def test_breakdown_of_a_run_is_part_of_its_report(
     with pytest.raises(SystemExit):
         main(["breakdown", str(tmp_path), "--device", "cpu"])
     assert "must have times of the operation model" in capsys.readouterr().err
-
-
-def test_launches_are_a_section_of_their_own() -> None:
-    rows = [Row(1, "block", "ours", 5, 26)]
-    text = report.markdown([record(1.0)], {}, [], rows)
-    assert "## Kernels per cross-modal block\n" in text
-    assert "| 1 | block | ours | 5 | 26 | 31 |" in text
-
-
-def test_host_times_beside_the_records_are_a_section(tmp_path: Path) -> None:
-    times = [
-        host.HostTime("add_layer_norm", "fwd", 12.4, 10.2, 1.1, 1.0, 4.0, False, {"checks": 6.0}),
-        host.HostTime("mix_ffn", "bwd", 300.0, 280.0, 2.2, 2.0, None, False),
-    ]
-    content = {"times": [asdict(time) for time in times]}
-    (tmp_path / host.FILE).write_text(json.dumps(content))
-    assert host.read(tmp_path / host.FILE) == times
-    report.write(some_records(), {}, tmp_path)
-    text = (tmp_path / "report.md").read_text()
-    assert "Host time of a call, without Triton's launcher" in text
-    assert "| add_layer_norm fwd | checks 6 | 12 | 10 | 10 | 4 |" in text
-    assert "| mix_ffn bwd |  | 300 | 280 | 140 |  |" in text

@@ -2,8 +2,7 @@
 
 Of a kernel of ours: every tensor it is given once, and the issue slots that its machine code needs
 per element. Of a stock operator: its inputs and outputs, the FLOPs of `torch.utils.flop_counter`,
-and the kernels that ATen is known to launch for it: a bias beside a convolution, one kernel for
-each gradient, statistics in a pass of their own. Nothing here is measured.
+and the kernels that ATen is known to launch for it. Nothing here is measured.
 """
 
 from __future__ import annotations
@@ -49,11 +48,10 @@ def tensors_in(values: Any) -> list[Tensor]:
     return [x for x in tree_leaves(values) if isinstance(x, Tensor)]
 
 
-# ---- ours ---------------------------------------------------------------------------------------
-
-# Machine instructions per element of the largest tensor, compiled for sm_90 and read in the hot
-# loop. A pair is that of the forward and that of its transpose or gradient, by constexpr.
-_SLOTS: dict[str, float | tuple[str, float, float]] = {
+# Machine instructions per element of the largest tensor (of the loss: per pixel and class),
+# compiled for sm_90 and read in the hot loop. A pair is that of the forward and that of its
+# transpose or gradient, by constexpr. What is not here waits for memory only.
+SLOTS: dict[str, float | tuple[str, float, float]] = {
     "depthwise_conv": ("FORWARD", 28.4, 19.5),
     "depthwise_bwd": 51.0,
     "pooling_mixer_conv": ("TRANSPOSED", 74.0, 84.5),
@@ -63,36 +61,38 @@ _SLOTS: dict[str, float | tuple[str, float, float]] = {
     "class_sums": 9.1,
     "add_layer_norm_fwd": 28.5,
     "add_layer_norm_bwd": 23.0,
+    "upsample_cross_entropy_fwd": 20.0,
+    "upsample_cross_entropy_bwd": 26.0,
 }
-# The same per pixel and class.
-_LOSS_SLOTS = {"upsample_cross_entropy_fwd": 20.0, "upsample_cross_entropy_bwd": 26.0}
 # Products of two matrices, each of as many multiply-adds as there are scores times D.
-_ATTENTION = {"attention_fwd": 2, "attention_bwd_dkdv": 4, "attention_bwd_dq": 3}
+PRODUCTS = {"attention_fwd": 2, "attention_bwd_dkdv": 4, "attention_bwd_dq": 3}
 
 
 def ours(name: str, grid: Sequence[int], args: Sequence[Any], options: Mapping[str, Any]) -> Kernel:
     """A kernel of ours; args and options: as `launch` gets them."""
     given = [x for x in args if isinstance(x, Tensor)]
     size = moved(x for x in given if x.numel())
-    if name in _ATTENTION:
+    if name in PRODUCTS:
         batch, n_q, heads, dim = given[0].shape
         scores = batch * heads * n_q * given[1].shape[1]
         way = "forward" if name == "attention_fwd" else "backward"
-        flops = 2 * _ATTENTION[name] * dim * scores
-        half = given[0].element_size() == 2
         return Kernel(
-            name, f"attention {way} {_width(dim)}", size, matrix=flops * half,
-            vector=flops * (not half), exps=scores, programs=prod(grid),
+            name, f"attention {way} {_width(dim)}", size, exps=scores, programs=prod(grid),
+            **_arithmetic(given[0], 2 * PRODUCTS[name] * dim * scores),
         )  # fmt: skip
-    if name in _LOSS_SLOTS:
-        logits, labels = given[:2]
-        pairs = labels.numel() * logits.shape[-1]
-        return Kernel(name, "ours", size, slots=_LOSS_SLOTS[name] * pairs)
-    slots = _SLOTS.get(name, 0.0)
+    slots = SLOTS.get(name, 0.0)
     if isinstance(slots, tuple):
         constexpr, on, off = slots
         slots = on if options[constexpr] else off
-    return Kernel(name, "ours", size, slots=slots * max((x.numel() for x in given), default=0))
+    elements = max((x.numel() for x in given), default=0)
+    if name.startswith("upsample_cross_entropy"):
+        logits, labels = given[:2]
+        elements = labels.numel() * logits.shape[-1]
+    return Kernel(name, "ours", size, slots=slots * elements)
+
+
+def _arithmetic(x: Tensor, flops: float) -> dict[str, float]:
+    return {"matrix" if x.element_size() == 2 else "vector": flops}
 
 
 def _width(dim: int) -> str:
@@ -100,21 +100,18 @@ def _width(dim: int) -> str:
     return "D=32" if dim <= 32 else "D=64"
 
 
-# ---- stock operators ----------------------------------------------------------------------------
+Kernels = Iterable[Kernel]
 
 _NO_KERNEL = {
     "detach", "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided",
     "_reshape_alias", "_unsafe_view", "empty_permuted",
 }  # fmt: skip
 _OVERWRITING = {"copy_", "zero_", "fill_", "bernoulli_", "normal_", "uniform_"}
-_PRODUCTS = {"mm": 0, "bmm": 0, "addmm": 1, "baddbmm": 1}
-"""Where the two matrices are among the arguments."""
 _REDUCTIONS = {
     "sum", "mean", "amax", "amin", "max", "min", "prod", "var_mean", "argmax", "any", "all",
     "count_nonzero", "logsumexp", "cumsum", "linalg_vector_norm", "norm",
 }  # fmt: skip
-_COPIES = {"clone", "copy_", "_to_copy"}
-_KINDS = {
+_KINDS = dict.fromkeys(_REDUCTIONS, "reduction") | {
     "upsample_bilinear2d": "interpolation",
     "upsample_bilinear2d_backward": "bilinear backward",
     "native_layer_norm": "LayerNorm forward",
@@ -142,95 +139,75 @@ def stock(
         return tuple(_EXPANDED[name](name, args, out, flops))
     read = tensors_in((args[1:] if name in _OVERWRITING else args, kwargs))
     size = moved(read) + moved(tensors_in(out))
-    if name in _PRODUCTS:
-        left, right = args[_PRODUCTS[name] :][:2]
+    if name in ("mm", "bmm", "addmm", "baddbmm"):
+        left, right = args[-2:]
         # A sum over many more elements than a side of the result has is that of a weight gradient.
         long = left.shape[-1] > 8 * max(left.shape[-2], right.shape[-1])
         kind = "weight-gradient GEMM" if long else "GEMM"
         return (Kernel(name, kind, size, **_arithmetic(left, flops)),)
-    kind = _KINDS.get(name, "reduction" if name in _REDUCTIONS else "pointwise")
-    if name in _COPIES and _reorders(read[-1], tensors_in(out)[0]):
+    kind = _KINDS.get(name, "pointwise")
+    if name in ("clone", "copy_", "_to_copy") and _order(read[-1]) != _order(tensors_in(out)[0]):
         kind = "transposing copy"
     return (Kernel(name, kind, size),)
 
 
-def _reorders(source: Tensor, target: Tensor) -> bool:
-    """Whether dimensions lie in memory in another order."""
-
-    def order(x: Tensor) -> list[int]:
-        return sorted((i for i, n in enumerate(x.shape) if n > 1), key=lambda i: -x.stride(i))
-
-    return order(source) != order(target)
+def _order(x: Tensor) -> list[int]:
+    """Of dimensions in memory."""
+    return sorted((i for i, n in enumerate(x.shape) if n > 1), key=lambda i: -x.stride(i))
 
 
-def _arithmetic(x: Tensor, flops: float) -> dict[str, float]:
-    return {"matrix" if x.element_size() == 2 else "vector": flops}
-
-
-def _convolution(name: str, args: Sequence[Any], out: Any, flops: float) -> Iterable[Kernel]:
-    x, weight, bias = args[:3]
-    dense = args[8] == 1
-    kind, slots = _kind_of_convolution(weight, dense, out.numel())
-    size = moved((x, weight, out))
-    yield Kernel(name, kind, size, slots=slots, **_arithmetic(x, flops * dense))
-    if bias is not None and dense:
+def _convolution(name: str, args: Sequence[Any], out: Any, flops: float) -> Kernels:
+    """Backward, flops are those of all gradients of `out` together; those of x and the weight need
+    the same."""
+    backward = name.endswith("backward")
+    grad, x, weight, bias = args[:4] if backward else (out, *args[:3])
+    dense = args[9 if backward else 8] == 1
+    taps = weight.shape[2:].numel()
+    kind = "stencil" if not dense else "GEMM" if taps == 1 else "convolution"
+    slots = 0.0 if dense else _TAP_SLOTS * taps * grad.numel()
+    products = [(name, kind, (x, weight, out))]
+    if backward:
+        long = "weight-gradient GEMM" if kind == "GEMM" else kind
+        products = [(f"{name} dx", kind, (grad, weight, out[0]))] if out[0] is not None else []
+        if out[1] is not None:
+            products.append((f"{name} dweight", long, (grad, x, out[1])))
+    for part, own, tensors in products:
+        work = _arithmetic(x, flops * dense / len(products))
+        yield Kernel(part, own, moved(tensors), slots=slots, **work)
+    if backward and out[2] is not None:
+        yield Kernel(f"{name} dbias", "reduction", moved((grad, out[2])))
+    elif not backward and bias is not None and dense:
         yield Kernel("add_", "pointwise", 2 * moved([out]))
 
 
-def _convolution_backward(
-    name: str, args: Sequence[Any], out: Any, flops: float
-) -> Iterable[Kernel]:
-    """flops: of all gradients of `out` together; those of x and the weight need the same."""
-    grad, x, weight = args[:3]
-    dx, dweight, dbias = out
-    dense = args[9] == 1
-    kind, slots = _kind_of_convolution(weight, dense, grad.numel())
-    half = flops * dense / max(1, sum(y is not None for y in (dx, dweight)))
-    long = "weight-gradient GEMM" if kind == "GEMM" else kind
-    for what, own, other, made in (("dx", kind, weight, dx), ("dweight", long, x, dweight)):
-        if made is not None:
-            size = moved((grad, other, made))
-            yield Kernel(f"{name} {what}", own, size, slots=slots, **_arithmetic(x, half))
-    if dbias is not None:
-        yield Kernel(f"{name} dbias", "reduction", moved((grad, dbias)))
-
-
-def _kind_of_convolution(weight: Tensor, dense: bool, outputs: int) -> tuple[str, float]:
-    """(kind, machine instructions) where there are so many outputs."""
-    taps = weight.shape[2:].numel()
-    if not dense:
-        return "stencil", _TAP_SLOTS * taps * outputs
-    return ("GEMM" if taps == 1 else "convolution"), 0.0
-
-
-def _pool(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+def _pool(name: str, args: Sequence[Any], out: Any, _: float) -> Kernels:
     window = args[2] if name.endswith("backward") else args[1]
     slots = _TAP_SLOTS * prod(window) * out.numel()
     yield Kernel(name, "stencil", moved(tensors_in((args, out))), slots=slots)
 
 
-def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+def _layer_norm_backward(name: str, args: Sequence[Any], out: Any, _: float) -> Kernels:
     """Gradients of the input, then those of the parameters, which read both inputs again."""
-    grad, x = args[:2]
-    yield Kernel(f"{name} dx", "LayerNorm backward", moved((grad, x, out[0])))
+    yield Kernel(f"{name} dx", "LayerNorm backward", moved((*args[:2], out[0])))
     if any(y is not None for y in out[1:]):
-        yield Kernel(f"{name} dweight", "LayerNorm backward", moved((grad, x)))
+        yield Kernel(f"{name} dweight", "LayerNorm backward", moved(args[:2]))
 
 
-def _batch_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+def _batch_norm(name: str, args: Sequence[Any], out: Any, _: float) -> Kernels:
     """Statistics of the batch, or sums of a gradient, are a pass of their own."""
-    given = args[:2] if name.endswith("backward") else args[:1]
-    if name.endswith("backward") or next((x for x in args if isinstance(x, bool)), False):
+    backward = name.endswith("backward")
+    given = args[:2] if backward else args[:1]
+    if backward or next((x for x in args if isinstance(x, bool)), False):
         yield Kernel(f"{name} sums", "BatchNorm", moved(given))
     if out[0] is not None:
         yield Kernel(name, "BatchNorm", moved((*given, out[0])))
 
 
-def _sort(name: str, args: Sequence[Any], _: Any, __: float) -> Iterable[Kernel]:
-    yield from [Kernel(name, "pointwise", moved(args[:1]))] * _SORT_KERNELS
+def _sort(name: str, args: Sequence[Any], out: Any, _: float) -> Kernels:
+    return [Kernel(name, "pointwise", moved(args[:1]))] * _SORT_KERNELS
 
 
-def _flash(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kernel]:
+def _flash(name: str, args: Sequence[Any], out: Any, _: float) -> Kernels:
     """Backward, one program per block of keys adds up gradients of queries in fp32, which are cast
     last."""
     backward = name.endswith("backward")
@@ -250,9 +227,9 @@ def _flash(name: str, args: Sequence[Any], out: Any, _: float) -> Iterable[Kerne
         yield Kernel(f"{name} cast", "pointwise", 4 * q.numel() + moved(out[:1]))
 
 
-_EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Iterable[Kernel]]] = {
+_EXPANDED: dict[str, Callable[[str, Sequence[Any], Any, float], Kernels]] = {
     "convolution": _convolution,
-    "convolution_backward": _convolution_backward,
+    "convolution_backward": _convolution,
     "avg_pool2d": _pool,
     "avg_pool2d_backward": _pool,
     "native_layer_norm_backward": _layer_norm_backward,

@@ -56,8 +56,7 @@ class Record:
     forward without a graph, or else the first step, compilation included. graph_us, events_us:
     medians by replays of a CUDA graph and by events around single calls, of which method is one;
     uncaptured: why there is no graph.
-    rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: the launches of our kernels, for
-    single operations, as `launches.recorded` saw them.
+    rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: of earlier versions.
     """
 
     suite: str

@@ -297,8 +297,7 @@ class Prepared:
             return parity.Result(tuple(x.detach() for x in outputs), grads)
 
         started = perf_counter()
-        with self._launches(provider) as launched:
-            step_peak, result = memory.peak_bytes(step, device)
+        step_peak, result = memory.peak_bytes(step, device)
         first = perf_counter() - started
         accuracy = gate.check(result, "outputs")
         if leaves:
@@ -326,13 +325,6 @@ class Prepared:
             row.peak_mib = peak / memory.MIB
             row.saved_mib = saved / memory.MIB if leaves else None
             row.rms_ratio, row.max_ratio, row.budget = astuple(accuracy)
-            row.config = "; ".join(launched)
-
-    def _launches(self, provider: str) -> AbstractContextManager[list[str]]:
-        """What our kernels are launched with, for operations that are one of them."""
-        if provider not in ("triton", "tuned") or not self.case.op.function:
-            return nullcontext([])
-        return launches.recorded()
 
 
 class Runner:

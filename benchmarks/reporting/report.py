@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from importlib.util import find_spec
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from rich.console import Console
 
@@ -16,7 +15,7 @@ from benchmarks.cases.common import data
 from benchmarks.command import outputs
 from benchmarks.command.options import to_path
 from benchmarks.command.table import markdown_table, milliseconds, significant, times
-from benchmarks.measure import breakdown, host, record
+from benchmarks.measure import breakdown, record
 from benchmarks.measure.record import Record
 from benchmarks.measure.timing import FEWEST, WIDEST
 from benchmarks.providers.provider import PROVIDERS
@@ -32,9 +31,6 @@ from benchmarks.reporting.analysis import (
     ratios,
     skipped,
 )
-
-if TYPE_CHECKING:
-    from benchmarks.measure.launches import Row
 
 HOW = """\
 A provider is timed only after it passes the parity check in the same run: operations against the \
@@ -68,29 +64,19 @@ COLUMNS = (
 
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
-    """`report.md` and the plots of the results in a folder, which may also hold `breakdown.json`
-    and `host.json`."""
-    launches = []
-    if find_spec("triton") and any(row.op in ("model", "training") for row in records):
-        from benchmarks.measure.launches import cross_modal_blocks
-
-        launches = cross_modal_blocks()
+    """`report.md` and plots of the results in a folder, which may hold `breakdown.json`, too."""
     parts = outputs.read_json(path) if (path := folder / breakdown.FILE).is_file() else None
-    host_times = host.read(path) if (path := folder / host.FILE).is_file() else []
     drawn = plots.draw(records, folder / "plots", env.get("limits"), parts)
     images = [f"plots/{name}" for name in drawn]
-    (folder / "report.md").write_text(markdown(records, env, images, launches, host_times))
+    (folder / "report.md").write_text(markdown(records, env, images))
 
 
 def markdown(
     records: Sequence[Record],
     env: Mapping[str, Any],
     images: Sequence[str],
-    launches: Sequence[Row] = (),
-    host_times: Sequence[host.HostTime] = (),
 ) -> str:
-    """The whole report. images: file names next to it; launches: rows of
-    `launches.cross_modal_blocks`; host_times: of `host`."""
+    """The whole report. images: file names next to it."""
     sections = {
         "Headline": _headline(contests(records)),
         "Where ours is not the fastest": [_bullets(losses(records)) or "Nowhere in this run."],
@@ -100,11 +86,6 @@ def markdown(
         sections[op] = _operation(op, [r for r in records if r.op == op])
     if images:
         sections["Pictures"] = [f"![{Path(name).stem}]({name})" for name in images]
-    if launches:
-        sections["Kernels per cross-modal block"] = _launches(launches)
-    if host_times:
-        rows = [host.cells(time) for time in host_times]
-        sections[host.title(host_times)] = [markdown_table(host.COLUMNS, rows, words=2)]
     methods = "; ".join(dict.fromkeys(METHODS[r.method] for r in records if r.method))
     how = HOW.format(method=methods or "nothing", ours=", ".join(OURS), images=data.WHAT)
     sections["How to read this"] = [how]
@@ -242,19 +223,6 @@ def _numbers(r: Record, group: Sequence[Record], winner: bool) -> list[str]:
         show(r.tflops), milliseconds(floor_us), show(r.roofline_pct), show(r.peak_mib),
         show(r.saved_mib), "" if r.budget is None else f"{100 * r.budget:.0f} %",
     ]  # fmt: skip
-
-
-def _launches(rows: Sequence[Row]) -> list[str]:
-    """Kernels per forward of the cross-modal blocks and gates, ours beside the baseline's."""
-    text = (
-        "What one forward of EQUISeg-B0 with four modalities gives to a GPU, whatever the size of "
-        "the images: launches of our kernels plus calls of stock operators that are more than a "
-        "view. Counted, not measured."
-    )
-    columns = ("stage", "part", "provider", "our kernels", "stock operators", "all")
-    numbers = [(r.stage, r.part, r.provider, r.fused, r.stock, r.total) for r in rows]
-    cells = [[str(x) for x in row] for row in numbers]
-    return [text, markdown_table(columns, cells, words=3)]
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

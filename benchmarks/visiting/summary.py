@@ -21,7 +21,7 @@ from benchmarks.command.table import (
     times,
 )
 from benchmarks.machines import judgement
-from benchmarks.measure import host, record
+from benchmarks.measure import record
 from benchmarks.measure.record import Key, Record
 from benchmarks.reporting.analysis import contests, grouped
 from benchmarks.visiting.outcomes import Outcomes
@@ -120,10 +120,6 @@ def write_summary(tasks: Sequence[Task], states: States, folder: Path) -> None:
     if records:
         comparison = judgement.compare(records, _environment(folder).get("device", ""))
         lines += ["", "## Predicted and measured", "", *judgement.markdown(comparison)]
-    if (folder / host.FILE).is_file():
-        measured = host.read(folder / host.FILE)
-        rows = map(host.cells, measured)
-        lines += ["", f"## {host.title(measured)}", "", markdown_table(host.COLUMNS, rows, words=2)]
     lines += _trouble(records, folder)
     # It is read elsewhere: what commands said of files is said relative to the folder.
     text = "\n".join(lines).replace(f"{folder}/", "") + "\n"
@@ -164,8 +160,8 @@ def merge(folder: Path) -> list[Record]:
         env = env or (path.read_text() if path.is_file() else "")
     if best and env:
         (folder / "results").mkdir(exist_ok=True)
-        if (folder / host.FILE).is_file():
-            (folder / "results" / host.FILE).write_text((folder / host.FILE).read_text())
+        if (folder / "host.json").is_file():
+            (folder / "results" / "host.json").write_text((folder / "host.json").read_text())
         record.write_jsonl(best.values(), folder / "results" / "results.jsonl")
         (folder / "results" / "env.json").write_text(env)
     return list(best.values())

@@ -17,7 +17,6 @@ from pathlib import Path
 import torch
 
 from benchmarks.cases import operations
-from benchmarks.measure import host
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.suites import SUITES
 
@@ -146,7 +145,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
             *_driver(cuda),
         ],
         kernels,
-        [Task("host", bench("host", *on, *few, "--out", folder / host.FILE), 12)],
+        [Task("host", bench("host", *on, *few, "--out", folder / "host.json"), 12)],
         *([task] for task in singly),
     ]  # fmt: skip
 
