@@ -116,7 +116,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
                 cost = cost_of(op, replace(shape, stage=stage), DTYPES[args.dtype].itemsize)
                 names = ("" if i else op.name, str(stage))
                 operation.add_row(*names, *_cells(cost.of(args.mode), limits, args.dtype))
-            operation.end_section()
+            operation.add_section()
     console.print(operation)
 
     works = model_works(shape, args.dtype, args.mode)
@@ -129,7 +129,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
         )
         for kind, calls in _kinds_of(members).items() if args.parts else ():
             model.add_row("", kind, *_cells(calls, limits, args.dtype, whole))
-    model.end_section()
+    model.add_section()
     model.add_row("whole model", *blank, *_cells(works, limits, args.dtype, whole), style="bold")
     console.print(model)
     work = total(works)
