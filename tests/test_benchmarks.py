@@ -577,8 +577,7 @@ def test_run_and_report(
     assert f"written to {out}" in shown
     files = {"results.jsonl", "env.json", "report.md", "plots"}
     assert {p.name for p in out.iterdir()} == files
-    pictures = {"latency.png", "memory.png"}
-    assert {p.name for p in (out / "plots").iterdir()} == pictures
+    assert {p.name for p in (out / "plots").iterdir()} == {"latency.png"}
     rows = read_jsonl(out)
     env = json.loads((out / "env.json").read_text())
     assert {r.env_id for r in rows} == {env["env_id"]}

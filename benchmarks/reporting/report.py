@@ -168,8 +168,11 @@ def show(records: Sequence[Record], console: Console) -> None:
 
 def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> None:
     """`report.md` and plots of the results in a folder, which may hold `breakdown.json`, too."""
-    drawn = plots.draw(grouped(records), folder / "plots")
-    more = [f"![{Path(name).stem}](plots/{name})" for name in drawn]
+    more = []
+    if any(r.p50_us is not None for r in records):
+        (folder / "plots").mkdir(parents=True, exist_ok=True)
+        plots.draw_times(grouped(records), folder / "plots" / "latency.png")
+        more.append("![latency](plots/latency.png)")
     if (path := folder / breakdown.FILE).is_file():
         parts = outputs.read_json(path)
         more += [f"## Time of {parts['label']} by part", _breakdown(parts["providers"])]
