@@ -46,6 +46,12 @@ COMMANDS = {
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status, see above; 2 is raised as SystemExit."""
+    # Being terminated, or losing the terminal, ends a command as Ctrl-C does, so that nothing is
+    # left, nor goes on. There is no SIGHUP on Windows, and nohup ignores it.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
     words = sys.argv[1:] if arguments is None else list(arguments)
     parser = _parser("".join(words[:1]))
     args = parser.parse_args(words)
@@ -97,10 +103,4 @@ def _env(args: argparse.Namespace, console: Console) -> int:
 
 
 if __name__ == "__main__":
-    # Being terminated, or losing the terminal, ends a command as Ctrl-C does, so that nothing is
-    # left, nor goes on. There is no SIGHUP on Windows, and nohup ignores it.
-    for name in ("SIGTERM", "SIGHUP"):
-        number = getattr(signal, name, None)
-        if number and signal.getsignal(number) != signal.SIG_IGN:
-            signal.signal(number, signal.default_int_handler)
     sys.exit(main())

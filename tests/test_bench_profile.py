@@ -56,7 +56,7 @@ def test_table_counts_own_time_per_call() -> None:
         for _ in range(6):
             x @ x
     shown = table(prof, calls=2, top=1, cuda=False)
-    [(cells, *_)] = shown.rows
+    [cells] = zip(*(column.cells for column in shown.columns), strict=True)
     own = next(e for e in prof.key_averages() if e.key == "aten::mm").self_cpu_time_total
     assert cells[0] == "aten::mm"
     assert float(cells[1]) == pytest.approx(own / 2, rel=0.01)
