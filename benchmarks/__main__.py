@@ -12,46 +12,53 @@ import json
 import signal
 import sys
 import traceback
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import partial
-from time import perf_counter
-from typing import Any
+from importlib import import_module
 
-# ruff: noqa: E402 (the clock includes the imports below)
-STARTED = perf_counter()
-
-import torch
 from rich.console import Console
 
-from benchmarks import readme, run
-from benchmarks.cases import operations
-from benchmarks.cases.common.op import unavailable
-from benchmarks.command.options import choose_device
-from benchmarks.machines import calibrate, predictions, roofline, tune
-from benchmarks.measure import breakdown, host, profiling
-from benchmarks.measure import record as records_of
-from benchmarks.measure.plan import Options, plan
-from benchmarks.measure.suites import SUITES
-from benchmarks.miniature import run as miniature
-from benchmarks.offline import dry, exercise, resources
-from benchmarks.providers.provider import PROVIDERS
-from benchmarks.reporting import report
-from benchmarks.versions import against, compare
-from benchmarks.visiting import visit
+from benchmarks import STARTED
 
 INTERRUPTED = 128 + signal.SIGINT
+COMMANDS = {
+    "run": ("run", "check, measure, and write a folder of results"),
+    "report": ("reporting.report", "report and plots again, from results.jsonl"),
+    "breakdown": ("measure.breakdown", "where the time of the model goes, for the report of a run"),
+    "compare": ("versions.compare", "what became slower between two runs"),
+    "against": ("versions.against", "the working tree beside another revision, measured in turn"),
+    "profile": ("measure.profiling", "the operators or kernels of one case, and a trace"),
+    "host": ("measure.host", "how long the host works for a call, and on what"),
+    "exercise": ("offline.exercise", "every kernel once on small shapes, for compute-sanitizer"),
+    "visit": ("visiting.visit", "all that a few minutes on a GPU machine should bring home"),
+    "dry": ("offline.dry", "bind and compile for a GPU that is not there, or fill a cache"),
+    "tune": ("machines.tune", "search faster launch configurations on a GPU"),
+    "roofline": ("machines.roofline", "predicted floors on a GPU, without having one"),
+    "predict": ("machines.predictions", "what a GPU should take for everything timed there"),
+    "miniature": ("miniature.run", "what the parts of EQUISeg are worth when sensors fail"),
+    "readme": ("readme", "the numbers of README.md from the results that are committed"),
+    "resources": ("offline.resources", "what every kernel needs, without a GPU"),
+    "calibrate": ("machines.calibrate", "what this device can do at most"),
+    "env": ("", "the environment record of this machine"),
+}
+"""Module below `benchmarks`, and help. Only that of the command at hand is imported."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The exit status, see above; 2 is raised as SystemExit."""
-    parser = _parser()
-    args = parser.parse_args(arguments)
+    # Being terminated, or losing the terminal, ends a command as Ctrl-C does, so that nothing is
+    # left, nor goes on. There is no SIGHUP on Windows, and nohup ignores it.
+    for name in ("SIGTERM", "SIGHUP"):
+        number = getattr(signal, name, None)
+        if number and signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler)
+    words = sys.argv[1:] if arguments is None else list(arguments)
+    parser = _parser("".join(words[:1]))
+    args = parser.parse_args(words)
     # A pipe has no width; the table needs this much.
-    console = Console(width=None if sys.stdout.isatty() else 165, highlight=False)
+    console = Console(width=None if sys.stdout.isatty() else 200, highlight=False)
     try:
-        with _terminable():
-            return args.run(args, console)
+        return args.run(args, console)
     except KeyboardInterrupt:
         console.print(f"interrupted; {args.kept}", markup=False, soft_wrap=True)
         return INTERRUPTED
@@ -65,47 +72,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(str(error))
 
 
-@contextmanager
-def _terminable() -> Iterator[None]:
-    """Being terminated, or losing the terminal, ends the block as Ctrl-C does, so that nothing is
-    left, nor goes on."""
-
-    def terminated(*_: Any) -> None:
-        raise KeyboardInterrupt
-
-    hangup = getattr(signal, "SIGHUP", None)  # not on Windows; ignored under nohup
-    heeded = hangup is not None and signal.getsignal(hangup) is not signal.SIG_IGN
-    signals = (signal.SIGTERM, hangup) if heeded else (signal.SIGTERM,)
-    before = {number: signal.signal(number, terminated) for number in signals}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-COMMANDS: dict[str, tuple[Any, str]] = {
-    "run": (run, "check, measure, and write a folder of results"),
-    "report": (report, "report and plots again, from results.jsonl"),
-    "breakdown": (breakdown, "where the time of the model goes, for the report of a run"),
-    "compare": (compare, "what became slower between two runs"),
-    "against": (against, "the working tree beside another revision, measured in turn"),
-    "profile": (profiling, "the operators or kernels of one case, and a trace"),
-    "host": (host, "how long the host works for a call, and on what"),
-    "exercise": (exercise, "every kernel once on small shapes, for compute-sanitizer"),
-    "visit": (visit, "all that a few minutes on a GPU machine should bring home"),
-    "dry": (dry, "bind and compile for a GPU that is not there, or fill a cache of binaries"),
-    "tune": (tune, "search faster launch configurations on a GPU"),
-    "roofline": (roofline, "predicted floors on a GPU, without having one"),
-    "predict": (predictions, "what a GPU should take for everything that is timed there"),
-    "miniature": (miniature, "what the parts of EQUISeg are worth when sensors fail"),
-    "readme": (readme, "the numbers of README.md from the results that are committed"),
-    "resources": (resources, "what every kernel needs, without a GPU"),
-    "calibrate": (calibrate, "what this device can do at most"),
-}
-
-
-def _parser() -> argparse.ArgumentParser:
+def _parser(chosen: str) -> argparse.ArgumentParser:
+    """Of all commands, with the arguments of the chosen one."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks", description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -113,38 +81,24 @@ def _parser() -> argparse.ArgumentParser:
     # What is said when a command is interrupted or the disk is full; some know more.
     parser.set_defaults(kept="the same command starts anew")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    listing = commands.add_parser("list", help="operations, their costs, providers and suites")
-    listing.set_defaults(run=_list)
-    for name, (module, text) in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=module.__doc__)
-        module.add_arguments(command)
-        command.set_defaults(run=module.main)
-        if name == "run":
-            command.set_defaults(run=partial(run.main, started=STARTED))
-        if name == "resources":
-            command.set_defaults(run=lambda args, console: resources.main(args))
-    env = commands.add_parser("env", help="the environment record of this machine")
-    env.set_defaults(run=_env)
+    for name, (path, text) in COMMANDS.items():
+        command = commands.add_parser(name, help=text)
+        if name == "env":
+            command.set_defaults(run=_env)
+        elif name == chosen:
+            module = import_module(f"benchmarks.{path}")
+            command.description = module.__doc__
+            module.add_arguments(command)
+            started = {"started": STARTED} if name == "run" else {}
+            command.set_defaults(run=partial(module.main, **started))
     return parser
 
 
-def _list(args: argparse.Namespace, console: Console) -> int:
-    for name, op in operations().items():
-        providers = [p for p in PROVIDERS if not unavailable(op, p, torch.device("cpu"))]
-        console.print(f"[bold]{name}[/]: {op.formula}; on a CPU: {', '.join(providers)}")
-    for name, suite in SUITES.items():
-        cases = plan(Options(suite=name))
-        console.print(
-            f"suite [bold]{name}[/]: {len(cases)} cases, {sum(len(c.modes) for c in cases)} with "
-            f"their modes; dtypes {', '.join(suite.dtypes)}"
-        )
-    for name, provider in PROVIDERS.items():
-        console.print(f"provider [bold]{name}[/]: {provider.what}")
-    return 0
-
-
 def _env(args: argparse.Namespace, console: Console) -> int:
-    console.print_json(json.dumps(records_of.environment(choose_device(None))))
+    from benchmarks.command.options import choose_device
+    from benchmarks.measure.record import environment
+
+    console.print_json(json.dumps(environment(choose_device(None))))
     return 0
 
 

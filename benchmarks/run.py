@@ -33,7 +33,7 @@ from benchmarks.measure.record import Record, Writer, environment, read
 from benchmarks.measure.resume import AGAIN, Again, Journal
 from benchmarks.measure.runner import Runner
 from benchmarks.providers.provider import TUNED
-from benchmarks.reporting import report, terminal
+from benchmarks.reporting import report
 from equiseg_fast.kernels import _tuned
 
 
@@ -135,7 +135,7 @@ def main(args: argparse.Namespace, console: Console, started: float) -> int:
         begun = perf_counter()
         rows = read(out)
         report.write(rows, env, out)
-        terminal.show(rows, console)
+        report.show(rows, console)
         seconds["report and plots"] = perf_counter() - begun
     shown = "; ".join(f"{name} {spent:.1f}" for name, spent in seconds.items())
     console.print(

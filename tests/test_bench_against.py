@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -13,11 +12,13 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.__main__ import main
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.record import read_jsonl
 from benchmarks.measure.suites import SUITES
 from benchmarks.measure.timing import Timing
-from benchmarks.versions.alternate import BLOCK, DONE, READY, Task, measure, pooled
+from benchmarks.versions import against as against_module
+from benchmarks.versions.against import BLOCK, DONE, READY, measure, pooled
 
 ROOT = Path(__file__).resolve().parent.parent
 INIT = Path("equiseg_fast/__init__.py")
@@ -56,7 +57,6 @@ def against(repository: Path, *arguments: str) -> subprocess.CompletedProcess[st
         command(*arguments), cwd=repository, env=environment(repository), capture_output=True,
         text=True,
     )  # fmt: skip
-    assert git(repository, "worktree", "list").count("\n") == 0
     assert list((repository.parent / "tmp").iterdir()) == []
     return done
 
@@ -96,9 +96,10 @@ def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_pa
     out = tmp_path / "first"
     done = against(repository, *arguments, "--blocks", "9", "--fail", "--out", str(out))
     assert done.returncode == 1, done.stdout + done.stderr
-    comparison = (out / "comparison.md").read_text()
-    assert "| slower | guided_gate | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
-    assert "| same | add_layer_norm | b0 s2 64x64 B1 M2 fp32 | fwd | torch |" in comparison
+    rows = [line.split() for line in done.stdout.splitlines()]
+    case = ["fwd", "b0", "s2", "64x64", "B1", "M2", "fp32", "torch"]
+    assert ["slower", "guided_gate", *case] in [row[:10] for row in rows]
+    assert ["same", "add_layer_norm", *case] in [row[:10] for row in rows]
     assert "2 compared: 1 slower, 0 lost, 0 faster, 1 same" in done.stdout
     assert "as it is; new: the working tree" in done.stdout
     assert f"written to {out}" in done.stdout
@@ -119,7 +120,7 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     arguments = ("--base", "at-older", "--op", "encoder,add_layer_norm", *TINY, "--threads", "1")
     done = against(repository, *arguments, "--blocks", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "not compared: encoder fwd torch: base: error, ImportError" in done.stdout
+    assert "base has no encoder b0 64x64 B1 M2 fp32: ImportError" in done.stdout
     assert "HUGGING_FACE_V5" in done.stdout
     assert "equiseg-base" not in done.stdout + (tmp_path / "base" / "results.jsonl").read_text()
     assert "1 compared" in done.stdout
@@ -128,14 +129,18 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     ]  # fmt: skip
 
 
+def test_a_version_that_cannot_be_imported_is_blamed(repository: Path, tmp_path: Path) -> None:
+    arguments = ("--base", "at-broken", "--op", "add_layer_norm", *TINY, "--out", str(tmp_path))
+    done = against(repository, *arguments)
+    assert done.returncode == 2
+    assert "ImportError: on purpose" in done.stderr
+    assert "error: the worker of base ended with 1, see above" in done.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("--base", "no-such-revision"), "no such revision"),
-        (
-            ("--base", "at-broken"),
-            "worker of base ended with 1: ImportError: on purpose",
-        ),
         (("--base", "main", "--blocks", "2"), "--blocks must be at least 3"),
         (("--base", "main", "--at", "colour=3"), "--at must be among variant, stage"),
         (("--base", "main", "--at", "height=0"), "height must be a positive integer; got '0'"),
@@ -143,31 +148,39 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     ],
 )
 def test_usage_errors(
-    repository: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+    repository: Path,
+    arguments: tuple[str, ...],
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
-    done = against(repository, "--op", "add_layer_norm", *TINY, *arguments, "--out", str(tmp_path))
-    assert done.returncode == 2
-    assert message in " ".join(done.stderr.split())
+    monkeypatch.setattr(against_module, "ROOT", repository)
+    with pytest.raises(SystemExit, match="2"):
+        main(["against", *TINY, *arguments])
+    assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_dry_run_measures_nothing(repository: Path, tmp_path: Path) -> None:
+def test_dry_run_measures_nothing(
+    repository: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(against_module, "ROOT", repository)
     out = tmp_path / "none"
-    done = against(repository, "--base", "main", "--dry-run", *TINY, "--out", str(out))
-    assert done.returncode == 0
-    assert "attention b0 s2 64x64 B1 M2 fp32: fwd: torch\n" in done.stdout
-    assert "model b0 64x64 B1 M2 fp32: fwd: torch\n" in done.stdout
-    assert "nothing was run" in done.stdout
+    assert main(["against", "--base", "main", "--dry-run", *TINY, "--out", str(out)]) == 0
+    shown = capsys.readouterr().out
+    assert "attention b0 s2 64x64 B1 M2 fp32: fwd: torch\n" in shown
+    assert "model b0 64x64 B1 M2 fp32: fwd: torch\n" in shown
+    assert "nothing was run" in shown
     assert not out.exists()
 
 
-@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
-def test_interrupted_it_leaves_no_worktree(
-    repository: Path, tmp_path: Path, sent: signal.Signals
-) -> None:
+def test_terminated_it_leaves_no_checkout_and_no_worker(repository: Path, tmp_path: Path) -> None:
     arguments = command("--base", "main", *TINY, "--blocks", "999", "--out", str(tmp_path))
     running = subprocess.Popen(
-        arguments, cwd=repository, env=environment(repository), stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        arguments, cwd=repository, env=environment(repository), stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT, text=True,
     )  # fmt: skip
     try:
         waited = time.monotonic()
@@ -175,47 +188,44 @@ def test_interrupted_it_leaves_no_worktree(
             assert time.monotonic() - waited < 120
             assert running.poll() is None
             time.sleep(0.1)
-        assert git(repository, "worktree", "list").count("\n") == 1
-        running.send_signal(sent)
-        assert running.wait(timeout=60) != 0
+        assert len(list((repository.parent / "tmp").iterdir())) == 1
+        running.terminate()
+        said, _ = running.communicate(timeout=60)  # workers would hold the pipe open
     finally:
         running.kill()
-    assert git(repository, "worktree", "list").count("\n") == 0
+    assert running.returncode == 130
+    assert f"interrupted; what was measured on both sides is in {tmp_path}" in said
     assert list((repository.parent / "tmp").iterdir()) == []
 
 
 class Scripted:
     """A side that answers as it is told, and keeps what it was asked."""
 
-    def __init__(self, *answers: object) -> None:
+    def __init__(self, name: str, *answers: str) -> None:
+        self.out = Path(name)
         self.answers = list(answers)
-        self.asked: list[object] = []
 
-    def send(self, message: object) -> None:
-        self.asked.append(message)
-        ORDER.append(self)
-
-    def receive(self) -> object:
+    def ask(self, message: object) -> str:
+        ASKED.append((self.out.name, message))
         return self.answers.pop(0)
 
 
-ORDER: list[Scripted] = []
+ASKED: list[tuple[str, object]] = []
 
 
 def test_sides_are_asked_in_turn_and_one_that_fails_is_left_out() -> None:
-    ORDER.clear()
-    task = Task(plan(Options())[0], Options(), SUITES["quick"])
-    rows = [object()]
-    a = Scripted(READY, 1, 2, 3, rows)
-    b = Scripted(READY, 1, rows)  # fails in its second block, so that its records come at once
-    c = Scripted("ImportError: no such name")
-    found = measure([a, b, c], task, 3)
-    assert found[:2] == [rows, rows]
-    assert {(r.status, r.reason) for r in found[2]} == {("error", "ImportError: no such name")}
-    assert a.asked == [task, BLOCK, BLOCK, BLOCK, DONE]
-    assert b.asked == [task, BLOCK, BLOCK]
-    assert c.asked == [task]
-    assert ORDER == [a, b, c, a, b, b, a, a, a]
+    ASKED.clear()
+    task = plan(Options())[0], Options(), SUITES["quick"]
+    a = Scripted("a", READY, READY, READY, READY, "")
+    b = Scripted("b", READY, READY, "")  # fails in its second block, and has kept its records
+    c = Scripted("c", "ImportError: no such name")
+    said = ["c has no attention b0 s2 480x736 B1 M3 fp32: ImportError: no such name"]
+    assert measure([a, b, c], task, 3) == said
+    assert ASKED == [
+        *(("a", task), ("b", task), ("c", task)),
+        *(("a", BLOCK), ("b", BLOCK), ("b", BLOCK), ("a", BLOCK), ("a", BLOCK)),
+        ("a", DONE),
+    ]
 
 
 def test_a_block_counts_with_its_fastest_call_by_wall_clock() -> None:

@@ -81,7 +81,6 @@ def test_where_nothing_can_be_written(
     [
         ("run", "results.jsonl"),
         ("run", "plots"),
-        ("against", "comparison.md"),
         ("against", "base"),
         ("profile", "trace.json"),
         pytest.param("tune", "tuned.json", marks=pytest.mark.skipif(

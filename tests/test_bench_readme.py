@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 
 from benchmarks import readme
-from benchmarks.__main__ import _parser, main
+from benchmarks.__main__ import COMMANDS, _parser, main
 from benchmarks.machines import gpus, roofline
 from benchmarks.measure.record import Record
-from benchmarks.readme import PAGES, REGION, Folder, cpu, folders, gpu, rewritten, stale
+from benchmarks.readme import PAGES, REGION, REGIONS, Folder, folders, rewritten
 
 ROOT = Path(__file__).resolve().parent.parent
 CASE = {"variant": "b0", "stage": 1, "height": 512, "width": 512, "batch": 1, "modalities": 4}
@@ -30,7 +30,7 @@ def record(provider: str, p50_ms: float, width_ms: float = 0.0, **fields: object
 
 def on_a_gpu(records: list[Record]) -> Folder:
     env = {"device": "NVIDIA H200", "torch": "2.11.0", "capability": "9.0", "threads": 16}
-    return Folder("benchmarks/results/h200", env, records)
+    return Folder("h200", env, records)
 
 
 def pages() -> dict[Path, str]:
@@ -38,7 +38,7 @@ def pages() -> dict[Path, str]:
 
 
 def test_pages_are_what_the_results_say() -> None:
-    assert rewritten(pages(), folders(ROOT)) == pages(), "run `python -m benchmarks readme`"
+    assert rewritten(pages(), folders()) == pages(), "run `python -m benchmarks readme`"
 
 
 def test_headline_by_hand() -> None:
@@ -70,7 +70,7 @@ def test_table() -> None:
         record("baseline", 7.7, case=CASE | {"height": 1024}),
         record("triton", 7.7, case=CASE | {"height": 1024}),
     ]  # fmt: skip
-    text = gpu([on_a_gpu(rows)])
+    text = REGIONS["gpu"]([on_a_gpu(rows)])
     assert (
         "NVIDIA H200, torch 2.11.0, suite core ([report](benchmarks/results/h200/report.md)):"
         in text
@@ -82,11 +82,11 @@ def test_table() -> None:
     )
     assert "7.7" not in text
     assert "predictions" not in text
-    assert cpu([on_a_gpu(rows)]) == ""
+    assert REGIONS["cpu"]([on_a_gpu(rows)]) == ""
 
 
 def test_without_a_gpu_there_are_predictions_called_that() -> None:
-    text = gpu(folders(ROOT)[:0])
+    text = REGIONS["gpu"]([])
     assert text.startswith("No GPU has been measured yet.")
     assert "predictions, not measurements" in text
     # The bytes alone take this long.
@@ -111,7 +111,7 @@ def test_without_a_gpu_there_are_predictions_called_that() -> None:
 def test_regions_must_be_there(change) -> None:
     changed = {path: change(text) if path == PAGES[0] else text for path, text in pages().items()}
     with pytest.raises(ValueError, match="have the regions cpu, gpu, headline, miniature, quick"):
-        rewritten(changed, folders(ROOT))
+        rewritten(changed, folders())
 
 
 def test_command(
@@ -128,7 +128,8 @@ def test_command(
         path.write_text(text)
     monkeypatch.setattr(readme, "PAGES", tuple(copies))
     assert main(["readme", "--check"]) == 1
-    assert capsys.readouterr().out.splitlines() == ["stale: gpu", "stale: miniature"]
+    names = ["stale: README.md", "stale: failing-sensors.md"]
+    assert capsys.readouterr().out.splitlines() == names
     assert {path: path.read_text() for path in copies} == outdated
     assert main(["readme"]) == 0
     assert {path: path.read_text() for path in copies} == copies
@@ -136,8 +137,12 @@ def test_command(
 
 
 def test_other_results_are_other_numbers() -> None:
-    found = folders(ROOT)
+    found = folders()
     times = ("p20_us", "p50_us", "p80_us", "min_us", "cpu_us")
+
+    def regions(found: list[Folder]) -> dict[str, str]:
+        text = "".join(rewritten(pages(), found).values())
+        return {match[2]: match[3] for match in REGION.finditer(text)}
 
     def slowed(*which: int) -> list[str]:
         changed = list(found)
@@ -148,9 +153,11 @@ def test_other_results_are_other_numbers() -> None:
                 else r
                 for r in found[i].records
             ]
-            changed[i] = replace(found[i], records=rows)
-        return stale(pages(), rewritten(pages(), changed))
+            changed[i] = found[i]._replace(records=rows)
+        new = regions(changed)
+        return [name for name, text in before.items() if new[name] != text]
 
+    before = regions(found)
     assert slowed(0) == ["headline", "quick"]
     assert slowed(1) == ["cpu"]
     assert slowed(0, 1) == ["headline", "quick", "cpu"]
@@ -159,14 +166,14 @@ def test_other_results_are_other_numbers() -> None:
 def test_commands_of_the_page_are_understood() -> None:
     text = (ROOT / "docs" / "benchmarks.md").read_text()
     commands = re.findall(r"^\| `((?!python)[a-z].*?)` \|", text, flags=re.MULTILINE)
-    parser = _parser()
-    names = [parser.parse_args(shlex.split(command)) and command.split()[0] for command in commands]
-    choices = next(action.choices for action in parser._actions if action.choices)
-    assert sorted(names) == sorted(choices)
+    names = [command.split()[0] for command in commands]
+    assert sorted(names) == sorted(COMMANDS)
+    for name, command in zip(names, commands, strict=True):
+        _parser(name).parse_args(shlex.split(command))
 
 
 def test_headline_compares_peaks_of_memory() -> None:
-    found = folders(ROOT)
+    found = folders()
     doubled = [
         replace(r, peak_mib=2 * r.peak_mib)
         if (r.op, r.provider) == ("training", "torch") and r.peak_mib
@@ -175,5 +182,5 @@ def test_headline_compares_peaks_of_memory() -> None:
     ]
     peaks = {(r.op, r.provider): r.peak_mib for r in doubled}
     share = 100 * peaks["training", "torch"] / peaks["training", "baseline"]
-    text = readme.headline([replace(found[0], records=doubled)])
+    text = readme.headline([found[0]._replace(records=doubled)])
     assert f"{share:.0f} % of the memory" in text

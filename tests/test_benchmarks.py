@@ -24,7 +24,7 @@ from benchmarks.measure.record import Record, environment, read_jsonl, write_jso
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES, Grid, Suite
 from benchmarks.providers.baseline_model import EagerBaseline
-from benchmarks.reporting import analysis, report
+from benchmarks.reporting import report
 from equiseg_fast import add_layer_norm, attention, ops
 from equiseg_fast.models import EQUISeg
 
@@ -491,14 +491,13 @@ def test_report_marks_winners_and_hides_no_loss() -> None:
             record(1.0, provider="reference", status="oom", reason="out of memory"), p50_us=None
         ),
     ]
-    text = report.markdown(rows, {"device": "a chip"}, ["plots/latency.png"])
+    text = report.markdown(rows, {"device": "a chip"}, ["![latency](plots/latency.png)"])
     assert "**2.00**" in text
     assert "**8.00**" not in text
     lost = "upsample_cross_entropy fwd b0 s1 64x96 B1 M3 fp32"
     assert f"- {lost}: torch takes 3.00x the time of baseline" in text
     assert "reference: oom, out of memory" in text
     assert "![latency](plots/latency.png)" in text
-    assert "Kernels per" not in text
 
 
 @pytest.mark.parametrize(
@@ -578,8 +577,7 @@ def test_run_and_report(
     assert f"written to {out}" in shown
     files = {"results.jsonl", "env.json", "report.md", "plots"}
     assert {p.name for p in out.iterdir()} == files
-    pictures = {"latency.png", "memory.png", "roofline.png"}
-    assert {p.name for p in (out / "plots").iterdir()} == pictures
+    assert {p.name for p in (out / "plots").iterdir()} == {"latency.png"}
     rows = read_jsonl(out)
     env = json.loads((out / "env.json").read_text())
     assert {r.env_id for r in rows} == {env["env_id"]}
@@ -591,9 +589,7 @@ def test_run_and_report(
     assert (out / "report.md").is_file()
 
 
-def test_listing_and_environment(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["list"]) == 0
-    assert "pooling_mixer" in capsys.readouterr().out
+def test_environment_of_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["env"]) == 0
     assert json.loads(capsys.readouterr().out)["torch"] == torch.__version__
 
@@ -606,8 +602,8 @@ def test_triton_is_never_timed_off_a_gpu() -> None:
 def test_a_busy_machine_is_reported() -> None:
     quiet, busy = record(1000.0, cpu_us=1900.0), record(1000.0, cpu_us=600.0)
     assert not quiet.contended
-    assert analysis.contention([quiet]) == []
-    assert "during 1 of 2 medians" in analysis.contention([quiet, busy])[0]
+    assert report.contention([quiet]) == []
+    assert "during 1 of 2 medians" in report.contention([quiet, busy])[0]
     # Two threads got one between them: the call alone cannot tell.
     starved = record(1000.0, cpu_us=1000.0, cpu_share=0.5)
     assert starved.contended

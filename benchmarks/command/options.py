@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 ROOT = Path(__file__).resolve().parents[2]
-MOST_THREADS = 1024
 Pairs = tuple[tuple[str, str], ...]
 
 
@@ -23,34 +22,17 @@ def device_arguments(parser: argparse.ArgumentParser, measured: bool = False) ->
     """Where, and on which inputs; measured: also how times are taken, for `run` and `against`."""
     parser.add_argument("--device", help="cpu or cuda; default: cuda if there is one")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument(
-        "--dry-run", action="store_true",
-        help="only say what would run, and who is left out and why",
-    )  # fmt: skip
+    dry = "only say what would run, and who is left out and why"
+    parser.add_argument("--dry-run", action="store_true", help=dry)
     if measured:
-        parser.add_argument(
-            "--method", choices=("graph", "eager"), default="graph", help="how a GPU is timed"
-        )
+        methods, how = ("graph", "eager"), "how a GPU is timed"
+        parser.add_argument("--method", choices=methods, default="graph", help=how)
         threads_argument(parser)
 
 
 def threads_argument(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads", type=to_threads, help="of PyTorch on the CPU; default: its own choice"
-    )
-
-
-def verdict_arguments(parser: argparse.ArgumentParser) -> None:
-    """When a difference counts, for `compare` and `against`."""
-    parser.add_argument(
-        "--threshold", type=fraction, default=0.05, metavar="5%%", help="least relative change"
-    )
-    parser.add_argument(
-        "--atol-us", type=float, default=30.0, help="least absolute change, in microseconds"
-    )
-    parser.add_argument(
-        "--fail", action="store_true", help="exit with 1 if anything is slower or lost"
-    )
+    threads = "of PyTorch on the CPU; default: its own choice"
+    parser.add_argument("--threads", type=to_threads, help=threads)
 
 
 def to_path(text: str) -> Path:
@@ -61,9 +43,8 @@ def to_path(text: str) -> Path:
 
 
 def to_threads(text: str) -> int:
-    """How many threads PyTorch computes on."""
-    if not text.isdecimal() or not 1 <= int(text) <= MOST_THREADS:
-        raise argparse.ArgumentTypeError(f"must be 1 to {MOST_THREADS}; got {text!r}")
+    if not text.isdecimal() or not 1 <= int(text) <= 1024:
+        raise argparse.ArgumentTypeError(f"must be 1 to 1024; got {text!r}")
     return int(text)
 
 
@@ -91,27 +72,16 @@ def pairs(text: str) -> Pairs:
     return found
 
 
-def fraction(text: str) -> float:
-    """`5%` or `0.05`."""
-    try:
-        return float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"must be like 5% or 0.05; got {text!r}") from None
-
-
 def choose_device(name: str | None, needed: bool = True) -> torch.device:
-    """The device of this name; without one the GPU if there is one. Raises ValueError if it cannot
+    """The device of this name; by default the GPU if there is one. Raises ValueError if it cannot
     be measured, or is needed and does not exist."""
     if name is None:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
         raise ValueError(f"--device must be cpu, cuda or, as in cuda:1, one of them; got {name!r}")
     device = torch.device(name)
-    if needed and device.type == "cuda":
-        if not torch.cuda.is_available():
-            raise ValueError(f"--device is {name}, but torch sees no GPU here")
-        if (device.index or 0) >= torch.cuda.device_count():
-            raise ValueError(
-                f"--device is {name}, but torch sees {torch.cuda.device_count()} GPUs here"
-            )
+    there = torch.cuda.device_count()
+    if needed and device.type == "cuda" and (device.index or 0) >= there:
+        seen = f"only {there} here" if there else "no GPU here"
+        raise ValueError(f"--device is {name}, but torch sees {seen}")
     return device

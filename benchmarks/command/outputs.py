@@ -13,19 +13,16 @@ class NotWritten(OSError):
 
 
 def writable(path: Path, *holds: str, hint: str = "", option: str = "--out") -> Path:
-    """The path, if files can be written into this folder, or into a new one of that name.
-
-    holds: what an earlier run leaves behind in such a folder. Raises ValueError if some of it is
-    there, or if nothing can be written.
-    """
+    """The path, if files can be written into this folder, or into a new one of that name. Raises
+    ValueError if not, or if it has any of `holds`, which an earlier run leaves behind."""
     nearest = next(p for p in (path, *path.parents) if p.exists())
     try:
         with TemporaryFile(dir=nearest) as file:
             file.write(bytes(4096))
     except OSError as error:
-        why = "" if nearest == path else f"{nearest}: "
+        why = error.strerror if nearest == path else f"{nearest}: {error.strerror}"
         raise ValueError(
-            f"{option} must be a folder that can be written to; got {path}: {why}{error.strerror}"
+            f"{option} must be a folder that can be written to; got {path}: {why}"
         ) from error
     if found := [name for name in holds if (path / name).exists()]:
         raise ValueError(

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.reporting.plots.style import panels, pyplot, save
+from benchmarks.reporting.plots import panels, pyplot, save
 from equiseg_fast.robustness import SEVERITIES, Condition, proper_subsets
 
 LINES = {

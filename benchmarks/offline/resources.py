@@ -418,7 +418,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(kept="the same command goes on with what is not compiled yet")
 
 
-def main(args: argparse.Namespace) -> int:
+def main(args: argparse.Namespace, console: object = None) -> int:
     """Compile, write the tables, print what is wrong; 1 if anything is."""
     if args.dry_run:
         labels = entries(args.arch, args.kernel)

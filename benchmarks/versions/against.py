@@ -1,20 +1,22 @@
-"""The working tree against another revision, measured in turn in one run.
+"""The working tree against another revision, measured in turn in one run: A B, B A, A B, ..
 
-The base is checked out into a temporary git worktree, which is removed afterwards. Both versions
-are measured by the benchmarks of the working tree, so the base needs no benchmarks of its own, only
-the functions they call; a change of the benchmarks themselves is therefore never seen as a change
-of speed.
+Each version lives in a process of its own that keeps its case warm and measures one short block at
+a time, so that drift and other load hit both alike. Both are measured by the benchmarks of the
+working tree: a change of the benchmarks themselves is never seen as a change of speed.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import shutil
 import subprocess
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from datetime import datetime
+from multiprocessing.connection import Connection
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -23,17 +25,20 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
+import equiseg_fast
 from benchmarks.command import outputs
-from benchmarks.command.options import ROOT, device_arguments, to_path, verdict_arguments
-from benchmarks.measure.plan import Options, dry_run, plan, selection_arguments
-from benchmarks.measure.record import Record, write_jsonl
-from benchmarks.measure.suites import SUITES
+from benchmarks.command.options import ROOT, device_arguments, full_fp32, to_path, use_threads
+from benchmarks.measure.plan import Case, Options, dry_run, plan, selection_arguments
+from benchmarks.measure.record import Writer, environment, read
+from benchmarks.measure.runner import Runner, Timings
+from benchmarks.measure.suites import SUITES, Suite
+from benchmarks.measure.timing import Timing
 from benchmarks.versions import compare
-from benchmarks.versions.alternate import Side, Task, measure
 
-OURS = ("torch", "triton")
-BLOCK_SECONDS = 0.1
-BLOCK_ROUNDS = (2, 100)
+SPAWN = multiprocessing.get_context("spawn")
+READY, BLOCK, DONE = "ready", "block", "done"
+Task = tuple[Case, Options, Suite]
+"""A case with a single mode, and how to measure it; suite: seconds and rounds of one block."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -41,13 +46,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--base", required=True, metavar="REV", help="any revision git knows")
     selection_arguments(parser)
     device_arguments(parser, measured=True)
-    parser.add_argument(
-        "--blocks", type=int, default=9, help="measurements of each version, at least 3"
-    )
-    parser.add_argument(
-        "--out", type=to_path, help="default: benchmark-results/against-<base>-<date>"
-    )
-    verdict_arguments(parser)
+    blocks = "measurements of each version, at least 3; default: 9"
+    parser.add_argument("--blocks", type=int, default=9, help=blocks)
+    default = "default: benchmark-results/against-<base>-<date>"
+    parser.add_argument("--out", type=to_path, help=default)
+    compare.verdict_arguments(parser)
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
@@ -55,67 +58,33 @@ def main(args: argparse.Namespace, console: Console) -> int:
     if args.blocks < 3:
         raise ValueError(f"--blocks must be at least 3, or bands mean nothing; got {args.blocks}")
     options = Options.of(args)
-    options = replace(options, providers=options.providers or OURS)
-    device = torch.device(options.device)
-    suite = replace(SUITES[args.suite], seconds=BLOCK_SECONDS, rounds=BLOCK_ROUNDS)
+    options = replace(options, providers=options.providers or ("torch", "triton"))
+    suite = replace(SUITES[args.suite], seconds=0.1, rounds=(2, 100))
     cases = plan(options)
-    tasks = [
-        Task(replace(case, modes=(mode,)), options, suite) for case in cases for mode in case.modes
-    ]
     sha = _git("rev-parse", "--verify", "--quiet", f"{args.base}^{{commit}}")
     console.print(f"base: {_git('log', '-1', '--format=%h %s', sha)}; new: the working tree")
     if args.dry_run:
-        console.print("\n".join(dry_run(cases, device)), markup=False, soft_wrap=True)
+        lines = dry_run(cases, torch.device(options.device))
+        console.print("\n".join(lines), markup=False, soft_wrap=True)
         return 0
-
     default = Path("benchmark-results") / f"against-{sha[:10]}-{datetime.now():%Y%m%d-%H%M}"
-    out = outputs.writable(args.out or outputs.fresh(default), "base", "new", "comparison.md")
+    out = outputs.writable(args.out or outputs.fresh(default), "base", "new")
     args.kept = f"what was measured on both sides is in {out}, for `compare`"
-    for name in ("base", "new"):
-        (out / name).mkdir(parents=True, exist_ok=True)
-    with _worktree(sha) as base, ExitStack() as stack:
-        sides = [
-            stack.enter_context(closing(Side(name, package, log, device, args.threads)))
-            for name, package in (("base", base), ("new", ROOT))
-            for log in [out / f"{name}.log"]
-        ]
-        envs = _environments(sides, sha, out)
-        rows: list[list[Record]] = [[], []]
+    with TemporaryDirectory(prefix="equiseg-base-") as folder:
+        base = Path(folder).resolve() / "base"
+        _git("archive", f"--output={base}.tar", sha)
+        shutil.unpack_archive(f"{base}.tar", base)
+        shutil.rmtree(base / "benchmarks", ignore_errors=True)
+        sides = Side(base, out / "base"), Side(ROOT, out / "new")
+        # The harness stands in the working tree and knows the commit of that alone.
+        for side, known in zip(sides, ({"git_sha": sha, "git_dirty": False}, {}), strict=True):
+            side.ask((options.device, args.threads, known))
+        tasks = [(replace(c, modes=(m,)), options, suite) for c in cases for m in c.modes]
         for task in track(tasks, "measuring in turn", console=console, transient=True):
-            for kept, found, env, side in zip(
-                rows, measure(sides, task, args.blocks), envs, sides, strict=True
-            ):
-                kept += [replace(row, env_id=env["env_id"]) for row in found]
-                # Written as it goes: an interrupted run keeps what it has.
-                write_jsonl(kept, out / side.name / "results.jsonl")
-    changes = compare.compare(*rows, threshold=args.threshold, atol_us=args.atol_us)
-    title = f"working tree against {sha[:10]}, medians of {args.blocks} blocks (p20 to p80)"
-    outputs.write(out / "comparison.md", compare.markdown(changes, title))
-    console.print(compare.table(changes, title))
-    for line in (*_without_base(*rows), *compare.notes(*rows, changes, args.threshold)):
-        console.print(line, markup=False)
-    console.print(f"{compare.summary(changes)}; written to {out}", markup=False, soft_wrap=True)
-    return 1 if args.fail and compare.failed(changes) else 0
-
-
-def _environments(sides: Sequence[Side], sha: str, out: Path) -> list[dict[str, Any]]:
-    """The workers' records of their environment, also written into `out`."""
-    envs = [side.receive() for side in sides]
-    # The harness stands in the working tree and knows the commit of that alone.
-    envs[0] |= {"git_sha": sha, "git_dirty": False, "env_id": f"{envs[0]['env_id']}-{sha[:10]}"}
-    for side, env in zip(sides, envs, strict=True):
-        outputs.write(out / side.name / "env.json", json.dumps(env, indent=1) + "\n")
-    return envs
-
-
-def _without_base(base: Sequence[Record], new: Sequence[Record]) -> list[str]:
-    """What cannot be compared because base has no numbers, with its reasons."""
-    reasons = {row.key: f"{row.status}, {row.reason}" for row in base if row.p50_us is None}
-    return [
-        f"not compared: {row.op} {row.mode} {row.provider}: base: {reasons[row.key]}"
-        for row in new
-        if row.key in reasons and row.status != "unsupported"
-    ]
+            for line in measure(sides, task, args.blocks):
+                console.print(line, markup=False)
+    console.print(f"medians of {args.blocks} blocks; written to {out}", soft_wrap=True)
+    return compare.judge(read(out / "base"), read(out / "new"), args, console)
 
 
 def _git(*arguments: str) -> str:
@@ -126,13 +95,93 @@ def _git(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-@contextmanager
-def _worktree(sha: str) -> Iterator[Path]:
-    """A checkout of this commit, removed however the block ends."""
-    with TemporaryDirectory(prefix="equiseg-base-") as folder:
-        path = Path(folder) / "base"
+class Side:
+    """One version: a worker process, in which `equiseg_fast` is that of the folder `package`, and
+    which writes into the folder `out`."""
+
+    def __init__(self, package: Path, out: Path) -> None:
+        self.out = out
+        self.connection, theirs = SPAWN.Pipe()
+        self.process = SPAWN.Process(target=serve, args=(theirs, package, out), daemon=True)
+        sys.path.insert(0, str(package))  # which the process inherits
+        self.process.start()
+        sys.path.pop(0)
+        theirs.close()
+
+    def ask(self, message: Any) -> Any:
+        """The answer. Raises RuntimeError if the worker has ended."""
         try:
-            _git("worktree", "add", "--quiet", "--detach", str(path), sha)
-            yield path
-        finally:
-            _git("worktree", "remove", "--force", str(path))
+            self.connection.send(message)
+            return self.connection.recv()
+        except (EOFError, OSError) as error:
+            self.process.join()
+            raise RuntimeError(
+                f"the worker of {self.out.name} ended with {self.process.exitcode}, see above"
+            ) from error
+
+
+def measure(sides: Sequence[Side], task: Task, blocks: int) -> list[str]:
+    """Asks in turn who answers READY, that is correct and warm. Returns who cannot have any records
+    of the task, and why."""
+    answers = [side.ask(task) for side in sides]
+    for i in range(blocks):
+        for j in sorted(range(len(sides)), reverse=i % 2 == 1):
+            if answers[j] == READY:
+                answers[j] = sides[j].ask(BLOCK)
+    ends = [s.ask(DONE) if a == READY else a for s, a in zip(sides, answers, strict=True)]
+    said = zip(sides, ends, strict=True)
+    return [f"{side.out.name} has no {task[0].label}: {why}" for side, why in said if why]
+
+
+def serve(connection: Connection, package: Path, out: Path) -> None:
+    """The worker: measures every task that comes, until it is killed."""
+    if not Path(equiseg_fast.__file__).is_relative_to(package):
+        raise RuntimeError(f"equiseg_fast must be that of {package}; got {equiseg_fast.__file__}")
+    device, threads, known = connection.recv()
+    use_threads(threads)
+    full_fp32()
+    env = environment(torch.device(device)) | known
+    env["env_id"] += f"-{out.name}"
+    outputs.write(out / "env.json", json.dumps(env, indent=1) + "\n")
+    writer = Writer(out)
+    why = ""
+    while True:
+        connection.send(why)
+        try:
+            case, options, suite = connection.recv()
+        except (ImportError, AttributeError) as error:
+            # A version that lacks what this operation's benchmark imports.
+            why = f"{type(error).__name__}: {error}".partition(" (/")[0]  # a file of the checkout
+            continue
+        runner = BlockRunner(options, suite=suite)
+        runner.connection = connection
+        rows = [replace(row, env_id=env["env_id"]) for row in runner.run(case)]
+        writer.add(rows)  # as it goes: an interrupted run keeps what it has
+        why = ""
+
+
+class BlockRunner(Runner):
+    """A `Runner` that measures when it is asked to, block by block."""
+
+    connection: Connection
+
+    def _measure(self, *arguments: Any) -> Timings:
+        blocks: list[Timings] = []
+        self.connection.send(READY)
+        while self.connection.recv() == BLOCK:
+            blocks.append(super()._measure(*arguments))
+            self.connection.send(READY)
+        return {
+            method: {name: pooled([block[method][name] for block in blocks]) for name in found}
+            for method, found in blocks[0].items()
+        }
+
+
+def pooled(blocks: Sequence[Timing]) -> Timing:
+    """Quantiles over blocks. By wall clock a block counts with its fastest call, because others on
+    the machine only ever add time; by CUDA events with its median."""
+    wall = blocks[0].method == "wall"
+    seconds = [(block.min_us if wall else block.p50_us) / 1e6 for block in blocks]
+    quiet = min(blocks, key=lambda block: block.min_us)
+    timing = Timing.of(seconds, quiet.method)
+    return replace(timing, cpu_us=quiet.cpu_us, cpu_share=quiet.cpu_share)

@@ -3,91 +3,88 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.markup import escape
 
-from benchmarks.command.options import to_path, verdict_arguments
-from benchmarks.command.table import FittedTable, markdown_table, milliseconds
+from benchmarks.command.options import to_path
+from benchmarks.command.table import FittedTable, milliseconds
 from benchmarks.measure import record
 from benchmarks.measure.record import Record
-from benchmarks.reporting import analysis
+from benchmarks.reporting.report import contention, label
 
-MATTERS = (
-    "torch", "triton", "cuda", "cudnn", "python", "cores", "threads", "tf32", "variables",
-    "nvidia_smi", "seed",
-)  # fmt: skip
-"""Of the environment record: what changes numbers, though the device is the same."""
-
-STYLES = {"slower": "red", "lost": "red", "faster": "green", "same": ""}
+COLOURS = {"slower": "red", "lost": "red", "faster": "green", "same": ""}
+COLUMNS = ("verdict", "case", "provider", "base ms", "new ms", "change")
+OF_A_RUN = {"utc", "load", "limits", "env_id", "package", "git_sha", "git_dirty"}
+"""What always differs between two records of the environment."""
 
 
-@dataclass(frozen=True)
-class Change:
-    """One measurement in both runs; verdict: "slower", "faster", "same", or "lost" if new tried it
-    without success (incorrect, out of memory, ..) and has no numbers."""
+class Change(NamedTuple):
+    """One measurement in both runs. ratio: median of new over that of base. verdict: a key of
+    `COLOURS`; "lost" if new tried it without success (incorrect, out of memory, ..)."""
 
     base: Record
     new: Record
+    ratio: float
     verdict: str
-
-    @property
-    def ratio(self) -> float | None:
-        """Median of new over that of base."""
-        if self.base.p50_us is None or self.new.p50_us is None:
-            return None
-        return self.new.p50_us / self.base.p50_us
-
-
-def verdict(base: Record, new: Record, threshold: float, atol_us: float) -> str:
-    """A change counts if the medians differ by more than `threshold` (a fraction of base) and by
-    more than `atol_us` microseconds, and the p20 to p80 bands do not overlap."""
-    difference = new.p50_us - base.p50_us
-    large = abs(difference) > max(threshold * base.p50_us, atol_us)
-    apart = new.p20_us > base.p80_us or new.p80_us < base.p20_us
-    if not (large and apart):
-        return "same"
-    return "slower" if difference > 0 else "faster"
 
 
 def compare(
     base: Sequence[Record], new: Sequence[Record], *, threshold: float, atol_us: float
 ) -> list[Change]:
     """Joins on operation, case, mode, provider and dtype; worst first. What only one run tried, and
-    what base has no numbers of, is left out."""
-    known = {r.key: r for r in base if r.p50_us is not None}
+    what base has no numbers of, is left out.
+
+    A change counts if the medians differ by more than `threshold` (a fraction of base) and by more
+    than `atol_us` microseconds, and the p20 to p80 bands do not overlap.
+    """
+    known = {row.key: row for row in base if row.p50_us is not None}
     changes = []
-    for after in new:
-        if before := known.get(after.key):
-            lost = after.p50_us is None
-            found = "lost" if lost else verdict(before, after, threshold, atol_us)
-            changes.append(Change(before, after, found))
-    return sorted(changes, key=lambda c: float("-inf") if c.ratio is None else -c.ratio)
+    for b, n in [(known[row.key], row) for row in new if row.key in known]:
+        ratio, verdict = math.inf, "lost"
+        if n.p50_us is not None:
+            ratio, verdict = n.p50_us / b.p50_us, "same"
+            large = abs(n.p50_us - b.p50_us) > max(threshold * b.p50_us, atol_us)
+            if large and (n.p20_us > b.p80_us or n.p80_us < b.p20_us):
+                verdict = "slower" if ratio > 1 else "faster"
+        changes.append(Change(b, n, ratio, verdict))
+    return sorted(changes, key=lambda change: -change.ratio)
 
 
-COLUMNS = ("verdict", "op", "case", "mode", "provider", "base ms", "new ms", "change")
-
-
-def table(changes: Sequence[Change], title: str) -> FittedTable:
-    """Medians with their bands, in milliseconds."""
-    shown = FittedTable(COLUMNS, words=COLUMNS[:5], spare=("base ms", "new ms"), title=title)
-    for change in changes:
-        shown.add_row(*map(escape, _cells(change)), style=STYLES[change.verdict])
-    return shown
-
-
-def _cells(change: Change) -> list[str]:
-    new = change.new
-    after = new.status if change.ratio is None else _band(new)
-    difference = "" if change.ratio is None else f"{100 * (change.ratio - 1):+.1f} %"
-    case = f"{new.shape.label} {new.dtype}"
-    return [
-        change.verdict, new.op, case, new.mode, new.provider, _band(change.base), after, difference,
-    ]  # fmt: skip
+def judge(
+    base: Sequence[Record], new: Sequence[Record], args: argparse.Namespace, console: Console
+) -> int:
+    """Prints all changes and what casts doubt on them; exit status 1 under --fail if anything is
+    slower or lost."""
+    changes = compare(base, new, threshold=args.threshold, atol_us=args.atol_us)
+    table = FittedTable(COLUMNS, words=COLUMNS[:3], spare=COLUMNS[3:5], title="p50 (p20 to p80)")
+    for c in changes:
+        lost = c.verdict == "lost"
+        after, change = ("", "") if lost else (_band(c.new), f"{100 * (c.ratio - 1):+.1f} %")
+        cells = c.verdict, label(c.new), c.new.provider, _band(c.base), after, change
+        table.add_row(*cells, style=COLOURS[c.verdict])
+    console.print(table)
+    for name, rows, others in (("base", base, new), ("new", new, base)):
+        timed = {r.key for r in others if r.p50_us is not None}
+        for r in (r for r in rows if r.p50_us is None and r.key in timed):
+            reason = escape(f"{r.status}, {r.reason}")
+            console.print(f"{name} has no {label(r)} {r.provider}: {reason}")
+        for line in contention(rows):
+            console.print(f"{name}: {line}")
+    same = [c for c in changes if c.verdict == "same"]
+    wide = sum(r.p80_us - r.p20_us > args.threshold * r.p50_us for c in same for r in c[:2])
+    if wide:
+        console.print(
+            f"{wide} bands p20 to p80 of what is the same are wider than "
+            f"{100 * args.threshold:g} %: a change of that size could hide there"
+        )
+    counts = {name: sum(c.verdict == name for c in changes) for name in COLOURS}
+    shown = ", ".join(f"{count} {name}" for name, count in counts.items())
+    console.print(f"{len(changes)} compared: {shown}")
+    return 1 if args.fail and counts["slower"] + counts["lost"] else 0
 
 
 def _band(row: Record) -> str:
@@ -95,56 +92,13 @@ def _band(row: Record) -> str:
     return f"{milliseconds(row.p50_us)} ({low} to {high})"
 
 
-def markdown(changes: Sequence[Change], title: str) -> str:
-    """The table for a file."""
-    shown = markdown_table(COLUMNS, map(_cells, changes), words=5)
-    ends = [*(f"- {line}" for line in lost(changes)), summary(changes)]
-    return "\n".join([f"# {title}", "", shown, "", *ends, ""])
-
-
-def summary(changes: Sequence[Change]) -> str:
-    """How many of each verdict."""
-    verdicts = [change.verdict for change in changes]
-    counts = ", ".join(f"{verdicts.count(v)} {v}" for v in ("slower", "lost", "faster", "same"))
-    return f"{len(changes)} compared: {counts}"
-
-
-def lost(changes: Sequence[Change]) -> list[str]:
-    """Why the new run has no numbers where base has."""
-    return [
-        f"lost: {row.op} {row.shape.label} {row.dtype} {row.mode} {row.provider}: {row.status}, "
-        f"{row.reason}"
-        for row in (change.new for change in changes if change.verdict == "lost")
-    ]
-
-
-def notes(
-    base: Sequence[Record], new: Sequence[Record], changes: Sequence[Change], threshold: float
-) -> list[str]:
-    """What was lost; a warning for each run during which others had the CPU, and if bands are so
-    wide that a change of the size of `threshold` fits into them."""
-    lines = lost(changes)
-    for name, rows in (("base", base), ("new", new)):
-        lines += [f"{name}: {line}" for line in analysis.contention(rows)]
-    same = [(change.base, change.new) for change in changes if change.verdict == "same"]
-    wide = sum(any(r.p80_us - r.p20_us > threshold * r.p50_us for r in pair) for pair in same)
-    if wide:
-        lines.append(
-            f"{wide} of {len(same)} that are the same have a band p20 to p80 wider than "
-            f"{100 * threshold:g} %: a change of that size could hide there"
-        )
-    return lines
-
-
-def failed(changes: Sequence[Change]) -> bool:
-    """Whether `--fail` makes this an error."""
-    return any(change.verdict in ("slower", "lost") for change in changes)
-
-
-def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """What changes numbers and is not the same in the two environments."""
-    changed = [key for key in MATTERS if base.get(key) != new.get(key)]
-    return [f"{key}: {base.get(key)} -> {new.get(key)}" for key in changed]
+def verdict_arguments(parser: argparse.ArgumentParser) -> None:
+    """What `judge` needs to know."""
+    least = "least relative change that counts; default: 0.05"
+    parser.add_argument("--threshold", type=float, default=0.05, help=least)
+    least = "least absolute change that counts, in microseconds; default: 30"
+    parser.add_argument("--atol-us", type=float, default=30.0, help=least)
+    parser.add_argument("--fail", action="store_true", help="exit with 1 on what is slower or lost")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -153,42 +107,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("base", type=to_path, help=what)
     parser.add_argument("new", type=to_path, help=what)
     verdict_arguments(parser)
-    parser.add_argument("--all", action="store_true", help="show also what stayed the same")
-    parser.add_argument("--force", action="store_true", help="even on different devices")
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Exit status 1 under --fail if anything is slower or lost. Raises ValueError on results of
-    different devices, on results that have nothing in common, and on what is no time."""
-    envs = [record.read_environment(path) for path in (args.base, args.new)]
-    devices = [env.get("device", "an unknown device") for env in envs]
-    if devices[0] != devices[1] and not args.force:
-        raise ValueError(
-            f"base was measured on {devices[0]}, new on {devices[1]}; --force compares anyway"
-        )
-    rows = [_timed(path) for path in (args.base, args.new)]
-    changes = compare(*rows, threshold=args.threshold, atol_us=args.atol_us)
-    if not changes:
+    """Raises ValueError on results of different devices, and on what is no time."""
+    base, new = (record.read_environment(path) for path in (args.base, args.new))
+    if base.get("device") != new.get("device"):
+        raise ValueError(f"base was measured on {base.get('device')}, new on {new.get('device')}")
+    rows = []
+    for path in (args.base, args.new):
+        rows.append(record.read(path))
+        for r in (r for r in rows[-1] if r.p50_us is not None):
+            if r.p20_us is None or r.p80_us is None or not r.p20_us <= r.p50_us <= r.p80_us:
+                case = f"{path}: {label(r)} {r.provider}"
+                raise ValueError(f"{case}: times must be p20_us <= p50_us <= p80_us")
+    if not {row.key for row in rows[0]} & {row.key for row in rows[1]}:
         raise ValueError("no case, mode, provider and dtype was measured in both")
-    for line in differences(*envs):
-        console.print(f"[yellow]not the same:[/] {line}")
-    shown = changes if args.all else [c for c in changes if c.verdict != "same"]
-    if shown:
-        console.print(table(shown, "median per call (p20 to p80)"))
-    for line in notes(*rows, changes, args.threshold):
-        console.print(line, markup=False)
-    console.print(summary(changes))
-    return 1 if args.fail and failed(changes) else 0
-
-
-def _timed(path: Path) -> list[Record]:
-    rows = record.read(path)
-    for row in rows:
-        quantiles = (row.p20_us, row.p50_us, row.p80_us)
-        there = None not in quantiles and sorted(quantiles) == list(quantiles)
-        if row.p50_us is not None and not there:
-            raise ValueError(
-                f"{path}: {' '.join(row.key)}: p20_us, p50_us and p80_us must be there, in this "
-                f"order; got {', '.join(map(str, quantiles))}"
-            )
-    return rows
+    for key in sorted((base.keys() | new.keys()) - OF_A_RUN):
+        if base.get(key) != new.get(key):
+            console.print(escape(f"not the same: {key}: {base.get(key)} -> {new.get(key)}"))
+    return judge(*rows, args, console)

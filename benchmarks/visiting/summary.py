@@ -23,7 +23,7 @@ from benchmarks.command.table import (
 from benchmarks.machines import judgement
 from benchmarks.measure import record
 from benchmarks.measure.record import Key, Record
-from benchmarks.reporting.analysis import contests, grouped
+from benchmarks.reporting.report import contests, grouped
 from benchmarks.visiting.outcomes import Outcomes
 from benchmarks.visiting.tasks import RUNS, Task
 
