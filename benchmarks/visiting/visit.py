@@ -9,7 +9,6 @@ archive after every command. The same visit goes on with what is not done. Needs
 from __future__ import annotations
 
 import argparse
-import ctypes
 import json
 import os
 import shlex
@@ -223,14 +222,13 @@ def failed(task: Task, states: States) -> bool:
 
 
 def _start(task: Task, folder: Path, mode: str) -> subprocess.Popen[bytes]:
-    """In a session of its own, so that its children end with it; it ends with this process."""
+    """In a session of its own, so that its children end with it."""
     log = folder / f"logs/{task.name}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open(mode) as file:
         return subprocess.Popen(
             task.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
             stderr=subprocess.STDOUT, start_new_session=True,
-            preexec_fn=lambda: ctypes.CDLL(None).prctl(1, signal.SIGKILL),  # PR_SET_PDEATHSIG
         )  # fmt: skip
 
 
