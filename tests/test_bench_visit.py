@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import tarfile
 import time
-from collections import Counter
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -24,31 +25,34 @@ from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.measure.plan import Options, plan
 from benchmarks.measure.record import Record, read_jsonl, write_jsonl
 from benchmarks.measure.resume import AGAIN
-from benchmarks.visiting import orphans, summary, tasks, visit
-from benchmarks.visiting.outcomes import Outcomes
-from benchmarks.visiting.tasks import Task
-from benchmarks.visiting.visit import LOG_BYTES, USABLE, State, pack, share
+from benchmarks.visiting import visit
+from benchmarks.visiting.visit import States, Task, pack, share, summary
 
-from .processes import alive, gone, started
+from .processes import alive, started
 
 ROOT = Path(__file__).resolve().parent.parent
 CUDA = torch.device("cuda")
 CPU = torch.device("cpu")
 
 
-def shell(name: str, script: str, seconds: float = 2.0, **options: Any) -> Task:
-    return Task(name, ("bash", "-c", script), seconds, **options)
+@pytest.fixture(autouse=True)
+def _impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(visit, "GRACE_SECONDS", 0.2)
+    monkeypatch.setattr(visit, "LEAST_SECONDS", 0.1)
 
 
-def carried_out(folder: Path, *plan: list[Task], seconds: float = 20.0) -> State:
-    """The tasks of each list at once, one list after the other; scripts run in the folder."""
-    state = State(folder / "visit.json")
-    moved = [
-        [replace(t, command=(*t.command[:2], f"cd {folder}; {t.command[2]}")) for t in together]
-        for together in plan
-    ]
-    visit.carry_out(moved, state, folder, time.monotonic() + seconds)
-    return State(folder / "visit.json")
+def shell(folder: Path, name: str, script: str, seconds: float = 2.0, *more: str) -> Task:
+    return Task(name, seconds, ("bash", "-c", f"cd {folder}; {script}", *more))
+
+
+def carried_out(folder: Path, *plan: list[Task], seconds: float = 20.0) -> tuple[States, str]:
+    """The tasks of each list at once, one list after the other; what became of them, and what was
+    said meanwhile."""
+    said: list[str] = []
+    archive = folder / "home.tar.gz"
+    visit.carry_out(plan, folder, archive, time.monotonic() + seconds, said.append)
+    states = folder / "visit.json"
+    return json.loads(states.read_text()) if states.is_file() else {}, "\n".join(said)
 
 
 # ---- time limits --------------------------------------------------------------------------------
@@ -56,275 +60,137 @@ def carried_out(folder: Path, *plan: list[Task], seconds: float = 20.0) -> State
 
 def test_what_takes_too_long_is_killed_with_its_children(tmp_path: Path) -> None:
     stubborn = "trap '' TERM; sleep 300 & echo $! > child; echo partial; wait; sleep 300"
-    started = time.monotonic()
-    plan = [shell("slow", stubborn, 1.0)], [shell("next", "echo fine")]
-    state = carried_out(tmp_path, *plan, seconds=9.0)
-    assert time.monotonic() - started < 20
-    assert state.tasks["slow"]["state"] == "cut off"
-    assert 3 < state.tasks["slow"]["seconds"] < 10
+    slow, then = (
+        shell(tmp_path, "slow", stubborn, 1.0),
+        shell(tmp_path, "next", "sleep 300 & echo $! > left"),
+    )
+    states, _ = carried_out(tmp_path, [slow], [then], seconds=3.0)
+    assert states["slow"]["state"] == "cut off"
+    assert 1 < states["slow"]["seconds"] < 10
     assert (tmp_path / "logs/slow.log").read_text() == "partial\n"
-    assert not alive(int((tmp_path / "child").read_text()))
-    assert state.tasks["next"] | {"seconds": 0, "started": ""} == {
-        "state": "done", "rc": 0, "attempts": 1, "seconds": 0, "started": "",
-    }  # fmt: skip
+    assert not any(alive(int((tmp_path / name).read_text())) for name in ("child", "left"))
+    assert states["next"] | {"seconds": 0} == {"state": "done", "rc": 0, "seconds": 0}
 
 
 def test_a_second_call_goes_on_where_the_first_stopped(tmp_path: Path) -> None:
     count = "echo x >> {0}; echo {0} $(wc -l < {0})".format
-    slow = shell("slow", count("slow") + "; [ $(wc -l < slow) = 2 ] || sleep 300")
+    last = "; [ $(wc -l < slow) = 2 ] || sleep 300"
     plan = (
-        [shell("first", count("first"))], [shell("fails", count("fails") + "; exit 3")], [slow],
-        [shell("never", "true", impossible="no tool")],
-    )  # fmt: skip
-    state = carried_out(tmp_path, *plan, seconds=5.0)
-    states = {name: (values["state"], values.get("rc")) for name, values in state.tasks.items()}
-    assert states["first"] == ("done", 0)
-    assert states["fails"] == ("done", 3)
-    assert states["slow"][0] == "cut off"
-    assert states["never"] == ("not possible", None)
-    state = carried_out(tmp_path, *plan)
-    assert state.tasks["slow"]["state"] == "done"
+        [shell(tmp_path, "first", count("first"))],
+        [shell(tmp_path, "fails", count("fails") + "; exit 3")],
+        [shell(tmp_path, "slow", count("slow") + last, 1.0)],
+    )
+    states, _ = carried_out(tmp_path, *plan, seconds=2.0)
+    found = {name: (values["state"], values["rc"]) for name, values in states.items()}
+    assert found == {"first": ("done", 0), "fails": ("done", 3), "slow": ("cut off", -15)}
+    assert carried_out(tmp_path, *plan, seconds=0) == (states, "")  # no time, nothing is started
+    states, _ = carried_out(tmp_path, *plan)
+    assert states["slow"]["state"] == "done"
     assert (tmp_path / "logs/slow.log").read_text() == "slow 2\n"
     # What had ended was not run again, not even what had failed.
     lines = {name: (tmp_path / name).read_text().count("x") for name in ("first", "fails", "slow")}
     assert lines == {"first": 1, "fails": 1, "slow": 2}
 
 
-def test_what_was_running_when_everything_was_killed_is_run_again(tmp_path: Path) -> None:
-    (tmp_path / "visit.json").write_text(
-        json.dumps({"tasks": {"task": {"state": "running", "attempts": 1}}})
-    )
-    state = carried_out(tmp_path, [shell("task", "echo again")])
-    assert (state.tasks["task"]["state"], state.tasks["task"]["attempts"]) == ("done", 2)
-
-
-VISIT = """
-import sys, time
-from pathlib import Path
-from benchmarks.visiting import orphans
-from benchmarks.visiting.tasks import Task
-from benchmarks.visiting.visit import State, carry_out
-folder = Path(sys.argv[1])
-script = f"cd {folder}; setsid sleep 300 & echo $! > child; echo $$ > leader; wait"
-task = Task("t", ("bash", "-c", script), 1.0)
-with orphans.ended_with_this_process(str(folder)):
-    carry_out([[task]], State(folder / "visit.json"), folder, time.monotonic() + 99)
-"""
-
-
-def test_a_visit_that_is_killed_takes_along_what_it_has_started(tmp_path: Path) -> None:
-    """Also what has left its session, and what runs on when its own parent has ended."""
-    visit = subprocess.Popen((sys.executable, "-c", VISIT, str(tmp_path)), cwd=ROOT)
-    pids = [started(tmp_path / name) for name in ("child", "leader")]
-    visit.kill()
-    visit.wait()
-    assert all(map(gone, pids))
-    assert State(tmp_path / "visit.json").tasks["t"]["state"] == "cut off"
-
-
-def test_the_next_visit_ends_what_is_left_and_no_stranger(tmp_path: Path) -> None:
-    env = {**os.environ, orphans.MARK: str(tmp_path)}
-    script = f"sleep 300 & echo $! > {tmp_path}/child; exit"
-    subprocess.run(("bash", "-c", script), env=env, start_new_session=True, check=True)
-    stranger = subprocess.Popen(("sleep", "300"), env={**env, orphans.MARK: f"{tmp_path}/other"})
-    try:
-        child = started(tmp_path / "child")
-        assert orphans.end(str(tmp_path)) == 1
-        assert gone(child)
-        assert stranger.poll() is None
-        assert orphans.end(str(tmp_path)) == 0
-    finally:
-        stranger.kill()
-        stranger.wait()
-
-
-def test_what_can_bring_nothing_leaves_its_time_at_once(tmp_path: Path) -> None:
-    said: list[str] = []
-    script = "echo Error: Device not supported.; sleep 300"
-    refused = shell("refused", script, 60.0, hopeless="not supp")
-    started = time.monotonic()
-    state = State(tmp_path / "visit.json")
-    plan = [[refused], [shell("next", "true")]]
-    visit.carry_out(plan, state, tmp_path, started + 60, said=said.append)
-    assert time.monotonic() - started < 20
-    assert state.tasks["refused"]["state"] == "hopeless"
-    assert state.tasks["next"]["state"] == "done"
-    assert "refused: Error: Device not supported." in said
-    assert State(tmp_path / "visit.json").over(refused)
-
-
-def test_without_time_nothing_is_started(tmp_path: Path) -> None:
-    state = carried_out(tmp_path, [shell("task", "touch ran")], seconds=1.0)
-    assert state.tasks["task"]["state"] == "not started"
-    assert not (tmp_path / "ran").exists()
-
-
 def test_what_comes_first_has_its_time_even_if_there_is_little() -> None:
-    plan = [[shell("a", "", 10.0), shell("b", "", 5.0)], [shell("c", "", 30.0)]]
+    plan = [[Task("a", 10.0, ()), Task("b", 5.0, ())], [Task("c", 30.0, ())]]
     found = [share(plan, seconds) for seconds in (80.0, 40.0, 20.0, 5.0)]
     assert found == [20.0, 10.0, 10.0, 5.0]
 
 
 def test_a_task_that_ends_early_leaves_its_time(tmp_path: Path) -> None:
-    plan = [shell("quick", "echo {minutes}", 9.0)], [shell("last", "echo {minutes}", 1.0)]
-    carried_out(tmp_path, *plan, seconds=60.0)
-    quick, last = (float((tmp_path / f"logs/{n}.log").read_text()) for n in ("quick", "last"))
-    assert quick == pytest.approx(0.9 * USABLE, rel=0.02)
-    assert 0.9 * USABLE < last <= USABLE
+    plan = [shell(tmp_path, "quick", "true", 9.0)], [shell(tmp_path, "last", "true", 1.0)]
+    _, said = carried_out(tmp_path, *plan, seconds=60.0)
+    quick, last = (int(x) for x in re.findall(r"at most (\d+) s", said))
+    assert quick == 54
+    assert 54 < last <= 60
 
 
 def test_tasks_at_once(tmp_path: Path) -> None:
     # Each waits for the file of the other.
     meet = "touch {0}; while [ ! -e {1} ]; do sleep 0.05; done".format
-    state = carried_out(tmp_path, [shell("a", meet("x", "y")), shell("b", meet("y", "x"))])
-    assert {values["state"] for values in state.tasks.values()} == {"done"}
+    together = [shell(tmp_path, "a", meet("x", "y")), shell(tmp_path, "b", meet("y", "x"))]
+    states, _ = carried_out(tmp_path, together)
+    assert {values["state"] for values in states.values()} == {"done"}
 
 
-@pytest.mark.parametrize("end", [f"exit {AGAIN}", "kill -9 $$"])
-def test_what_wants_to_be_started_again_is(tmp_path: Path, end: str) -> None:
-    script = f"echo x >> count; [ $(wc -l < count) = 3 ] || {end}"
-    once = shell("once", script.replace("count", "other"), restarts=1)
-    state = carried_out(tmp_path, [shell("task", script, restarts=5), once])
-    assert (state.tasks["task"]["state"], state.tasks["task"]["rc"]) == ("done", 0)
-    assert state.tasks["once"]["rc"] in (AGAIN, -9)
-    # It has not finished: a second visit goes on there.
-    assert state.tasks["once"]["state"] == "cut off"
-    assert (tmp_path / "other").read_text().count("x") == 2
+@pytest.mark.parametrize(
+    ("end", "more", "rc"),
+    [(f"exit {AGAIN}", (), 0), ("kill -9 $$", ("--resume",), 0), ("kill -9 $$", (), -9)],
+)
+def test_what_can_go_on_is_started_again(
+    tmp_path: Path, end: str, more: tuple[str, ...], rc: int
+) -> None:
+    script = f"echo x | tee -a count; [ $(wc -l < count) = 3 ] || {end}"
+    states, _ = carried_out(tmp_path, [shell(tmp_path, "task", script, 9.0, *more)])
+    assert (states["task"]["state"], states["task"]["rc"]) == ("done", rc)
+    assert (tmp_path / "logs/task.log").read_text() == ("x\n" if rc else "x\nx\nx\n")
 
 
-def test_variables_are_set_and_unset(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("UNWANTED", "1")
-    task = shell("task", "echo $WANTED-$UNWANTED", variables={"WANTED": "2", "UNWANTED": None})
-    carried_out(tmp_path, [task])
-    assert (tmp_path / "logs/task.log").read_text() == "2-\n"
-
-
-# ---- outcomes of tests --------------------------------------------------------------------------
+# ---- tests on a GPU -----------------------------------------------------------------------------
 
 TESTS = """
-import os, pathlib, pytest
-def test_passes(): pass
-def test_dies():
-    if not pathlib.Path("died").exists():
-        pathlib.Path("died").touch()
-        os._exit(9)
-def test_fails(): assert 1 == 2, "one is not two"
-@pytest.mark.skip(reason="not today")
-def test_skipped(): pass
-@pytest.fixture
-def broken(): raise KeyError("fixture")
-def test_of_broken_fixture(broken): pass
-"""
-STICKY = """
-import os, pathlib
+import os, pathlib, pytest, time
 def note():
     with pathlib.Path("processes").open("a") as file:
         file.write(f"{os.getpid()}\\n")
+class TestExport:
+    def test_export(self): note()
 def test_error():
     note()
     raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-def test_after(): note()
+@pytest.mark.skip(reason="not today")
+def test_skipped(): pass
+class TestParity:
+    def test_a(self): assert 1 == 2, "one is not two"
+"""
+HANGS = """
+import pathlib, time
+def test_export(): assert False, "comes late"
+def test_fails(): assert 1 == 2, "one is not two"
+def test_hangs():
+    pathlib.Path("hanging").touch()
+    time.sleep(300)
 """
 
 
-def counts(found: Outcomes) -> dict[str, int]:
-    return dict(Counter(line["outcome"] for line in found.ended.values()))
-
-
-def pytest_with_outcomes(folder: Path, source: str, *options: str) -> int:
+def pytest_on_gpu(folder: Path, source: str) -> subprocess.Popen[str]:
+    pytest.importorskip("xdist")
     (folder / "test_some.py").write_text(source)
     command = (
-        sys.executable, "-m", "pytest", "-p", "benchmarks.visiting.outcomes",
-        "--outcomes", "out.jsonl", "-p", "no:cacheprovider",
-        "--rootdir", str(folder), *options, "test_some.py",
+        sys.executable, "-m", "pytest", "-p", "benchmarks.visiting.on_gpu", "-p", "xdist", "-n",
+        "1", "--dist", "load", "-p", "no:cacheprovider", "-v", "-rfEs", "--rootdir", str(folder),
+        "test_some.py",
     )  # fmt: skip
     # A worker of pytest-xdist tells its children so.
     clean = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
-    # Of PyTorch it needs to know that there is no GPU; the real one takes seconds to import.
-    (folder / "torch.py").write_text("class cuda:\n    is_available = lambda: False\n")
-    path = os.pathsep.join((str(folder), str(ROOT)))
-    env = {**clean, "PYTHONPATH": path, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
-    return subprocess.run(command, cwd=folder, env=env, capture_output=True).returncode
+    env = {**clean, "PYTHONPATH": str(ROOT), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
+    return subprocess.Popen(
+        command, cwd=folder, env={**env, "COLUMNS": "165"}, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
 
 
-def test_outcomes_survive_a_death_and_are_not_asked_for_twice(tmp_path: Path) -> None:
-    assert pytest_with_outcomes(tmp_path, TESTS) == 9
-    found = Outcomes.read(tmp_path / "out.jsonl")
-    assert (counts(found), found.started) == ({"passed": 1}, ["test_some.py::test_dies"])
-    assert found.device == "the CPU, interpreted"
-
-    assert pytest_with_outcomes(tmp_path, TESTS) == 1
-    found = Outcomes.read(tmp_path / "out.jsonl")
-    assert counts(found) == {"passed": 2, "failed": 2, "skipped": 1}
-    assert found.started == []
-    # What was under way when it died came last.
-    assert list(found.ended)[-1] == "test_some.py::test_dies"
-    reasons = {test.split("::")[1]: line["reason"] for test, line in found.ended.items()}
-    assert reasons["test_skipped"] == "not today"
-    assert "one is not two" in reasons["test_fails"]
-    assert "fixture" in reasons["test_of_broken_fixture"]
-
-    length = len((tmp_path / "out.jsonl").read_text().splitlines())
-    assert pytest_with_outcomes(tmp_path, TESTS) == 1  # no test is left, and some had failed
-    assert len((tmp_path / "out.jsonl").read_text().splitlines()) == length + 1
-
-
-ORDERED = """
-class TestExport:
-    def test_export(self): pass
-class TestOther:
-    def test_b(self): pass
-class TestParity:
-    def test_a(self): pass
-"""
-
-
-def test_parity_first_and_nothing_left_is_no_failure(tmp_path: Path) -> None:
-    assert pytest_with_outcomes(tmp_path, ORDERED) == 0
-    names = [test.split("::")[-1] for test in Outcomes.read(tmp_path / "out.jsonl").ended]
-    assert names == ["test_a", "test_b", "test_export"]
-    # Finished by whoever went on when the visit was killed.
-    pytest.importorskip("xdist")
-    for options in ((), ("-p", "xdist", "-n", "1", "--dist", "load")):
-        assert pytest_with_outcomes(tmp_path, ORDERED, *options) == 0
-
-
-def test_outcomes_of_several_processes(tmp_path: Path) -> None:
-    """A process that dies takes its test along and nothing else; what ended is chosen by nobody."""
-    pytest.importorskip("xdist")
-    options = ("-p", "xdist", "-n", "2", "--dist", "load")
-    assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
-    found = Outcomes.read(tmp_path / "out.jsonl")
-    assert counts(found) == {"passed": 1, "failed": 3, "skipped": 1}
-    died = next(line for test, line in found.ended.items() if "test_dies" in test)
-    assert "crashed" in died["reason"]
-    assert pytest_with_outcomes(tmp_path, TESTS, *options) == 1
-    assert Outcomes.read(tmp_path / "out.jsonl").ended == found.ended
-
-
-def test_an_error_of_the_device_starts_a_new_process(tmp_path: Path) -> None:
-    assert pytest_with_outcomes(tmp_path, STICKY) == AGAIN
-    assert list(Outcomes.read(tmp_path / "out.jsonl").ended) == ["test_some.py::test_error"]
-    assert pytest_with_outcomes(tmp_path, STICKY) == 1  # what is left passes, what has failed stays
-    assert counts(Outcomes.read(tmp_path / "out.jsonl")) == {"failed": 1, "passed": 1}
-
-
-def test_an_error_of_the_device_ends_one_of_several_processes(tmp_path: Path) -> None:
-    """Nobody is blamed but the test that had it, and the others go on."""
-    pytest.importorskip("xdist")
-    options = ("-p", "xdist", "-n", "1", "--dist", "load")
-    assert pytest_with_outcomes(tmp_path, STICKY, *options) == 1
-    found = Outcomes.read(tmp_path / "out.jsonl")
-    assert counts(found) == {"failed": 1, "passed": 1}
-    assert "illegal memory access" in found.ended["test_some.py::test_error"]["reason"]
+def test_parity_first_and_an_error_of_the_device_spoils_no_other_test(tmp_path: Path) -> None:
+    running = pytest_on_gpu(tmp_path, TESTS)
+    out, _ = running.communicate(timeout=60)
+    assert running.returncode == 1
+    ended = re.findall(r"(?:PASSED|FAILED|SKIPPED) test_some\.py::(\w+)", out)
+    assert ended[:2] == ["TestParity", "test_error"]
+    assert {*ended} == {"TestParity", "test_error", "test_skipped", "TestExport"}
     assert len({*(tmp_path / "processes").read_text().split()}) == 2
+    assert "FAILED test_some.py::TestParity::test_a - AssertionError: one is not two" in out
 
 
-def test_half_a_line_is_no_outcome(tmp_path: Path) -> None:
-    path = tmp_path / "out.jsonl"
-    path.write_text('{"test": "a"}\n{"test": "a", "outcome": "pas')
-    found = Outcomes.read(path)
-    assert (found.started, dict(found.ended)) == (["a"], {})
+def test_terminated_pytest_says_what_has_failed(tmp_path: Path) -> None:
+    running = pytest_on_gpu(tmp_path, HANGS)
+    until = time.monotonic() + 60
+    while not (tmp_path / "hanging").exists() and time.monotonic() < until:
+        time.sleep(0.02)
+    os.killpg(running.pid, signal.SIGTERM)
+    out, _ = running.communicate(timeout=60)
+    assert "FAILED test_some.py::test_fails - AssertionError: one is not two" in out
+    assert "1 failed in" in out.splitlines()[-1]
 
 
 # ---- kernels on small shapes --------------------------------------------------------------------
@@ -389,60 +255,65 @@ def test_exercise_needs_kernels_that_run(
 # ---- the visit ----------------------------------------------------------------------------------
 
 
-def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, Task]:
-    planned = tasks.tasks(folder, device, folder / "triton-cache")
-    return {task.name: task for together in planned for task in together}
+def plan_of(folder: Path, device: torch.device = CUDA) -> dict[str, str]:
+    planned = visit.tasks(folder, device, folder / "triton-cache")
+    return {task.name: " ".join(task.command) for together in planned for task in together}
 
 
-H100 = SimpleNamespace(major=9, minor=0, multi_processor_count=132, total_memory=79 * 2**30)
+def option(command: str, name: str) -> list[str]:
+    words = command.split()[1:]
+    return words[len(words) - words[::-1].index(name)].split(",")
 
 
-def option(task: Task, name: str) -> str:
-    words = task.command[3:]  # behind python -m and a module
-    return words[words.index(name) + 1]
-
-
-def test_plan_of_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tasks.shutil, "which", lambda name, path="": f"/opt/{name}")
+def test_plan_of_a_gpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     planned = plan_of(tmp_path)
+    assert main(["visit", "--dry-run", "--device", "cuda", "--out", str(tmp_path / "none")]) == 0
+    dry = "parity/kernels, 92 s: env -u TRITON_INTERPRET -u EQUISEG_FAST_BACKEND"
+    assert dry in capsys.readouterr().out
+    assert not (tmp_path / "none").exists()
     assert list(dict.fromkeys(name.split("/")[0] for name in planned)) == [
-        "prepare", "kernels", "host", "headline", "parity", "operations", "memcheck", "compilers",
-        "report", "tune",
+        "prepare", "kernels", "host", "headline", "parity", "operations", "memcheck", "racecheck",
+        "compilers", "report", "tune",
     ]  # fmt: skip
-    groups = tasks.tasks(tmp_path, CUDA, tmp_path)
+    groups = visit.tasks(tmp_path, CUDA, tmp_path)
     assert sum(max(task.seconds for task in together) for together in groups) <= 9 * 60
-    with_kernels = [op.name for op in operations().values() if op.function]
-    assert {f"kernels/{name}" for name in with_kernels} == {
-        n for n in planned if n[:8] == "kernels/"
-    }
-    tests, large, workflows = (planned[f"parity/{n}"] for n in ("kernels", "large", "workflows"))
-    for name in with_kernels:
-        assert f"tests/test_{name}.py" in tests.command
-        assert (ROOT / "tests" / f"test_{name}.py").is_file()
+    with_kernels = {op.name for op in operations().values() if op.function}
+    assert {n.removeprefix("kernels/") for n in planned if n.startswith("kernels/")} == with_kernels
+    tests, large = (planned[f"parity/{n}"] for n in ("kernels", "large"))
+    files = {name: {*re.findall(r"tests/test_(\w+)\.py", planned[name])} for name in planned}
+    assert files["parity/kernels"] == files["parity/large"] == with_kernels
+    assert all((ROOT / "tests" / f"test_{name}.py").is_file() for name in with_kernels)
     # The interpreter would prove nothing about compiled kernels.
-    assert {t.variables["TRITON_INTERPRET"] for t in (tests, large, workflows)} == {None}
-    assert (option(tests, "-m"), option(large, "-m")) == ("not large_memory", "large_memory")
-    gpu_only = {p.name for p in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in p.read_text()}
-    gpu_only -= {Path(__file__).name}
-    assert {Path(w).name for w in workflows.command if w.startswith("tests/")} == gpu_only
-    timed = planned["headline"], planned["operations"]
-    ops = [op for task in timed for op in option(task, "--op").split(",")]
+    assert all("-u TRITON_INTERPRET" in x and "INTERPRET=1" not in x for x in planned.values())
+    assert " -m not large_memory" in tests
+    assert " -m large_memory" in large
+    gpu_only = {p.stem for p in ROOT.glob("tests/test_*.py") if "pytest.mark.gpu" in p.read_text()}
+    assert {f"test_{name}" for name in files["parity/workflows"]} == gpu_only - {
+        Path(__file__).stem
+    }
+    ops = [op for name in ("headline", "operations") for op in option(planned[name], "--op")]
     assert ops[0] == "training"
     assert {*ops} == {case.op.name for case in plan(Options(suite="core"))}
     assert len(ops) == len({*ops})
-    quick = option(timed[1], "--provider").split(",")
-    assert not {"compile", "flex", "tuned"} & {*quick}
-    assert {"baseline", "sdpa_flash", "sdpa_cudnn", "triton"} <= {*quick}
-    assert {"compile", "flex"} <= {*option(planned["compilers"], "--provider").split(",")}
+    quick = {*option(planned["operations"], "--provider")}
+    assert not {"compile", "flex", "tuned"} & quick
+    assert {"baseline", "sdpa_flash", "sdpa_cudnn", "triton"} <= quick
+    assert {"compile", "flex"} <= {*option(planned["compilers"], "--provider")}
     for check in ("memcheck", "racecheck"):
-        task = planned[f"memcheck/{check}"]
-        assert task.command[0] == "/opt/compute-sanitizer"
-        assert task.variables["PYTORCH_NO_CUDA_MEMORY_CACHING"] == "1"
-    monkeypatch.setattr(tasks.shutil, "which", lambda name, path="": None)
+        assert "PYTORCH_NO_CUDA_MEMORY_CACHING=1" in planned[check]
+        assert (
+            f"/usr/local/cuda/bin compute-sanitizer --error-exitcode 9 --tool {check} "
+            in planned[check]
+        )
+    # Of a GPU that is there, binaries for it, and as many tests at once as fit into its memory.
+    small = SimpleNamespace(major=8, minor=6, multi_processor_count=84, total_memory=8 * 2**30)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: H100)
-    missing = plan_of(tmp_path)["memcheck/memcheck"].impossible
-    assert missing == "compute-sanitizer is not on the PATH"
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: small)
+    planned = plan_of(tmp_path)
+    assert "--arch 86 --num-sms 84 " in planned["prepare/cache"]
+    assert int(*option(planned["parity/kernels"], "-n")) <= 2
 
 
 def test_marked_are_the_tests_that_need_much_memory() -> None:
@@ -459,136 +330,142 @@ def test_every_planned_command_is_understood(
 ) -> None:
     """As far as it can be asked without a GPU."""
     asked = set()
-    planned = plan_of(tmp_path, device)
-    for task in planned.values():
-        words = list(task.command[task.command.index("-m") + 2 :] if "-m" in task.command else ())
-        if "benchmarks" not in task.command or words[0] in ("env", "report"):
-            continue
-        words = [word.replace("{minutes}", "1") for word in words]
-        assert main([*words, "--dry-run"]) == 0
-        assert "nothing was run" in capsys.readouterr().out or words[0] in ("dry", "host")
-        asked.add(words[0])
+    for together in visit.tasks(tmp_path, device, tmp_path / "triton-cache"):
+        for task in together:
+            words = task.command[task.command.index("-m") + 1 :]
+            if words[0] == "benchmarks" and words[1] != "report":
+                assert main([*words[1:], "--dry-run"]) == 0
+                assert "nothing was run" in capsys.readouterr().out or words[1] in ("dry", "host")
+                asked.add(words[1])
     assert asked == {"run", "exercise", "calibrate", "dry", "host", "tune"}
-    # The search is rehearsed in the interpreter.
-    interpret = None if device == CUDA else "1"
-    assert planned["tune"].variables["TRITON_INTERPRET"] == interpret
 
 
-def test_nothing_that_is_written_down_ends_a_visit(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def broken(*_: object) -> None:
-        raise ValueError("no such column")
-
-    monkeypatch.setattr(visit, "tasks", lambda *_: [[shell("fine", "echo done")]])
-    monkeypatch.setattr(visit, "write_summary", broken)
-    out = ("--out", str(tmp_path / "v"), "--archive", str(tmp_path / "a.tar.gz"))
-    assert main(["visit", "--device", "cpu", *out]) == 0
-    assert "no summary: ValueError: no such column" in capsys.readouterr().out
-    with tarfile.open(tmp_path / "a.tar.gz") as tar:
-        assert "visit/logs/fine.log" in tar.getnames()
+def test_summary(tmp_path: Path) -> None:
+    results, logs = tmp_path / "results", tmp_path / "logs"
+    for folder in (results, logs / "parity"):
+        folder.mkdir(parents=True)
+    case = asdict(Shape("b0", 1, 64, 64))
+    good = Record("core", "add_layer_norm", case, "fwd", "torch", "fp32", p50_us=2.0)
+    bad = replace(good, provider="triton", status="oom", reason="too large", p50_us=None)
+    write_jsonl([good, bad], results / "results.jsonl")
+    (results / "env.json").write_text('{"device": "the CPU"}')
+    (logs / "wrong.log").write_text(f"a line\nsee {tmp_path}/file\n\n")
+    (logs / "parity/kernels.log").write_text("FAILED a.py::test - no\n1 failed\n")
+    (logs / "memcheck.log").write_text("Error: Device not supported.\nERROR SUMMARY: 0 errors\n")
+    plan = [[Task(n, 1.0, ()) for n in ("wrong", "parity/kernels", "memcheck", "never")]]
+    states = {
+        "wrong": {"state": "done", "rc": 4, "seconds": 1.5},
+        "parity/kernels": {"state": "cut off", "rc": 2, "seconds": 9.0},
+        "memcheck": {"state": "done", "rc": 0, "seconds": 2.0},
+    }
+    text = summary(plan, states, tmp_path)
+    for line in (
+        "| wrong | failed | 4 | 1.5 | see file |",
+        "| parity/kernels | cut off | 2 | 9.0 | 1 failed |",
+        "| memcheck | done | 0 | 2.0 | Error: Device not supported. |",
+        "| never | not started |  |  |  |",
+        "## Predicted and measured",
+        "- add_layer_norm triton oom: too large (1)",
+        "- FAILED a.py::test - no (1)",
+    ):
+        assert line in text.splitlines()
 
 
 def test_archive(tmp_path: Path) -> None:
     folder, archive = tmp_path / "visit", tmp_path / "home" / "visit.tar.gz"
-    for name, text in (
-        ("summary.md", "# Visit"), ("a/results.jsonl", "{}"),
-        ("logs/a.log", "x" * LOG_BYTES + "end"), ("triton-cache/k.cubin", "binary"),
-        ("visit.json", "{}"),
-    ):  # fmt: skip
+    names = ["visit.json", "a/results.jsonl", "logs/a.log", "triton-cache/k.cubin"]
+    for name in names:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
+        (folder / name).write_text(name)
     pack(folder, archive)
     with tarfile.open(archive) as tar:
-        assert tar.getnames() == [
-            "visit/summary.md", "visit/a/results.jsonl", "visit/logs/a.log", "visit/visit.json",
-        ]  # fmt: skip
-        log = tar.extractfile("visit/logs/a.log").read()
-    assert (len(log), log[-4:]) == (LOG_BYTES, b"xend")
+        found = {member.name for member in tar if member.isfile()}
+        assert found == {f"visit/{name}" for name in names[:3]}
+        assert tar.extractfile("visit/a/results.jsonl").read() == b"a/results.jsonl"
     assert [path.name for path in archive.parent.iterdir()] == ["visit.tar.gz"]
+    pack(folder, folder / "own.tar.gz")
+    pack(folder, folder / "own.tar.gz")
+    with tarfile.open(folder / "own.tar.gz") as tar:
+        assert {member.name for member in tar if member.isfile()} == found
 
 
-def test_dry_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    out = tmp_path / "none"
-    assert main(["visit", "--dry-run", "--device", "cuda", "--out", str(out)]) == 0
-    text = capsys.readouterr().out
-    assert "env -u EQUISEG_FAST_BACKEND -u TRITON_INTERPRET python -m pytest" in text
-    assert "memcheck/memcheck: " in text
-    assert not out.exists()
+@pytest.mark.parametrize(("script", "status"), [("echo [broken]; exit 4", 1), ("echo done", 0)])
+def test_exit_status_and_what_comes_home(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
+    script: str, status: int,
+) -> None:  # fmt: skip
+    """Nothing that goes wrong while it is written down ends a visit."""
+    out, home = tmp_path / "v", tmp_path / "a.tar.gz"
+    monkeypatch.setattr(visit, "tasks", lambda *_: [[shell(tmp_path, "task", script)]])
+    arguments = ["visit", "--device", "cpu", "--out", str(out), "--archive", str(home)]
+    assert main(arguments) == status
+    with tarfile.open(home) as tar:
+        assert "visit/logs/task.log" in tar.getnames()
+    assert (
+        f"| task | {'failed | 4' if status else 'done | 0'} |" in (out / "summary.md").read_text()
+    )
+    (out / "visit.json").unlink()
+
+    def broken(*_: object) -> None:
+        raise ValueError("no such column")
+
+    monkeypatch.setattr(visit, "summary", broken)
+    assert main(arguments) == status
+    assert "ValueError: no such column" in capsys.readouterr().out
 
 
 @pytest.mark.long
 def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     folder, archive = tmp_path / "visit", tmp_path / "home.tar.gz"
 
-    def rehearse(minutes: str) -> tuple[subprocess.CompletedProcess[str], dict[str, dict]]:
+    def rehearse(minutes: str) -> tuple[subprocess.CompletedProcess[str], States]:
         command = (
             sys.executable, "-m", "benchmarks", "visit", "--device", "cpu", "--minutes", minutes,
             "--out", str(folder), "--archive", str(archive),
         )  # fmt: skip
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-        return done, json.loads((folder / "visit.json").read_text())["tasks"]
+        return done, json.loads((folder / "visit.json").read_text())
 
-    started = time.monotonic()
-    done, tasks = rehearse("0.2")
-    assert time.monotonic() - started < 40
-    # Nothing came of most steps, which is no rehearsal.
+    done, before = rehearse("0.2")
     assert done.returncode == 1, done.stdout + done.stderr
     assert "did not fit" in done.stdout
-    assert "brought nothing: " in done.stdout
-    before = {name for name, values in tasks.items() if values["state"] == "done"}
+    before = {name: state for name, state in before.items() if state["state"] == "done"}
     assert "report" not in before
 
-    done, tasks = rehearse("9")
+    done, states = rehearse("9")
     assert done.returncode == 0, done.stdout + done.stderr
-    assert {v["state"] for v in tasks.values()} <= {"done", "not possible"}
-    assert all(tasks[name]["attempts"] == 1 for name in before)
-    assert {row.op for row in read_jsonl(folder / "headline")} == {"training", "model", "encoder"}
-    assert {row.op for row in read_jsonl(folder / "operations")} == {"guided_gate", "query_hub"}
+    assert {(state["state"], state["rc"]) for state in states.values()} == {("done", 0)}
+    assert before.items() <= states.items()
+    ops = {"training", "model", "encoder", "guided_gate", "query_hub"}
+    assert {row.op for row in read_jsonl(folder / "results")} == ops
     assert (folder / "results" / "report.md").is_file()
     with tarfile.open(archive) as tar:
         text = tar.extractfile("visit/summary.md").read().decode()
     assert text == (folder / "summary.md").read_text()
-    assert "10 passed, 0 failed, 0 skipped on the CPU, interpreted" in text
-    assert "exercised guided_gate: 0 wrong" in text
-    assert "| training step b0 64x96 B1 M2 fp32 | torch |" in text
+    assert "| exercised guided_gate: 0 wrong |" in text
+    assert " 10 passed" in text
     assert "Predicted and measured" in text
     assert str(tmp_path) not in text
-
-    started = time.monotonic()
-    done, again = rehearse("9")
-    assert time.monotonic() - started < 30
-    assert again == tasks
+    assert rehearse("9")[1] == states
 
 
-def test_a_failed_command_is_an_exit_status(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_terminated_it_takes_its_commands_along(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(visit, "tasks", lambda *_: [[shell("wrong", "echo [broken]; exit 4")]])
-    assert main(["visit", "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert "[broken]" in capsys.readouterr().out
-    assert "| wrong | failed | 4 |" in (tmp_path / "summary.md").read_text()
+    task = shell(tmp_path, "t", "echo $$ > pid; sleep 300")
+    monkeypatch.setattr(visit, "tasks", lambda *_: [[task]])
 
+    def terminate() -> None:
+        started(tmp_path / "pid")
+        time.sleep(0.3)  # until it is waited for
+        os.kill(os.getpid(), signal.SIGTERM)
 
-def test_terminated_it_takes_its_commands_along(tmp_path: Path) -> None:
-    script = (
-        "import sys; from pathlib import Path; from benchmarks.visiting import visit\n"
-        "from benchmarks.__main__ import main\n"
-        "from benchmarks.visiting.tasks import Task\n"
-        "task = Task('t', ('bash', '-c', 'echo $$ > pid; sleep 300'), 1.0)\n"
-        "visit.ROOT = Path(sys.argv[1])\n"
-        "visit.tasks = lambda *_: [[task]]\n"
-        "sys.exit(main(['visit', '--device', 'cpu', '--out', sys.argv[1]]))\n"
-    )
-    command = (sys.executable, "-c", script, str(tmp_path))
-    running = subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    )
-    pid = started(tmp_path / "pid")
-    running.send_signal(signal.SIGTERM)
-    assert running.wait(timeout=30) == 130
-    assert not alive(pid)
-    assert State(tmp_path / "visit.json").tasks["t"]["state"] == "cut off"
+    killer = Thread(target=terminate)
+    killer.start()
+    assert main(["visit", "--device", "cpu", "--out", str(tmp_path)]) == 130
+    killer.join()
+    assert not alive(started(tmp_path / "pid"))
+    assert json.loads((tmp_path / "visit.json").read_text())["t"]["state"] == "cut off"
 
 
 # ---- without what a GPU machine may lack --------------------------------------------------------
@@ -599,53 +476,29 @@ MISSING = (
 )  # fmt: skip
 
 
-def without_optional_packages(folder: Path, *words: str, status: int = 0) -> str:
-    """Standard output of python with these words, in which importing any of MISSING fails."""
+def without(missing: Sequence[str], folder: Path, *words: str) -> str:
+    """Standard output of python with these words, in which importing any of these fails."""
     (folder / "sitecustomize.py").write_text(
-        f"import sys\nsys.modules.update(dict.fromkeys({MISSING!r}))\n"
+        f"import sys\nsys.modules.update(dict.fromkeys({missing!r}))\n"
     )
-    env = {**os.environ, "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1"}
     # From the repository root, nothing installed: only the blocker is on the path.
-    env["PYTHONPATH"] = str(folder)
+    env = os.environ | {"PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1", "PYTHONPATH": str(folder)}
     command = (sys.executable, *words)
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
-    assert done.returncode == status, done.stdout + done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def test_all_parity_tests_are_found_without_optional_packages(tmp_path: Path) -> None:
-    files = [f"tests/test_{stem}.py" for stem in (*tasks.HOTTEST, *tasks.GPU_ONLY)]
-    out = without_optional_packages(tmp_path, "-m", "pytest", "--collect-only", "-q", *files)
-    assert int(out.strip().splitlines()[-1].split()[0]) > 1000
-    out = without_optional_packages(
-        tmp_path, "-m", "pytest", "-q", "tests/test_guided_gate.py", "-k", "test_rho"
-    )
-    assert " passed" in out
+    files = sorted({*re.findall(r"tests/test_\w+\.py", " ".join(plan_of(tmp_path).values()))})
+    out = without(MISSING, tmp_path, "-m", "pytest", "-q", "-k", "test_rho", *files)
+    passed, deselected = re.search(r"(\d+) passed, .*?(\d+) deselected", out).groups()
+    assert int(passed) > 0
+    assert int(deselected) > 1000
 
 
-def test_benchmarks_run_without_optional_packages(tmp_path: Path) -> None:
+def test_benchmarks_run_without_optional_packages_and_pytest(tmp_path: Path) -> None:
     run = ("-m", "benchmarks", "run", "--device", "cpu", "--op", "guided_gate", "--mode", "fwd")
-    out = without_optional_packages(tmp_path, *run, "--threads", "1", "--out", str(tmp_path / "r"))
+    options = ("--threads", "1", "--out", str(tmp_path / "r"))
+    without((*MISSING, "pytest"), tmp_path, *run, *options)
     assert {row.status for row in read_jsonl(tmp_path / "r")} == {"ok", "unsupported"}
-    arguments = ("-m", "benchmarks", "visit", "--device", "cpu", "--minutes", "0.01")
-    out = without_optional_packages(tmp_path, *arguments, "--out", str(tmp_path / "v"), status=1)
-    assert "without transformers: no provider transformers" in out
-
-
-def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
-    case = asdict(Shape("b0", 1, 64, 64))
-    good = Record("core", "add_layer_norm", case, "fwd", "torch", "fp32", p50_us=2.0)
-    bad = replace(good, status="oom", p50_us=None)
-    other = replace(good, provider="baseline")
-    found = {"headline": [bad], "operations": [good, other], "compilers": [bad]}
-    for name, rows in found.items():
-        (tmp_path / name).mkdir()
-        write_jsonl(rows, tmp_path / name / "results.jsonl")
-        (tmp_path / name / "env.json").write_text("{}")
-    assert summary.merge(tmp_path) == [good, other]
-    assert read_jsonl(tmp_path / "results") == [good, other]
-
-
-def test_commands_need_no_pytest() -> None:
-    code = "import sys; sys.modules['pytest'] = None; import benchmarks.__main__"
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)

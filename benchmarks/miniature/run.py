@@ -1,132 +1,150 @@
-"""The command: small models, trained with and without the parts of EQUISeg, and their report.
+"""The claim of EQUISeg in miniature: small models, trained with and without its parts on synthetic
+scenes, and how well they do when sensors fail.
 
-Every run is two of the library's own commands, which go on where they were stopped: so does this,
-piece by piece (`experiment`).
+Every run is two of the library's own commands, `equiseg_fast.train` and `equiseg_fast.evaluate`,
+which go on where they were stopped: so does this. What is trained is in `experiment.json`.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import signal
 import subprocess
-import threading
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import sys
+from dataclasses import dataclass
 from pathlib import Path
 from time import monotonic
+from typing import Any
 
-import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+from benchmarks.command import outputs
 from benchmarks.command.options import ROOT, to_path
-from benchmarks.miniature import experiment
-from benchmarks.miniature.experiment import SETTINGS, Run, runs
+from equiseg_fast._files import to_yaml
+
+EXPERIMENT = outputs.read_json(Path(__file__).with_name("experiment.json"))
+TRAINING: dict[str, Any] = EXPERIMENT["training"]
+"""Ten epochs. The last weights count, not those that do best on what is reported."""
+SEEDS: list[int] = EXPERIMENT["seeds"]
+SCENES: int = EXPERIMENT["scenes"]
+"""Of split val, for every condition."""
+FIELDS: dict[str, dict[str, Any]] = EXPERIMENT["single fields"]
+"""What "SGM, blanks" becomes with other values of single fields, of the first seed alone."""
+SETTINGS: dict[str, dict[str, Any]] = EXPERIMENT["settings"] | FIELDS
+"""Ways to train. what: for readers; model: fields of `EQUISegConfig`, other than the defaults."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One training and its evaluation, in a folder of their own."""
+
+    setting: str
+    seed: int
+    folder: Path
+
+    def __str__(self) -> str:
+        return f"{self.setting}, seed {self.seed}"
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """Of the training, but for where its results are."""
+        fields = TRAINING["model"] | SETTINGS[self.setting]["model"]
+        return TRAINING | {"seed": self.seed, "model": fields}
+
+    @property
+    def facts(self) -> str:
+        """What results depend on; in the file `evaluated` once they are there."""
+        return to_yaml(self.config | {"evaluated on": SCENES})
+
+    @property
+    def done(self) -> bool:
+        path = self.folder / "evaluated"
+        return path.exists() and path.read_text() == self.facts
+
+
+def runs(out: Path) -> list[Run]:
+    """Seed by seed, so that what is there first is a comparison, and last those of one seed."""
+    found = [
+        Run(name, seed, out / f"{name.replace(', ', '-').replace(' ', '-')}-{seed}")
+        for seed in SEEDS
+        for name in SETTINGS
+        if seed == SEEDS[0] or name not in FIELDS
+    ]
+    return sorted(found, key=lambda run: run.setting in FIELDS)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--out", type=to_path, default=Path("miniature"), help="default: miniature")
     parser.add_argument("--minutes", type=float, help="stop then; the same command goes on")
-    parser.add_argument(
-        "--setting", action="append", choices=tuple(SETTINGS), help="only this; may be repeated"
-    )
-    parser.add_argument("--jobs", type=int, help="runs at a time; default: CPU cores, 1 on a GPU")
     parser.add_argument("--device", help="default: a GPU if there is one")
     parser.add_argument("--dry-run", action="store_true", help="only list the runs")
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    wanted = runs(args.out, args.setting or ())
+    wanted = runs(args.out)
     if args.dry_run:
         for run in wanted:
-            state = "done" if run.done else "to do"
-            console.print(f"{run.setting}, seed {run.seed}: {state} ({run.folder})")
+            console.print(f"{run}: {'done' if run.done else 'to do'} ({run.folder})")
         return 0
     args.kept = f"what is finished is in {args.out}; the same command goes on"
-    failed = _work([run for run in wanted if not run.done], args, console)
-    done = [run for run in runs(args.out) if run.done]
-    if done:
+    ends = float("inf") if args.minutes is None else monotonic() + 60 * args.minutes
+    failed = 0
+    for run in wanted:
+        if run.done or monotonic() >= ends:
+            continue
+        log, status = _train_and_evaluate(run, args.device, ends)
+        if status == 0:
+            outputs.write(run.folder / "evaluated", run.facts)
+            console.print(f"done: {run}", markup=False)
+        elif status is not None:
+            failed += 1
+            console.print(f"failed: {run}; see {log}", markup=False, soft_wrap=True)
+    if done := [run for run in wanted if run.done]:
         from benchmarks.miniature import report  # the data and their libraries, for this alone
 
         report.write(done, args.out)
         console.print(f"{args.out / 'report.md'} is of {len(done)} runs")
-    left = sum(not run.done for run in wanted)
-    for run, log in failed:
-        console.print(f"failed: {run.setting}, seed {run.seed}; see {log}", markup=False)
-    if left:
+    if left := len(wanted) - len(done):
         console.print(f"{left} of {len(wanted)} runs are left; the same command goes on")
     return 1 if failed else 0
 
 
-def _work(
-    wanted: Sequence[Run], args: argparse.Namespace, console: Console
-) -> list[tuple[Run, Path]]:
-    """Do the runs, some at a time, until the minutes are over; which failed, with their logs."""
-    on_gpu = torch.cuda.is_available() if args.device is None else args.device != "cpu"
-    jobs = args.jobs or (1 if on_gpu else os.cpu_count() or 1)
-    ends = None if args.minutes is None else monotonic() + 60 * args.minutes
-    stop = threading.Event()
-    failed: list[tuple[Run, Path]] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), console=console, transient=True) as progress:
-        whole = progress.add_task("runs", total=len(wanted))
-
-        def one(run: Run) -> None:
-            if stop.is_set():
-                return
-            run.prepare()
-            title = f"{run.setting}, seed {run.seed}"
-            task = progress.add_task(title, total=experiment.TRAINING["steps"])
-            for mark, command in run.commands(args.device):
-                log = run.folder / f"{mark}.log"
-                status = _call(
-                    command, log, stop, jobs, lambda: progress.update(task, completed=run.steps())
-                )
-                if status is None:
-                    break
-                if status:
-                    failed.append((run, log))
-                    break
-                run.mark(mark)
-            progress.remove_task(task)
-            progress.advance(whole, run.done)
-
-        with ThreadPoolExecutor(jobs) as pool:
-            waiting = [pool.submit(one, run) for run in wanted]
-            try:
-                while not all(x.done() for x in waiting):
-                    if ends is not None and monotonic() > ends:
-                        stop.set()
-                    threading.Event().wait(0.5)
-            finally:
-                stop.set()
-        for x in waiting:
-            x.result()
-    return failed
+def commands(run: Run, device: str | None) -> dict[str, list[str]]:
+    """Name of the log -> command; the training refuses to go on with another configuration."""
+    trained, evaluation = run.folder / "run", run.folder / "evaluation"
+    given: dict[str, list[object]] = {
+        "train": [run.folder / "train.yaml"],
+        "evaluate": [
+            trained / "model", trained / "config.yaml", "--limit", SCENES, "--batch-size", 10,
+            "--out", evaluation,
+        ],
+    }  # fmt: skip
+    chosen = [] if device is None else ["--device", device]
+    return {
+        name: [sys.executable, "-m", f"equiseg_fast.{name}", *map(str, words), *chosen]
+        for name, words in given.items()
+    }
 
 
-def _call(
-    command: list[str], log: Path, stop: threading.Event, jobs: int, look: Callable[[], object]
-) -> int | None:
-    """The exit status of a command; None if it was stopped, or not begun, to go on later."""
-    if stop.is_set():
-        return None
-    share = max(1, (os.cpu_count() or 1) // jobs)
-    env = os.environ | {"OMP_NUM_THREADS": str(share), "PYTHONPATH": str(ROOT), "COLUMNS": "120"}
-    with log.open("w") as file:
+def _train_and_evaluate(run: Run, device: str | None, ends: float) -> tuple[Path, int | None]:
+    """The last log, and the exit status; None if the time was over."""
+    config = run.config | {"out": str(run.folder / "run")}
+    outputs.write(run.folder / "train.yaml", to_yaml(config))
+    for name, command in commands(run, device).items():
+        log = run.folder / f"{name}.log"
         # Ctrl-C reaches all processes of a terminal, and a second signal ends a training at once.
-        process = subprocess.Popen(
-            command, stdout=file, stderr=subprocess.STDOUT, env=env, start_new_session=True
-        )
-        asked = False
-        while process.poll() is None:
-            if stop.is_set() and not asked:
-                process.send_signal(signal.SIGTERM)
-                asked = True
-            look()
-            try:
-                process.wait(1.0)
-            except subprocess.TimeoutExpired:
-                continue
-    return None if asked and process.returncode else process.returncode
+        with log.open("w") as file:
+            process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
+                env=os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "120"},
+            )  # fmt: skip
+        try:
+            status = process.wait(ends - monotonic())
+        except subprocess.TimeoutExpired:
+            return log, None
+        finally:
+            process.terminate()
+            process.wait()
+        if status:
+            break
+    return log, status

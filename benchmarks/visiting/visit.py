@@ -1,149 +1,160 @@
 """A time-boxed session on a new GPU machine: everything it can tell, in the order of its worth.
 
 Every kernel once, whole models against the strongest others, parity tests on the GPU, single
-operations, memory checks, compilers. Each task has its share of the time and is killed, with its
-children, when that is over; what one leaves is shared among those behind it. Results are written as
-they come, and packed into one archive after every task. The same command goes on with what is not
-done. Needs no network and installs nothing.
+operations, memory checks, compilers. Each command has its share of the time and is killed, with its
+children, when that is over; what one leaves is shared among those behind it. All is packed into one
+archive after every command. The same visit goes on with what is not done. Needs no network.
 """
 
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import os
-import re
+import shlex
 import signal
 import subprocess
+import sys
 import tarfile
 import time
-from collections.abc import Callable, Mapping
+from collections import Counter
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from datetime import datetime, timezone
-from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import torch
 from rich.console import Console
 
+from benchmarks.cases import operations
 from benchmarks.command import outputs
 from benchmarks.command.options import ROOT, choose_device, to_path
+from benchmarks.command.table import markdown_table
+from benchmarks.machines import judgement
+from benchmarks.measure import record
 from benchmarks.measure.resume import AGAIN
-from benchmarks.visiting import orphans
-from benchmarks.visiting.summary import brought, failed, table, write_summary
-from benchmarks.visiting.tasks import PYTHON, Plan, Task, tasks
+from benchmarks.measure.suites import SUITES
 
-OPTIONAL = {
-    "transformers": "no provider transformers, its tests are skipped",
-    "hypothesis": "property tests are not run",
-    "pytest_timeout": "a test that hangs takes its whole task's time",
-    "xdist": "parity tests cannot be run",
-}
-POLL_SECONDS, TICK_SECONDS = 0.05, 10.0
-GRACE_SECONDS, KILL_SECONDS = 3.0, 10.0
+HEADLINE = "training,model,encoder"
+PARTS = ("operation", "block", "stage")
+COMPILERS = ("compile", "flex")
+GIB_PER_TEST_PROCESS = 4
+"""Of the GPU: the context, what the kernels' tests hold at once, and what the allocator keeps."""
+GRACE_SECONDS, KILL_SECONDS, POLL_SECONDS = 3.0, 10.0, 0.05
 LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
-USABLE = 0.8
-"""Share of its limit that a command is told: the rest is for starting and for coming to an end."""
-LOG_BYTES = 2**18
-"""Kept of a log in the archive, the last ones: logs say at their end what went wrong."""
 
 
-class State:
-    """What became of every task, in `visit.json`, written at every change.
+class Task(NamedTuple):
+    """One command. seconds: what it is thought to take, may take even if others then have none, and
+    its share where there is more."""
 
-    Per task: state ("running", "done", "cut off", "hopeless", "not started" or "not possible"),
-    started (UTC), seconds, rc (the exit status), attempts, reason. One that is found "running" was
-    cut off together with its visit.
+    name: str
+    seconds: float
+    command: tuple[str, ...]
+
+
+Plan = Sequence[Sequence[Task]]
+"""Tasks that run at once, one such group after the other."""
+States = dict[str, dict[str, Any]]
+"""What became of tasks, by name: state ("done" or "cut off"; none if it was not started), rc (the
+exit status), seconds."""
+
+
+def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
+    """All commands, in the order of their worth.
+
+    On a CPU the same is rehearsed on little: kernels in Triton's interpreter, tiny shapes, few
+    tests, no compilers, which take minutes there, and no compute-sanitizer.
     """
+    cuda = device.type == "cuda"
+    on, few = f"--device {device.type}", "" if cuda else "--op guided_gate"
+    out, binaries = shlex.quote(str(folder)), shlex.quote(str(cache))
+    cores = at_once = os.cpu_count() or 2
+    gpu = ""
+    if torch.cuda.is_available():
+        p = torch.cuda.get_device_properties(0)
+        gpu = f"--arch {p.major}{p.minor} --num-sms {p.multi_processor_count}"
+        at_once = max(1, min(cores, int(p.total_memory / 2**30) // GIB_PER_TEST_PROCESS))
+    plain = (
+        "env -u TRITON_INTERPRET -u EQUISEG_FAST_BACKEND -u EQUISEG_FAST_TUNED "
+        f"TRITON_CACHE_DIR={binaries} PYTHONFAULTHANDLER=1 COLUMNS=165"
+    )
+    # On a GPU kernels are compiled: the interpreter would prove nothing about them.
+    kernels = plain if cuda else f"{plain} TRITON_INTERPRET=1"
+    # Every tensor its own allocation, or an access beyond one would hit its neighbour unseen.
+    sanitizer = (
+        f"{plain} PYTORCH_NO_CUDA_MEMORY_CACHING=1 "
+        f"PATH={shlex.quote(os.environ['PATH'])}:/usr/local/cuda/bin "
+        "compute-sanitizer --error-exitcode 9 --tool"
+    )
 
-    def __init__(self, path: Path, changed: Callable[[], None] = lambda: None) -> None:
-        self.path, self.changed = path, changed
-        self.tasks: dict[str, dict[str, Any]] = {}
-        if path.is_file():
-            self.tasks = json.loads(path.read_text())["tasks"]
-        for values in self.tasks.values():
-            if values["state"] == "running":
-                values["state"] = "cut off"
+    def task(name: str, seconds: float, words: str, before: str = plain) -> Task:
+        python = shlex.quote(sys.executable)
+        return Task(name, seconds, tuple(shlex.split(f"{before} {python} -m {words}")))
 
-    def of(self, task: Task) -> dict[str, Any]:
-        return self.tasks.get(task.name, {})
+    def run(name: str, seconds: float, words: str) -> Task:
+        """One process for many cases, another only after an error that no process survives."""
+        results = f"--calibration {out}/calibration --out {out}/results --resume --no-report"
+        return task(name, seconds, f"benchmarks run {on} {results} {words}")
 
-    def over(self, task: Task) -> bool:
-        """Whether nothing more can come of it."""
-        return bool(task.impossible) or self.of(task).get("state") in ("done", "hopeless")
+    def tests(name: str, seconds: float, stems: Sequence[str], words: str) -> Task:
+        """Kernels against the fp64 reference."""
+        files = " ".join(f"tests/test_{stem}.py" for stem in stems)
+        options = "-p benchmarks.visiting.on_gpu -v --tb=short -rfEs --timeout 60 --dist load"
+        return task(f"parity/{name}", seconds, f"pytest {files} {options} {words}", kernels)
 
-    def set(self, task: Task, **values: Any) -> None:
-        kept = {**self.of(task), **values}
-        self.tasks[task.name] = {name: value for name, value in kept.items() if value is not None}
-        outputs.write(self.path, json.dumps({"tasks": self.tasks}, indent=1) + "\n")
-        self.changed()
-
-
-class Running:
-    """A task under way, in a session of its own so that its children end with it."""
-
-    def __init__(
-        self, task: Task, limit: float, state: State, folder: Path, variables: Mapping[str, str]
-    ) -> None:
-        self.task, self.state, self.restarts = task, state, task.restarts
-        self.started = time.monotonic()
-        self.deadline = self.started + limit
-        minutes = f"{USABLE * limit / 60:.2f}"
-        self.command = [word.replace("{minutes}", minutes) for word in task.command]
-        mark = {orphans.MARK: str(folder)}
-        chosen = {**os.environ, **variables, **task.variables, **mark}
-        self.environment = {name: value for name, value in chosen.items() if value is not None}
-        self.log = folder / task.log
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        state.set(
-            task, started=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            attempts=state.of(task).get("attempts", 0) + 1, rc=None, seconds=None, reason=None,
-            state="running",
-        )  # fmt: skip
-        self._start("w")
-
-    def _start(self, how: str) -> None:
-        with self.log.open(how) as file:
-            self.process = subprocess.Popen(
-                self.command, cwd=ROOT, env=self.environment, stdin=subprocess.DEVNULL,
-                stdout=file, stderr=subprocess.STDOUT, start_new_session=True,
-            )  # fmt: skip
-
-    def finished(self) -> bool:
-        """Whether it has ended, also because its time is up or it is hopeless."""
-        rc, late = self.process.poll(), time.monotonic() >= self.deadline
-        hopeless = self.task.hopeless and re.search(
-            f".*({self.task.hopeless}).*", self.log.read_text(errors="replace")
-        )
-        if hopeless:
-            self.end("hopeless", hopeless.group().strip())
-        elif rc is not None and rc >= 0 and rc != AGAIN:
-            self.end("done")
-        elif late or (rc is not None and not self.restarts):
-            self.end("cut off")
-        elif rc is not None:
-            self.restarts -= 1
-            self._start("a")
-            return False
-        else:
-            return False
-        return True
-
-    def end(self, state: str, reason: str | None = None) -> None:
-        """Kill it and all that it started, if it still runs."""
-        # What is stuck in a driver survives even SIGKILL; the rest of the visit goes on.
-        for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
-            if self.process.poll() is None:
-                with suppress(ProcessLookupError):
-                    os.killpg(self.process.pid, sent)
-                with suppress(subprocess.TimeoutExpired):
-                    self.process.wait(patience)
-        seconds = round(time.monotonic() - self.started, 1)
-        self.state.set(
-            self.task, state=state, rc=self.process.returncode, seconds=seconds, reason=reason
-        )
+    # The hottest first, for the case that time runs out.
+    hottest = [name for name, op in operations().items() if op.function]
+    exercise = f"benchmarks exercise {on}"
+    # One core is left to what is measured meanwhile, the limits of the device.
+    fill = f"{'visit' if cuda else 'core'} {few} {gpu} --processes {max(1, cores - 1)}"
+    calibrate = f"benchmarks calibrate {on} --rounds 10 --out {out}/calibration"
+    groups = [
+        [
+            task("prepare/environment", 40, "equiseg_fast.env"),
+            task("prepare/calibrate", 40, calibrate),
+            task("prepare/cache", 40, f"benchmarks dry --cache {binaries} --what {fill}"),
+        ],
+        # The first proof that kernels run at all; an error of the device in one spoils no other.
+        [
+            task(f"kernels/{op}", 20, f"{exercise} --op {op}", kernels)
+            for op in (hottest if cuda else ["guided_gate"])
+        ],
+        [task("host", 12, f"benchmarks host {on} {few} --out {out}/results/host.json")],
+    ]
+    if cuda:
+        parts = ",".join(name for name, op in operations().items() if op.scope in PARTS)
+        eager = ",".join(p for p in SUITES["core"].providers if p not in (*COMPILERS, "tuned"))
+        some = f"--op {parts} --provider {eager}"
+        # One shape: compiling takes longer than everything else together.
+        one = "--op training,model,attention --shape variant=b0,stage=0,stage=1 --mode fwd,step"
+        compilers = f"{one} --provider {','.join(COMPILERS)}"
+        # All kernels once: under the tool compiling takes most of the time.
+        small = f"{exercise} --dtype bf16"
+        groups += [
+            [run("headline", 90, f"--suite headline --op {HEADLINE} --patience 60")],
+            [tests("kernels", 92, hottest, f"-n {at_once} -m 'not large_memory'")],
+            [tests("large", 15, hottest, "-n 1 -m large_memory")],
+            [tests("workflows", 21, ("workflows", "testing_memory"), "-n 1 -m gpu")],
+            [run("operations", 132, f"--suite core {some} --patience 60 --largest-first")],
+            [task("memcheck", 41, small, f"{sanitizer} memcheck")],
+            [task("racecheck", 14, small, f"{sanitizer} racecheck")],
+            [run("compilers", 41, f"--suite core {compilers} --patience 200")],
+        ]
+    else:
+        some = "-n 2 -k 'test_rho or test_rounds_once'"
+        groups += [
+            [run("headline", 90, f"--suite rehearsal --op {HEADLINE}")],
+            [tests("kernels", 60, ("guided_gate", "add_layer_norm"), some)],
+            [run("operations", 60, "--suite rehearsal --op guided_gate,query_hub")],
+        ]
+    return [
+        *groups,
+        [task("report", 10, f"benchmarks report {out}/results")],
+        # For a second visit, or for what time the others leave.
+        [task("tune", 10, f"benchmarks tune {on} {few} --out {out}/tune", kernels)],
+    ]
 
 
 def share(plan: Plan, remaining: float) -> float:
@@ -153,69 +164,135 @@ def share(plan: Plan, remaining: float) -> float:
 
 
 def carry_out(
-    plan: Plan, state: State, folder: Path, deadline: float,
-    variables: Mapping[str, str] | None = None, said: Callable[[str], None] = lambda text: None,
-    tick: Callable[[], None] = lambda: None,
-) -> None:  # fmt: skip
-    """Every task that is not over, until `deadline` (of `time.monotonic`). variables: of all
-    commands. tick: called now and then while something runs."""
-    for i, together in enumerate(plan):
-        for task in together:
-            if task.impossible:
-                said(f"{task.name}: {task.impossible}")
-                state.set(task, state="not possible", reason=task.impossible)
-        left = [[t for t in group if not state.over(t)] for group in plan[i:]]
-        if not (waiting := left[0]):
-            continue
-        seconds = share([group for group in left if group], deadline - time.monotonic())
+    plan: Plan, folder: Path, archive: Path, deadline: float, said: Callable[[str], None] = print
+) -> States:
+    """Every task that is not done, until `deadline` (of `time.monotonic`); what became of all."""
+    path = folder / "visit.json"
+    states = outputs.read_json(path) if path.is_file() else {}
+
+    def keep(task: Task, state: str, rc: int | None, started: float) -> None:
+        seconds = round(time.monotonic() - started, 1)
+        states[task.name] = {"state": state, "rc": rc, "seconds": seconds}
+        said(f"{task.name}: {state} in {seconds:.0f} s{f', exit status {rc}' if rc else ''}")
+        outputs.write(path, json.dumps(states, indent=1) + "\n")
+        try:  # nothing that goes wrong here may end the visit
+            outputs.write(folder / "summary.md", summary(plan, states, folder))
+            pack(folder, archive)
+        except Exception as error:
+            said(f"no summary or no archive: {type(error).__name__}: {error}")
+
+    left = [[task for task in group if not done(task, states)] for group in plan]
+    left = [group for group in left if group]
+    for i, group in enumerate(left):
+        started = time.monotonic()
+        seconds = share(left[i:], deadline - started)
         if seconds < LEAST_SECONDS:
-            for task in waiting:
-                state.set(task, state=state.of(task).get("state", "not started"))
-            continue
-        running: list[Running] = []
-        ticked = time.monotonic()
+            break
+        said(f"{', '.join(task.name for task in group)}: at most {seconds:.0f} s")
+        running: dict[Task, subprocess.Popen[bytes]] = {}
         try:
-            for task in waiting:
-                said(f"{task.name}, at most {seconds:.0f} s")
-                running.append(Running(task, seconds, state, folder, variables or {}))
-            while running:
-                for ended in [r for r in running if r.finished()]:
-                    running.remove(ended)
-                    if reason := state.of(ended.task).get("reason"):
-                        said(f"{ended.task.name}: {reason}")
-                if time.monotonic() >= ticked + TICK_SECONDS:
-                    ticked = time.monotonic()
-                    tick()
+            for task in group:
+                running[task] = _start(task, folder, "w")
+            while running and time.monotonic() < started + seconds:
+                for task, process in list(running.items()):
+                    rc = process.poll()
+                    if rc is None:
+                        continue
+                    if rc == AGAIN or (rc < 0 and "--resume" in task.command):
+                        running[task] = _start(task, folder, "a")
+                    else:
+                        del running[task]
+                        _kill([process])
+                        keep(task, "done", rc, started)
                 time.sleep(POLL_SECONDS)
         finally:
-            for r in running:
-                r.end("cut off")
+            _kill(running.values())
+            for task, process in running.items():
+                keep(task, "cut off", process.returncode, started)
+    return states
+
+
+def done(task: Task, states: States) -> bool:
+    return states.get(task.name, {}).get("state") == "done"
+
+
+def failed(task: Task, states: States) -> bool:
+    """Whether it ended by itself, and badly."""
+    return done(task, states) and states[task.name]["rc"] != 0
+
+
+def _start(task: Task, folder: Path, mode: str) -> subprocess.Popen[bytes]:
+    """In a session of its own, so that its children end with it."""
+    log = folder / f"logs/{task.name}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with log.open(mode) as file:
+        return subprocess.Popen(
+            task.command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=file,
+            stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+
+
+def _kill(processes: Collection[subprocess.Popen[bytes]]) -> None:
+    """These and all that they have started, as far as it still runs."""
+    # What is stuck in a driver survives even SIGKILL; the rest of the visit goes on.
+    for sent, patience in ((signal.SIGTERM, GRACE_SECONDS), (signal.SIGKILL, KILL_SECONDS)):
+        until = time.monotonic() + patience
+        for process in processes:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, sent)
+        for process in processes:
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+
+
+def summary(plan: Plan, states: States, folder: Path) -> str:
+    """As Markdown: every task with its last words, predicted and measured, and what went wrong."""
+    rows = []
+    for task in (task for group in plan for task in group):
+        state = states.get(task.name, {"state": "not started"})
+        shown = "failed" if failed(task, states) else state["state"]
+        numbers = (str(state.get(name, "")) for name in ("rc", "seconds"))
+        rows.append((task.name, shown, *numbers, _last_words(folder / f"logs/{task.name}.log")))
+    columns = ("task", "state", "exit status", "seconds", "last words")
+    lines = ["# Visit", "", markdown_table(columns, rows, words=2)]
+    results, wrong = folder / "results", []
+    if (results / record.FILE).is_file():
+        records = record.read_jsonl(results)
+        device = record.read_environment(results)["device"]
+        lines += ["", "## Predicted and measured", ""]
+        lines += judgement.markdown(judgement.compare(records, device))
+        wrong = [r for r in records if r.status not in ("ok", "unsupported")]
+    logs = sorted(folder.glob("logs/parity/*.log"))
+    said = [line for log in logs for line in log.read_text(errors="replace").splitlines()]
+    for title, found in (
+        ("Records without numbers", [f"{r.op} {r.provider} {r.status}: {r.reason}" for r in wrong]),
+        ("Tests", [x for x in said if x.startswith(("FAILED ", "ERROR ", "SKIPPED "))]),
+    ):
+        if found:
+            lines += ["", f"## {title}", ""]
+            lines += [f"- {what} ({number})" for what, number in Counter(found).items()]
+    # It is read elsewhere, where only what is below the folder can be found.
+    return "\n".join(lines).replace(f"{folder}/", "") + "\n"
+
+
+def _last_words(log: Path) -> str:
+    text = log.read_text(errors="replace") if log.is_file() else ""
+    # Said by a sanitizer that has watched nothing.
+    lines = [x for x in text.splitlines() if "Device not supported" in x] or text.split("\n")
+    return next((line.strip("= ") for line in reversed(lines) if line.strip()), "")
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Write `archive` (.tar.gz) anew from a folder of results, `summary.md` first.
-
-    It is replaced in one step, so that whoever takes it gets a whole one.
-    """
-    found = sorted(folder.rglob("*"), key=lambda path: (path.name != "summary.md", path))
+    """Everything but Triton's binaries; whoever takes the archive gets a whole one."""
     new = archive.with_name(f".{archive.name}.new")
+    left_out = [f"visit/{name}" for name in ("triton-cache", archive.name, new.name)]
     archive.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(new, "w:gz", compresslevel=6) as tar:
-        for path in found:
-            inside = path.relative_to(folder)
-            left_out = inside.parts[0] == "triton-cache" or path.suffix == ".new"
-            if left_out or path in (archive, new) or not path.is_file():
-                continue
-            with suppress(FileNotFoundError):  # a journal, whose run has ended meanwhile
-                content = path.read_bytes()[-LOG_BYTES if path.suffix == ".log" else 0 :]
-                member = tarfile.TarInfo(f"visit/{inside.as_posix()}")
-                member.size, member.mtime = len(content), int(time.time())
-                tar.addfile(member, io.BytesIO(content))
+        tar.add(folder, "visit", filter=lambda x: None if x.name in left_out else x)
     new.replace(archive)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m benchmarks visit`."""
     parser.add_argument("--minutes", type=float, help="for everything; default: 9, on a CPU 4")
     parser.add_argument(
         "--out", type=to_path, default=Path("benchmark-results/visit"),
@@ -234,78 +311,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def main(args: argparse.Namespace, console: Console) -> int:
-    """Exit status 1 if a command failed by itself, which includes a failed test, or a task of a
-    rehearsal brought nothing; on a GPU what was cut off or cannot be done is no failure."""
+    """Exit status 1 if a command failed by itself, which includes a failed test, or a rehearsal did
+    not come to its end; on a GPU what was cut off is no failure."""
     started = time.monotonic()
     device = choose_device(args.device, needed=not args.dry_run)
     rehearsal = device.type != "cuda"
     minutes = args.minutes if args.minutes is not None else 4 if rehearsal else 9
-    if not minutes > 0:
-        raise ValueError(f"--minutes must be positive; got {minutes}")
     folder = args.out.resolve()
-    cache = (args.cache or folder / "triton-cache").resolve()
-    home = args.archive or args.out.parent / f"{folder.name}.tar.gz"  # printed as it was given
-    archive = home.resolve()
-    plan = tasks(folder, device, cache)
+    archive = (args.archive or folder.with_name(f"{folder.name}.tar.gz")).resolve()
+    plan = tasks(folder, device, (args.cache or folder / "triton-cache").resolve())
+    every = [task for group in plan for task in group]
     if args.dry_run:
-        _print_plan(plan, 60 * minutes, console)
+        for task in every:
+            text = f"{task.name}, {task.seconds:.0f} s: {shlex.join(task.command)}"
+            console.print(text, markup=False, soft_wrap=True)
+        console.print("nothing was run")
         return 0
-    for package, lacking in OPTIONAL.items():
-        if not find_spec(package):
-            console.print(f"without {package}: {lacking}")
     outputs.writable(folder)
     outputs.writable_file(archive, option="--archive")
-    (folder / "parity").mkdir(parents=True, exist_ok=True)
     args.kept = f"what came home is in {args.out}; the same command goes on there"
-    state = State(folder / "visit.json")
-    every = [task for together in plan for task in together]
-
-    def keep() -> None:
-        """Nothing that goes wrong here may end the visit."""
-        for what, call, given in (
-            ("summary", write_summary, (every, state.tasks, folder)),
-            ("archive", pack, (folder, archive)),
-        ):  # fmt: skip
-            try:
-                call(*given)
-            except Exception as error:
-                console.print(f"no {what}: {type(error).__name__}: {error}", markup=False)
 
     def said(text: str) -> None:
         console.print(f"{time.monotonic() - started:5.0f} s  {text}", markup=False)
 
-    state.changed = keep
-    if ended := orphans.end(str(folder)):
-        console.print(f"ended {ended} processes that an earlier visit had left running")
-    variables = {"TRITON_CACHE_DIR": str(cache), "PYTHONFAULTHANDLER": "1"}
-    with orphans.ended_with_this_process(str(folder)):
-        carry_out(plan, state, folder, started + 60 * minutes, variables, said, keep)
-    keep()
-    console.print(table(every, state.tasks, folder))
-    left = [t.name for t in every if not state.over(t)]
+    states = carry_out(plan, folder, archive, started + 60 * minutes, said)
+    left = [task.name for task in every if not done(task, states)]
     if left:
         console.print(f"did not fit: {', '.join(left)}; the same command goes on there")
-    said(f"all of it in {home}")
-    empty = [
-        t.name for t in every if not t.impossible and not brought(t, state.of(t), folder)
-    ] if rehearsal else []  # fmt: skip
-    if empty:
-        console.print(f"brought nothing: {', '.join(empty)}")
-    return 1 if empty or any(failed(state.of(task)) for task in every) else 0
-
-
-def _print_plan(plan: Plan, seconds: float, console: Console) -> None:
-    possible = [[task for task in together if not task.impossible] for together in plan]
-    for i, together in enumerate(plan):
-        own = share([group for group in possible[i:] if group], seconds) if possible[i] else 0.0
-        seconds -= own
-        for task in together:
-            limit = f"{own:.0f} s, or more if others leave time"
-            if task.impossible:
-                limit = f"not possible: {task.impossible}"
-            console.print(f"[bold]{task.name}[/]: {limit}")
-            set_ = [f"{k}={v}" if v is not None else f"-u {k}" for k, v in task.variables.items()]
-            prefix = " ".join(["env", *sorted(set_)]) + " " if set_ else ""
-            words = ["python" if word == PYTHON else word for word in task.command]
-            console.print(f"  {prefix}{' '.join(words)}", markup=False, soft_wrap=True)
-    console.print("nothing was run")
+    console.print(f"all of it in {archive}", markup=False, soft_wrap=True)
+    return 1 if any(failed(task, states) for task in every) or (rehearsal and left) else 0
