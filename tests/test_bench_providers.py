@@ -24,8 +24,8 @@ from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import Record
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES
-from benchmarks.providers import baseline_model, baselines, provider
-from benchmarks.providers.baseline_model import EagerBaseline
+from benchmarks.providers import baselines, provider
+from benchmarks.providers.baselines import EagerBaseline
 from equiseg_fast.models import EQUISeg
 
 SMALL = Shape("b0", 2, 64, 96, batch=2, modalities=3)
@@ -130,8 +130,8 @@ def test_one_percent_in_any_part_is_wrong(
     op: str, part: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nothing hides behind the residual stream."""
-    right = getattr(baseline_model, part)
-    monkeypatch.setattr(baseline_model, part, lambda *inputs: 1.01 * right(*inputs))
+    right = getattr(baselines, part)
+    monkeypatch.setattr(baselines, part, lambda *inputs: 1.01 * right(*inputs))
     row = measured(op, "baseline")["baseline"]
     assert (row.status, row.p50_us) == ("incorrect", None)
 
@@ -196,13 +196,13 @@ def test_attention_of_packages(
 
 
 def test_flex_attention_gets_heads_first(monkeypatch: pytest.MonkeyPatch) -> None:
-    from benchmarks.cases import attention
+    from benchmarks.cases import ops
 
     def bhld(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         assert q.shape[1] == SMALL.heads
         return F.scaled_dot_product_attention(q, k, v)
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: bhld)
+    monkeypatch.setattr(ops, "_compiled_flex", lambda: bhld)
     everywhere(monkeypatch)
     row = measured("attention", "flex")["flex"]
     assert (row.status, row.reason) == ("ok", "")
@@ -211,14 +211,14 @@ def test_flex_attention_gets_heads_first(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_flex_attention_is_that_of_pytorch_and_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    from benchmarks.cases import attention
+    from benchmarks.cases import ops
 
-    attention._compiled_flex.cache_clear()
+    ops._compiled_flex.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **options: (function, options))
     try:
-        assert attention._compiled_flex() == (flex_attention, {"dynamic": False})
+        assert ops._compiled_flex() == (flex_attention, {"dynamic": False})
     finally:
-        attention._compiled_flex.cache_clear()
+        ops._compiled_flex.cache_clear()
 
 
 class _LigerCrossEntropy(torch.autograd.Function):

@@ -1,4 +1,4 @@
-"""What is timed, one file per operation or part of the model, declared in its `OPS`."""
+"""What is timed: operations, and the parts of the model, each file's in its `OPS`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,10 @@ from benchmarks.cases.common.op import SCOPES, Op
 
 @cache
 def operations() -> dict[str, Op]:
-    """Every declaration in this folder by name, operations by their rank before larger parts."""
+    """Every declaration in this folder by name, operations before larger parts."""
     stems = sorted(path.stem for path in Path(__file__).parent.glob("[!_]*.py"))
-    found = [op for stem in stems for op in load(stem).values()]
-    scopes = list(SCOPES)
-    return {op.name: op for op in sorted(found, key=lambda op: (scopes.index(op.scope), op.rank))}
+    found = {name: op for stem in stems for name, op in load(stem).items()}
+    return dict(sorted(found.items(), key=lambda item: list(SCOPES).index(item[1].scope)))
 
 
 def load(stem: str) -> dict[str, Op]:

@@ -34,7 +34,7 @@ from benchmarks.command.options import (
 )
 from benchmarks.command.table import FittedTable, significant
 from benchmarks.measure.record import read
-from benchmarks.providers import baseline_model
+from benchmarks.providers import baselines as baseline_model
 from equiseg_fast.models import EQUISeg
 from equiseg_fast.nn import (
     CrossModalAttention,

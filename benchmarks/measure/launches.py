@@ -33,7 +33,7 @@ from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.command.options import kernel_stems
 from benchmarks.measure import kernel_work
 from benchmarks.measure.kernel_work import Kernel, tensors_in
-from benchmarks.providers import baseline_model
+from benchmarks.providers import baselines as baseline_model
 from equiseg_fast import EQUISeg, use_backend
 from equiseg_fast.ops import _backend
 from equiseg_fast.ops._registry import LAUNCHERS

@@ -1,0 +1,403 @@
+"""The operations of `equiseg_fast.ops`, in the order of their share of a training step.
+
+Each is declared by its cost: what the forward and what the backward cannot do without, for a shape
+and a number of bytes per element. Weights are nothing there, and a multiply-add is 2 FLOPs.
+"""
+
+from collections.abc import Callable, Mapping
+from functools import cache, partial
+from math import prod
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from benchmarks.cases.common import data
+from benchmarks.cases.common.cost import Cost, Work
+from benchmarks.cases.common.data import IGNORE, NUM_CLASSES
+from benchmarks.cases.common.op import Op
+from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
+from benchmarks.providers import baselines
+from benchmarks.providers.provider import backends
+from equiseg_fast import ops, reference
+
+OPS: list[Op] = []
+RATIO = 4
+"""Hidden channels of Mix-FFN over those of its tokens."""
+
+Formula = Callable[[Shape, int], tuple[Work, Work]]
+
+
+def operation(
+    inputs: Callable[[Shape], Mapping[str, Any]],
+    *,
+    rivals: Mapping[str, Callable[..., Any]] | None = None,
+    logits: tuple[str, ...] = (),
+    fields: Callable[[Shape], Mapping[str, Any]] = lambda shape: {},
+    **declared: Any,
+) -> Callable[[Formula], Formula]:
+    """Declares the operation of that name in `ops`, `reference` and `baselines`, with the cost that
+    is decorated; what its docstring says of the forward is its `Op.formula`.
+
+    inputs: its arguments, random tensors by their size. rivals: other providers. logits: inputs in
+    fp32, one vector per image. fields: of `Problem`; declared: of `Op`.
+    """
+    rivals = rivals or {}
+
+    def declare(formula: Formula) -> Formula:
+        def cost(shape: Shape, itemsize: int) -> Cost:
+            forward, backward = formula(shape, itemsize)
+            return Cost((forward,), (backward,))
+
+        name, text = formula.__name__, formula.__doc__ or ""
+        build = partial(_build, name, inputs, rivals, logits, fields)
+        words = " ".join(text.partition("\n\n")[0].split())
+        words = words.removeprefix("Forward: ").removesuffix(".")
+        OPS.append(Op(name, build, cost, words, rivals=tuple(rivals), **declared))
+        return formula
+
+    return declare
+
+
+def _build(
+    name: str,
+    inputs: Callable[[Shape], Mapping[str, Any]],
+    rivals: Mapping[str, Callable[..., Any]],
+    logits: tuple[str, ...],
+    fields: Callable[[Shape], Mapping[str, Any]],
+    shape: Shape,
+    dtype: torch.dtype,
+    device: torch.device,
+    seed: int,
+) -> Problem:
+    arguments, leaves = dict(inputs(shape)), {}
+    for i, (key, value) in enumerate(arguments.items()):
+        if key == "labels":
+            arguments[key] = data.labels(value, seed, device)
+        elif isinstance(value, tuple):
+            own = torch.float32 if key in logits else dtype
+            # Of the query hub's filters all modalities are one parameter.
+            fan_in = prod(value[2 if key == "dw_weight" else 1 :])
+            scale = fan_in**-0.5 if key.endswith("weight") else 1.0
+            x = data.random_normal(value, own, seed=seed + i, scale=scale, device=device)
+            arguments[key] = leaves[key] = x.requires_grad_()
+
+    def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
+        return lambda: _as_tuple(function(**{**arguments, **moved}))
+
+    def cast(wanted: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
+        moved = {key: x.detach().to(wanted).requires_grad_() for key, x in leaves.items()}
+        return bound(getattr(reference, name), **moved), list(moved.values())
+
+    functions = {**backends(getattr(ops, name), getattr(baselines, name)), **rivals}
+    more = dict(fields(shape))
+    summed = [key for key in leaves if key in logits or key.endswith(("weight", "bias"))]
+    if summed:  # over all tokens
+        kinds = {f"d{key}": "parameter" for key in summed}
+        more |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
+    return Problem(
+        calls={provider: bound(function) for provider, function in functions.items()},
+        leaves=leaves,
+        cast=cast,
+        inputs=arguments,
+        ignored=[x for x in arguments.values() if isinstance(x, Tensor)],
+        **more,
+    )
+
+
+def _as_tuple(outputs: Any) -> Outputs:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _map_size(s: Shape) -> dict[str, int]:
+    return {"height": s.h, "width": s.w}
+
+
+# ---- rivals -------------------------------------------------------------------------------------
+
+
+def _sdpa(backend: SDPBackend) -> Callable[..., Tensor]:
+    def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with sdpa_kernel(backend):
+            try:
+                return _heads_first(F.scaled_dot_product_attention, q, k, v)
+            except RuntimeError as error:
+                if not any(x in str(error) for x in ("No available kernel", "No viable backend")):
+                    raise
+                raise Unsupported(f"{backend.name} has no kernel for these inputs") from error
+
+    return call
+
+
+def _heads_first(function: Callable[..., Tensor], *tensors: Tensor) -> Tensor:
+    """`[B, L, H, D]` through a function on `[B, H, L, D]`, all views."""
+    return function(*(x.transpose(1, 2) for x in tensors)).transpose(1, 2)
+
+
+def _flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return _heads_first(_compiled_flex(), q, k, v)
+
+
+@cache
+def _compiled_flex() -> Callable[..., Tensor]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(q, k, v)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    from xformers.ops import memory_efficient_attention
+
+    return memory_efficient_attention(q, k, v)
+
+
+def _liger_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+    from liger_kernel.transformers.functional import liger_layer_norm
+
+    total = x + update
+    return total, liger_layer_norm(total, weight, bias, 1e-5)
+
+
+def _liger_loss(logits: Tensor, labels: Tensor) -> Tensor:
+    """Logits upsampled to rows of classes, which Liger overwrites with their gradient."""
+    from liger_kernel.transformers.functional import liger_cross_entropy
+
+    size = tuple(labels.shape[-2:])
+    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
+    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
+    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
+    return loss.view(labels.shape)
+
+
+# ---- declarations -------------------------------------------------------------------------------
+
+
+@operation(
+    lambda s: {
+        "q": (s.rows, s.tokens, s.heads, s.channels // s.heads),
+        "k": (s.rows, s.keys, s.heads, s.channels // s.heads),
+        "v": (s.rows, s.keys, s.heads, s.channels // s.heads),
+    },
+    rivals={
+        "sdpa_math": _sdpa(SDPBackend.MATH),
+        "sdpa_flash": _sdpa(SDPBackend.FLASH_ATTENTION),
+        "sdpa_efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
+        "sdpa_cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
+        "flex": _flex,
+        "flash_attn": _flash_attn,
+        "xformers": _xformers,
+    },
+    fields=lambda s: {"contraction": min(s.tokens, s.keys)},
+)
+def attention(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read q, k, v, write out; two products of Lq Lk C multiply-adds, one exponential per
+    score (what else a softmax does is hidden behind it and not counted).
+
+    Backward: read q, k, v, out and its gradient, write three gradients; five products, one of them
+    the scores, recomputed because storing them costs more, and so their exponentials.
+    """
+    moved = 2 * s.rows * (s.tokens + s.keys) * s.channels * itemsize
+    product = 2 * s.rows * s.tokens * s.keys * s.channels
+    exps = s.rows * s.heads * s.tokens * s.keys
+    return Work(moved, 2 * product, exps=exps), Work(2 * moved, 5 * product, exps=exps)
+
+
+@operation(
+    lambda s: {
+        "x": (s.rows, s.tokens, RATIO * s.channels),
+        "weight": (RATIO * s.channels, 1, 3, 3),
+        "bias": (RATIO * s.channels,),
+        **_map_size(s),
+    },
+)
+def depthwise_conv_gelu(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x of 4 C channels, write out; per element 9 multiply-adds and GELU as 1 FLOP
+    and 1 exponential.
+
+    Backward: read x and the gradient, write its own; the convolution again for GELU's derivative
+    (2 exponentials: of the normal distribution and of its density), then both gradients of it.
+    """
+    n = s.rows * s.tokens * RATIO * s.channels
+    return Work(2 * n * itemsize, 0, 19 * n, n), Work(3 * n * itemsize, 0, 56 * n, 2 * n)
+
+
+@operation(
+    lambda s: {
+        "x": (s.rows, s.tokens, s.channels),
+        "fc1_weight": (RATIO * s.channels, s.channels),
+        "fc1_bias": (RATIO * s.channels,),
+        "dw_weight": (RATIO * s.channels, 1, 3, 3),
+        "dw_bias": (RATIO * s.channels,),
+        "fc2_weight": (s.channels, RATIO * s.channels),
+        "fc2_bias": (s.channels,),
+        **_map_size(s),
+    },
+)
+def mix_ffn(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x, write out, as if hidden features cost nothing; two products of C by 4 C, and
+    between them the depthwise convolution with GELU, 1 exponential per hidden element.
+
+    Backward: read x and the gradient, write its own; two products for each of the forward, two
+    convolutions for the one, GELU's derivative (2 exponentials) and the product with it.
+    """
+    n = s.rows * s.tokens * s.channels
+    hidden = RATIO * n
+    product = 2 * hidden * s.channels
+    return (
+        Work(2 * n * itemsize, 2 * product, 19 * hidden, hidden),
+        Work(3 * n * itemsize, 4 * product, 38 * hidden, 2 * hidden),
+    )
+
+
+@operation(
+    lambda s: {
+        "x": (s.rows, s.tokens, s.channels),
+        "update": (s.rows, s.tokens, s.channels),
+        "weight": (s.channels,),
+        "bias": (s.channels,),
+    },
+    rivals={"liger": _liger_norm},
+    fields=lambda s: {"output_names": ("total", "normed")},
+)
+def add_layer_norm(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x and update, write total and normed (statistics are nothing); per element the
+    addition, 4 for mean and variance, and 3 to normalise.
+
+    Backward: read total and both gradients, write the one of x and update; per element 2 for the
+    normalised total, 3 for both gradients of the parameters, and 9 for dx.
+    """
+    n = s.rows * s.tokens * s.channels
+    return Work(4 * n * itemsize, vector=8 * n), Work(4 * n * itemsize, vector=14 * n)
+
+
+@operation(
+    lambda s: {
+        "x": (s.modalities, s.batch, s.tokens, s.channels),
+        "dw_weight": (s.modalities, s.channels, 3, 3),
+        "dw_bias": (s.modalities, s.channels),
+        "pw_weight": (s.modalities, s.channels),
+        "pw_bias": (s.modalities,),
+        **_map_size(s),
+    },
+    rivals={"baseline_cl": baselines.channels_last(baselines.query_hub)},
+    refuses=lambda s: "the hub needs two modalities or more" if s.modalities < 2 else "",
+)
+def query_hub(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x, write all hubs; per element 9 + 1 multiply-adds of the score net, 2 for the
+    gate, 2 comparisons for the two largest, 1 choice; a sigmoid per token.
+
+    Backward: read x and the gradients of the hubs, write its own; the score again, and twice its
+    multiply-adds for the gradients.
+    """
+    sigmoids = s.rows * s.tokens
+    n = sigmoids * s.channels
+    return Work(2 * n * itemsize, 0, 25 * n, sigmoids), Work(3 * n * itemsize, 0, 65 * n, sigmoids)
+
+
+@operation(
+    lambda s: {
+        "x": (s.rows, s.tokens, s.channels),
+        "weight": (s.channels, 1, 7, 7),
+        "bias": (s.channels,),
+        **_map_size(s),
+    },
+    rivals={"baseline_cl": baselines.channels_last(baselines.pooling_mixer)},
+)
+def pooling_mixer(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x, write out; per element 49 multiply-adds and three pools, each as two running
+    sums (4 additions) and one division, added up (3).
+
+    Backward: read x and the gradient, write its own; the pools transposed, then both gradients of
+    the convolution.
+    """
+    n = s.rows * s.tokens * s.channels
+    return (
+        Work(2 * n * itemsize, vector=(98 + 18) * n),
+        Work(3 * n * itemsize, vector=(2 * 98 + 18) * n),
+    )
+
+
+@operation(
+    lambda s: {
+        "x": (s.modalities, s.batch, s.tokens, s.channels),
+        "logits": (s.modalities, s.batch, s.channels),
+    },
+    logits=("logits",),
+    fields=lambda s: {"output_names": ("branches", "fused")},
+)
+def guided_gate(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x, write branches and the fused map; per element 1 multiplication and 1
+    multiply-add. The softmax over M B C logits is nothing but their exponentials.
+
+    Backward: read x and both gradients, write its own; per element 2 multiply-adds for x and 2 for
+    the logits.
+    """
+    logits = s.rows * s.channels
+    n = logits * s.tokens
+    fused = n // s.modalities
+    return (
+        Work((2 * n + fused) * itemsize, vector=3 * n, exps=logits),
+        Work((3 * n + fused) * itemsize, vector=8 * n, exps=logits),
+    )
+
+
+@operation(
+    # Labels as large as the padded images: whole pixels per token.
+    lambda s: {
+        "x": (s.modalities, s.batch, s.tokens, s.channels),
+        "labels": (s.batch, s.h * s.stride, s.w * s.stride),
+        "num_classes": NUM_CLASSES,
+        **_map_size(s),
+    },
+    fields=lambda s: {
+        "output_names": ("prototypes", "counts"),
+        "kinds": {"prototypes": "parameter"},
+        "chain": s.tokens,
+        "synchronising": frozenset({"baseline"}),
+    },
+)
+def class_prototypes(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read x once and one label (8 bytes) per token, write the prototypes in fp32; one
+    addition per element.
+
+    Backward: read labels and the gradient of the prototypes, write that of x; one multiplication
+    per element.
+    """
+    n = s.rows * s.tokens * s.channels
+    prototypes = 4 * s.rows * NUM_CLASSES * s.channels
+    work = Work(n * itemsize + 8 * s.batch * s.tokens + prototypes, vector=n)
+    return work, work
+
+
+@operation(
+    lambda s: {
+        "logits": (s.batch, NUM_CLASSES, s.h, s.w),
+        "labels": (s.batch, s.height, s.width),
+    },
+    rivals={"liger": _liger_loss},
+    fields=lambda s: {"contraction": 0, "synchronising": frozenset({"liger"})},
+    stages=(1,),
+)
+def upsample_cross_entropy(s: Shape, itemsize: int) -> tuple[Work, Work]:
+    """Forward: read logits and labels (8 bytes), write the fp32 loss; per label pixel and class 3
+    linear interpolations of 3 FLOPs (subtract, multiply, add), then subtract and sum as 2, and an
+    exponential; the logarithm per pixel is nothing.
+
+    Backward: read logits, labels and the gradient, write that of the logits; interpolation and
+    softmax again, then 4 multiply-adds that scatter to the corners.
+    """
+    logits = s.batch * NUM_CLASSES * s.tokens * itemsize
+    pixels = s.batch * s.height * s.width
+    n = NUM_CLASSES * pixels
+    return (
+        Work(logits + 12 * pixels, vector=11 * n, exps=n),
+        Work(2 * logits + 12 * pixels, vector=19 * n, exps=n),
+    )
