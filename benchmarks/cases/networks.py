@@ -2,6 +2,8 @@
 
 The weights are random (`enliven`) and nothing else is: no stochastic depth, no dropout, teachers
 drawn from a fixed seed, so that every provider computes the same. Half precision means autocast.
+What of `equiseg_fast` only few of them need is imported there: `against` runs them on revisions
+that may lack it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -9,7 +11,8 @@ from contextlib import AbstractContextManager, nullcontext
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
-from typing import Any, TypeVar
+from importlib.util import find_spec
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +24,7 @@ from benchmarks.providers import baselines
 from benchmarks.providers.provider import COMPILED, lazily_compiled
 from equiseg_fast import use_backend
 from equiseg_fast.models import EQUISeg, MixTransformer
+from equiseg_fast.models.config import VARIANTS
 from equiseg_fast.ops._layout import to_map
 
 # Relative RMS error of outputs and of all gradients, against the fp32 reference. The maxima and
@@ -31,7 +35,6 @@ AGREEMENT = {torch.float32: (1e-4, 5e-3)}
 HALF_AGREEMENT = (5e-2, 0.3)
 
 Call = Callable[[], Outputs]
-Module = TypeVar("Module", bound=nn.Module)
 
 
 def network_problem(
@@ -92,7 +95,7 @@ def network_problem(
     )
 
 
-def alive(make: Callable[[], Module], seed: int, device: torch.device) -> Module:
+def alive(make: Callable[[], Any], seed: int, device: torch.device) -> Any:
     """A module of random weights that let everything matter, from this seed."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -135,7 +138,8 @@ def block(
     parts = nn.ModuleDict({"block": model.fusion[s], "gate": model.gates[s]})
     block, gate = parts["block"], parts["gate"]
     size = (shape.modalities, shape.batch, shape.tokens, shape.channels)
-    embedded, encoded = (data.random_normal(size, seed=seed + i, device=device) for i in range(2))
+    embedded = data.random_normal(size, torch.float32, seed, device)
+    encoded = data.random_normal(size, torch.float32, seed + 1, device)
 
     def ours(embedded: Tensor, encoded: Tensor) -> Outputs:
         return gate(block(embedded, encoded, shape.h, shape.w))
@@ -168,7 +172,8 @@ def stage(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     before = replace(shape, stage=s)
     if s:
         size = (shape.modalities, shape.batch, before.tokens, before.channels)
-        leaves["x"] = x = data.random_normal(size, seed=seed, device=device).requires_grad_()
+        x = data.random_normal(size, torch.float32, seed, device)
+        leaves["x"] = x.requires_grad_()
     else:
         x = data.images(shape, seed, device)
 
@@ -193,6 +198,63 @@ def stage(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> 
     return network_problem(
         ours, lambda network: network(x), theirs, leaves, device, dtype,
         output_names=("embedded", "encoded"), ignored=(x, *encoder.parameters()),
+    )  # fmt: skip
+
+
+def _segformer(variant: str) -> Any:
+    """`SegformerModel` of transformers, without anything random."""
+    from transformers import SegformerConfig, SegformerModel
+
+    dims, depths = VARIANTS[variant]
+    config = SegformerConfig(
+        hidden_sizes=dims, depths=depths, hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0, drop_path_rate=0.0,
+    )  # fmt: skip
+    return SegformerModel(config).eval()
+
+
+def encoder(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    """The Mix Transformer alone, the images of all modalities as one batch, to the features of the
+    last stage; beside it `SegformerModel` of transformers on the same parameters."""
+    from equiseg_fast.models.layouts import HUGGING_FACE_V5
+
+    of_transformers = {"drop_path": 0.0, "ln_eps_block": 1e-5}
+    encoder = alive(lambda: MixTransformer(shape.variant, **of_transformers), seed, device)
+    images = data.images(shape, seed, device).flatten(0, 1)
+    others = {}
+    if find_spec("transformers"):
+        theirs = _segformer(shape.variant).to(device)
+
+        def transformers() -> Outputs:
+            parameters = {}
+            for name, parameter in encoder.named_parameters():
+                # Keys and values, one matrix here and two there, are views of it.
+                sources = HUGGING_FACE_V5.sources(name)
+                parameters |= zip(sources, parameter.chunk(len(sources)), strict=True)
+            output = torch.func.functional_call(theirs, parameters, (images,), strict=True)
+            return (output.last_hidden_state,)
+
+        others["transformers"] = transformers
+    return network_problem(
+        encoder, lambda network: (network(images)[-1],),
+        lambda: (baselines.encode(encoder, images),), dict(encoder.named_parameters()),
+        device, dtype, others=others, output_names=("features",), ignored=(images,),
+    )  # fmt: skip
+
+
+def accelerated(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+    """The model of transformers is the baseline, ours the same one accelerated, on the same
+    parameters."""
+    from equiseg_fast.integrations import accelerate_segformer
+
+    original = alive(lambda: _segformer(shape.variant), seed, device)
+    fast = deepcopy(original, {id(p): p for p in original.parameters()})
+    accelerate_segformer(fast, verbose=False)
+    images = data.images(shape, seed, device).flatten(0, 1)
+    return network_problem(
+        fast, lambda network: (network(images).last_hidden_state,),
+        lambda: (original(images).last_hidden_state,), dict(original.named_parameters()),
+        device, dtype, output_names=("features",), ignored=(images,),
     )  # fmt: skip
 
 
@@ -231,27 +293,37 @@ def _no_others(shape: Shape) -> str:
     return "there is no block between modalities with only one" if shape.modalities < 2 else ""
 
 
+def _no_transformers(shape: Shape) -> str:
+    return "" if find_spec("transformers") else "transformers is not installed"
+
+
 OPS = [
-    Op(name, build, None, what, rivals=("baseline_cl",), **declared)
-    for name, build, what, declared in (
-        (
-            "block", partial(block, training=False), "cross-modal block and gate, inference",
-            {"modes": ("fwd",), "scope": "block", "refuses": _no_others},
-        ),
-        (
-            "block_training", partial(block, training=True),
-            "cross-modal block and gate, gradients of all inputs and parameters",
-            {"modes": TRAINING_MODES, "scope": "block", "refuses": _no_others},
-        ),
-        ("stage", stage, "one stage of the Mix Transformer", {"scope": "stage"}),
-        (
-            "model", partial(model, training=False), "EQUISeg inference",
-            {"modes": ("fwd",), "scope": "model", "stages": (0,)},
-        ),
-        (
-            "training", partial(model, training=True),
-            "EQUISeg loss and gradients of all parameters",
-            {"modes": TRAINING_MODES, "scope": "model", "stages": (0,)},
-        ),
-    )
+    Op(
+        "block", partial(block, training=False), None, "cross-modal block and gate, inference",
+        ("baseline_cl",), ("fwd",), scope="block", refuses=_no_others,
+    ),
+    Op(
+        "block_training", partial(block, training=True), None,
+        "cross-modal block and gate, gradients of all inputs and parameters",
+        ("baseline_cl",), TRAINING_MODES, scope="block", refuses=_no_others,
+    ),
+    Op("stage", stage, None, "one stage of the Mix Transformer", ("baseline_cl",), scope="stage"),
+    Op(
+        "encoder", encoder, None, "Mix Transformer, features of the last stage",
+        ("baseline_cl", "transformers"), stages=(0,), scope="encoder",
+    ),
+    Op(
+        "accelerate_segformer", accelerated, None,
+        "SegformerModel of transformers, accelerated, features of the last stage",
+        stages=(0,), scope="accelerated", refuses=_no_transformers,
+    ),
+    Op(
+        "model", partial(model, training=False), None, "EQUISeg inference",
+        ("baseline_cl",), ("fwd",), (0,), "model",
+    ),
+    Op(
+        "training", partial(model, training=True), None,
+        "EQUISeg loss and gradients of all parameters",
+        ("baseline_cl",), TRAINING_MODES, (0,), "model",
+    ),
 ]  # fmt: skip

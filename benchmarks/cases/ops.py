@@ -5,7 +5,7 @@ and a number of bytes per element. Weights are nothing there, and a multiply-add
 """
 
 from collections.abc import Callable, Mapping
-from functools import cache, partial
+from functools import cache
 from math import prod
 from typing import Any
 
@@ -47,12 +47,39 @@ def operation(
     rivals = rivals or {}
 
     def declare(formula: Formula) -> Formula:
+        name, text = formula.__name__, formula.__doc__ or ""
+
+        def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
+            arguments, leaves = dict(inputs(shape)), {}
+            for i, (key, value) in enumerate(arguments.items()):
+                if key == "labels":
+                    arguments[key] = data.labels(value, seed, device)
+                elif isinstance(value, tuple):
+                    own = torch.float32 if key in logits else dtype
+                    x = data.random_normal(value, own, seed + i, device, _deviation(key, value))
+                    arguments[key] = leaves[key] = x.requires_grad_()
+
+            def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
+                return lambda: _as_tuple(function(**{**arguments, **moved}))
+
+            def cast(wanted: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
+                moved = {key: x.detach().to(wanted).requires_grad_() for key, x in leaves.items()}
+                return bound(getattr(reference, name), **moved), list(moved.values())
+
+            functions = backends(getattr(ops, name), getattr(baselines, name)) | rivals
+            calls = {provider: bound(function) for provider, function in functions.items()}
+            tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
+            more = dict(fields(shape))
+            summed = [key for key in leaves if key in logits or key.endswith(("weight", "bias"))]
+            if summed:  # over all tokens
+                kinds = {f"d{key}": "parameter" for key in summed}
+                more |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
+            return Problem(calls, leaves, cast, inputs=arguments, ignored=tensors, **more)
+
         def cost(shape: Shape, itemsize: int) -> Cost:
             forward, backward = formula(shape, itemsize)
             return Cost((forward,), (backward,))
 
-        name, text = formula.__name__, formula.__doc__ or ""
-        build = partial(_build, name, inputs, rivals, logits, fields)
         words = " ".join(text.partition("\n\n")[0].split())
         words = words.removeprefix("Forward: ").removesuffix(".")
         OPS.append(Op(name, build, cost, words, rivals=tuple(rivals), **declared))
@@ -61,50 +88,10 @@ def operation(
     return declare
 
 
-def _build(
-    name: str,
-    inputs: Callable[[Shape], Mapping[str, Any]],
-    rivals: Mapping[str, Callable[..., Any]],
-    logits: tuple[str, ...],
-    fields: Callable[[Shape], Mapping[str, Any]],
-    shape: Shape,
-    dtype: torch.dtype,
-    device: torch.device,
-    seed: int,
-) -> Problem:
-    arguments, leaves = dict(inputs(shape)), {}
-    for i, (key, value) in enumerate(arguments.items()):
-        if key == "labels":
-            arguments[key] = data.labels(value, seed, device)
-        elif isinstance(value, tuple):
-            own = torch.float32 if key in logits else dtype
-            # Of the query hub's filters all modalities are one parameter.
-            fan_in = prod(value[2 if key == "dw_weight" else 1 :])
-            scale = fan_in**-0.5 if key.endswith("weight") else 1.0
-            x = data.random_normal(value, own, seed=seed + i, scale=scale, device=device)
-            arguments[key] = leaves[key] = x.requires_grad_()
-
-    def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
-        return lambda: _as_tuple(function(**{**arguments, **moved}))
-
-    def cast(wanted: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
-        moved = {key: x.detach().to(wanted).requires_grad_() for key, x in leaves.items()}
-        return bound(getattr(reference, name), **moved), list(moved.values())
-
-    functions = {**backends(getattr(ops, name), getattr(baselines, name)), **rivals}
-    more = dict(fields(shape))
-    summed = [key for key in leaves if key in logits or key.endswith(("weight", "bias"))]
-    if summed:  # over all tokens
-        kinds = {f"d{key}": "parameter" for key in summed}
-        more |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
-    return Problem(
-        calls={provider: bound(function) for provider, function in functions.items()},
-        leaves=leaves,
-        cast=cast,
-        inputs=arguments,
-        ignored=[x for x in arguments.values() if isinstance(x, Tensor)],
-        **more,
-    )
+def _deviation(name: str, size: tuple[int, ...]) -> float:
+    """Fan-in ** -0.5 of weights; the filters of all modalities are one `dw_weight`."""
+    fan_in = prod(size[2 if name == "dw_weight" else 1 :])
+    return fan_in**-0.5 if name.endswith("weight") else 1.0
 
 
 def _as_tuple(outputs: Any) -> Outputs:

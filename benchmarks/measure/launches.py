@@ -418,7 +418,7 @@ def cross_modal_blocks(stages: Iterable[int] = (1, 2, 3, 4)) -> list[Row]:
         maps = [tokens.mT.unflatten(-1, size).contiguous() for tokens in x]
         block, eager = model.fusion[s], baseline_model
         calls: dict[tuple[str, str], Callable[[], Any]] = {
-            ("block", "baseline"): partial(eager.cross_modal_block, block, maps, list(y), *size),
+            ("block", "baseline"): partial(eager.cross_modal_block, block, maps, list(y)),
             ("block", "ours"): partial(block, x, y, *size),
             ("block", "ours, folded"): partial(folded.fusion[s], x, y, *size),
             ("gate", "baseline"): partial(eager.balance, model.gates[s], list(y)),

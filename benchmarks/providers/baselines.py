@@ -25,23 +25,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from equiseg_fast.reference import statistics_dtype
+from equiseg_fast import reference
 
 if TYPE_CHECKING:  # `against` calls the operations of revisions that may have no such layers
-    from equiseg_fast.models import EQUISeg, MixTransformer
-    from equiseg_fast.nn import (
-        CrossModalAttention,
-        CrossModalBlock,
-        MixFFN,
-        ParallelPoolingMixer,
-        SelfGuidedGate,
-    )
+    from equiseg_fast import models
+    from equiseg_fast import nn as layers
 
 ScoreNet = tuple[Tensor, Tensor, Tensor, Tensor]
 
+upsample_cross_entropy = reference.upsample_cross_entropy
+"""Full-resolution logits, then cross-entropy: public code writes it as the formula has it."""
+
 
 def wide(x: Tensor) -> Tensor:
-    return x.to(statistics_dtype(x))
+    return x.to(reference.statistics_dtype(x))
 
 
 _memory_format = torch.contiguous_format
@@ -189,14 +186,7 @@ def class_prototypes(
     return prototypes, torch.stack(counts).view(-1, num_classes)
 
 
-def upsample_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int = 255) -> Tensor:
-    """Full-resolution logits, then cross-entropy; arguments as `ops.upsample_cross_entropy`."""
-    size = tuple(labels.shape[-2:])
-    full = F.interpolate(wide(logits), size=size, mode="bilinear", align_corners=False)
-    return F.cross_entropy(full, labels.long(), ignore_index=ignore_index, reduction="none")
-
-
-def ohem(loss: Tensor, labels: Tensor, thresh: float, ignore_index: int = 255) -> Tensor:
+def ohem(loss: Tensor, labels: Tensor, thresh: float, ignore_index: int) -> Tensor:
     """Online hard example mining with boolean indexing, which waits for the device twice."""
     flat = loss.flatten()
     least = int((labels != ignore_index).sum()) // 16
@@ -224,16 +214,9 @@ def mix_ffn(
 
 
 def prototype_loss(
-    features: Sequence[Tensor],
-    labels: Tensor,
-    height: int,
-    width: int,
-    order: Sequence[int],
-    num_classes: int,
-    tau: float,
+    features: Sequence[Tensor], small: Tensor, order: Sequence[int], num_classes: int, tau: float
 ) -> Tensor:
-    """Self-distillation of one stage: M features `[B, L, C]`, labels `[B, H, W]` -> scalar."""
-    small = _small_labels(labels, height, width)
+    """Self-distillation of one stage: M features `[B, L, C]`, labels `[B, L]` -> scalar."""
     teachers = order[: max(1, len(order) // 2)]
     students = [m for m in order if m not in teachers]
     total = wide(features[0].new_zeros(()))
@@ -261,7 +244,7 @@ def prototype_loss(
 
 
 def _attention_layer(
-    layer: CrossModalAttention, x: Tensor, source: Tensor, height: int, width: int
+    layer: layers.CrossModalAttention, x: Tensor, source: Tensor, height: int, width: int
 ) -> Tensor:
     """SegFormer's efficient attention, x and source `[B, L, C]`."""
     batch, _, channels = x.shape
@@ -275,14 +258,14 @@ def _attention_layer(
     return layer.proj(y.reshape(x.shape))
 
 
-def _mix_ffn(mlp: MixFFN, x: Tensor, height: int, width: int) -> Tensor:
+def _mix_ffn(mlp: layers.MixFFN, x: Tensor, height: int, width: int) -> Tensor:
     conv, first, last = mlp.dwconv.dwconv, mlp.fc1, mlp.fc2
     return mix_ffn(
         x, first.weight, first.bias, conv.weight, conv.bias, last.weight, last.bias, height, width
     )
 
 
-def _pooling_mixer_block(block: ParallelPoolingMixer, x: Tensor) -> Tensor:
+def _pooling_mixer_block(block: layers.ParallelPoolingMixer, x: Tensor) -> Tensor:
     """CMNeXt's parallel pooling mixer in NCHW, x `[B, C, H, W]`."""
     u = nn.BatchNorm2d.forward(block.norm1, x)
     shortcut = u.clone()
@@ -306,7 +289,7 @@ def _channel_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
     return norm.weight[:, None, None] * x + norm.bias[:, None, None]
 
 
-def encode_stage(encoder: MixTransformer, s: int, x: Tensor) -> tuple[Tensor, Tensor]:
+def encode_stage(encoder: models.MixTransformer, s: int, x: Tensor) -> tuple[Tensor, Tensor]:
     """Stage s on a map `[B, C, H, W]`: embedded `[B, C, h, w]` and encoded `[B, h w, C]`."""
     embed = getattr(encoder, f"patch_embed{s + 1}")
     x = embed.proj(x)
@@ -320,7 +303,7 @@ def encode_stage(encoder: MixTransformer, s: int, x: Tensor) -> tuple[Tensor, Te
     return embedded, getattr(encoder, f"norm{s + 1}")(x)
 
 
-def encode(encoder: MixTransformer, images: Tensor) -> Tensor:
+def encode(encoder: models.MixTransformer, images: Tensor) -> Tensor:
     """Mix Transformer: images `[B, 3, H, W]` -> features of the last stage `[B, C, h, w]`."""
     x = in_memory_format(images)
     for s in range(4):
@@ -330,14 +313,10 @@ def encode(encoder: MixTransformer, images: Tensor) -> Tensor:
 
 
 def cross_modal_block(
-    block: CrossModalBlock,
-    embedded: Sequence[Tensor],
-    encoded: Sequence[Tensor],
-    height: int,
-    width: int,
+    block: layers.CrossModalBlock, embedded: Sequence[Tensor], encoded: Sequence[Tensor]
 ) -> list[Tensor]:
     """M embedded maps `[B, C, h, w]` and encoded tokens `[B, L, C]` -> M features `[B, L, C]`."""
-    hub = block.query_hub
+    hub, size = block.query_hub, embedded[0].shape[-2:]
     nets = score_nets(hub.dw_weight, hub.dw_bias, hub.pw_weight, hub.pw_bias)
     # All hubs in one batch, because in training they share the statistics of BatchNorm.
     mixed = torch.cat([hub_of(i, embedded, nets) for i in range(len(embedded))])
@@ -346,12 +325,12 @@ def cross_modal_block(
     mixed = _channel_norm(block.mixer_norm, mixed)
     sources = mixed.chunk(len(encoded))
     return [
-        x + _attention_layer(block.attn, x, to_tokens(source), height, width)
+        x + _attention_layer(block.attn, x, to_tokens(source), *size)
         for x, source in zip(encoded, sources, strict=True)
     ]
 
 
-def balance(gate: SelfGuidedGate, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def balance(gate: layers.SelfGuidedGate, tokens: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     """M features `[B, L, C]` -> branches `[M, B, L, C]` and the fused map `[B, L, C]`."""
     own = [wide(x).mean(dim=1) for x in tokens]
     logits = []
@@ -377,7 +356,7 @@ class EagerBaseline:
     and cropped as by the model.
     """
 
-    def __init__(self, model: EQUISeg) -> None:
+    def __init__(self, model: models.EQUISeg) -> None:
         self.model = model
 
     def forward(self, images: Tensor) -> Tensor:
@@ -395,12 +374,13 @@ class EagerBaseline:
         config = self.model.config
         images, labels = _padded(images, 0.0), _padded(labels, config.ignore_index)
         features, fused = self._stages(images)
-        per_pixel = upsample_cross_entropy(self._head(fused), labels, config.ignore_index)
-        total = ohem(per_pixel, labels, config.ohem_thresh, config.ignore_index)
+        ignore = config.ignore_index
+        per_pixel = upsample_cross_entropy(self._head(fused), labels, ignore_index=ignore)
+        total = ohem(per_pixel, labels, config.ohem_thresh, ignore)
         for s in config.sgm_stages if len(images) > 1 else ():
-            size = tuple(fused[s - 1].shape[-2:])
-            tokens = features[s - 1]
-            stage = prototype_loss(tokens, labels, *size, order, config.num_classes, config.sgm_tau)
+            small = _small_labels(labels, *fused[s - 1].shape[-2:])
+            classes, tau = config.num_classes, config.sgm_tau
+            stage = prototype_loss(features[s - 1], small, order, classes, tau)
             total = total + config.sgm_weight * stage / len(config.sgm_stages)
         return total
 
@@ -414,7 +394,7 @@ class EagerBaseline:
             height, width = embedded[0].shape[-2:]
             tokens, branches, merged = encoded, encoded, encoded[0]
             if len(maps) > 1:
-                tokens = cross_modal_block(self.model.fusion[s], embedded, encoded, height, width)
+                tokens = cross_modal_block(self.model.fusion[s], embedded, encoded)
                 branches, merged = balance(self.model.gates[s], tokens)
             features.append(tokens)
             fused.append(to_nchw(merged, height, width))
@@ -425,10 +405,10 @@ class EagerBaseline:
         """SegFormer's head as published: project, upsample, concatenate, fuse, classify."""
         head = self.model.head
         size = tuple(fused[0].shape[-2:])
-        layers = (head.linear_c1, head.linear_c2, head.linear_c3, head.linear_c4)
+        parts = (head.linear_c1, head.linear_c2, head.linear_c3, head.linear_c4)
         maps = []
-        for x, layer in zip(fused, layers, strict=True):
-            y = layer.proj(to_tokens(x)).permute(0, 2, 1).reshape(len(x), -1, *x.shape[-2:])
+        for x, part in zip(fused, parts, strict=True):
+            y = part.proj(to_tokens(x)).permute(0, 2, 1).reshape(len(x), -1, *x.shape[-2:])
             maps.append(F.interpolate(y, size=size, mode="bilinear", align_corners=False))
         y = head.linear_fuse.conv(torch.cat(maps[::-1], dim=1))
         y = head.dropout(F.relu(head.linear_fuse.bn(y)))

@@ -64,7 +64,7 @@ def images(shape: Shape, seed: int, device: torch.device) -> Tensor:
     size = (shape.modalities, shape.batch, 3, shape.height, shape.width)
     if size == (len(NAMES), 1, 3, *SIZE):
         return motorcycle()[0].to(device)
-    return random_normal(size, seed=seed, device=device)
+    return random_normal(size, torch.float32, seed, device)
 
 
 def labels(size: Sequence[int], seed: int, device: torch.device) -> Tensor:
@@ -81,19 +81,13 @@ def labels(size: Sequence[int], seed: int, device: torch.device) -> Tensor:
 
 
 def random_normal(
-    size: Sequence[int],
-    dtype: torch.dtype = torch.float32,
-    *,
-    seed: int,
-    scale: float = 1.0,
-    device: torch.device | str = "cpu",
+    size: Sequence[int], dtype: torch.dtype, seed: int, device: torch.device, scale: float = 1.0
 ) -> Tensor:
     """Contiguous normal random numbers, drawn in fp32 and rounded once; scale: their deviation."""
     values = torch.randn(tuple(size), generator=_generator(device, seed), device=device)
     return values.mul_(scale).to(dtype)
 
 
-def _generator(device: torch.device | str, seed: int) -> torch.Generator | None:
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
     """A generator of its own on that device; None on "meta", where nothing is drawn."""
-    device = torch.device(device)
     return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 
 import torch
 
 from benchmarks.cases.common.cost import Cost
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.providers.provider import EVERYWHERE, impossible
-from equiseg_fast import explain
 
 MODES = ("fwd", "fwd_train", "bwd", "step")
 TRAINING_MODES = MODES[1:]
@@ -64,21 +62,9 @@ class Op:
 def unavailable(op: Op, provider: str, device: torch.device, dtype: str = "") -> str:
     """Why a provider is out before anything is tried; empty if it is not.
 
-    dtype: short name, "" if it does not matter. For a GPU on a machine without one: what is known.
+    dtype: short name, "" if it does not matter. Nothing is tried and no GPU is needed: what a
+    backend says against a GPU that is too old, it says when it is called.
     """
     if provider not in op.providers:
         return "no such implementation of this operation"
-    if reason := impossible(provider, device, dtype):
-        return reason
-    on_gpu = device.type == "cuda" and torch.cuda.is_available()
-    if on_gpu and provider in ("triton", "tuned") and op.function:
-        return _against_triton(op, device)
-    return ""
-
-
-@cache
-def _against_triton(op: Op, device: torch.device) -> str:
-    tiny = op.build(Shape("b0", 1, 64, 64), torch.float16, device, 0)
-    lines = explain(op.function, **tiny.inputs).splitlines()
-    found = [line.split(":", 1)[1].strip() for line in lines if line.startswith("  triton:")]
-    return "; ".join(reason for reason in found if reason != "usable")
+    return impossible(provider, device, dtype)
