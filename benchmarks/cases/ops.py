@@ -1,7 +1,8 @@
 """The operations of `equiseg_fast.ops`, in the order of their share of a training step.
 
 Each is declared by its cost: what the forward and what the backward cannot do without, for a shape
-and a number of bytes per element. Weights are nothing there, and a multiply-add is 2 FLOPs.
+and a number of bytes per element. What the docstrings add up is read or written once; weights and
+statistics are nothing, and a multiply-add is 2 FLOPs.
 """
 
 from collections.abc import Callable, Mapping
@@ -80,8 +81,8 @@ def operation(
             forward, backward = formula(shape, itemsize)
             return Cost((forward,), (backward,))
 
-        words = " ".join(text.partition("\n\n")[0].split())
-        words = words.removeprefix("Forward: ").removesuffix(".")
+        words = " ".join(text.removeprefix("Forward: ").partition("Backward:")[0].split())
+        words = words.removesuffix(".")
         OPS.append(Op(name, build, cost, words, rivals=tuple(rivals), **declared))
         return formula
 
@@ -185,12 +186,10 @@ def _liger_loss(logits: Tensor, labels: Tensor) -> Tensor:
     fields=lambda s: {"contraction": min(s.tokens, s.keys)},
 )
 def attention(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read q, k, v, write out; two products of Lq Lk C multiply-adds, one exponential per
-    score (what else a softmax does is hidden behind it and not counted).
-
-    Backward: read q, k, v, out and its gradient, write three gradients; five products, one of them
-    the scores, recomputed because storing them costs more, and so their exponentials.
-    """
+    """Forward: bytes: q + k + v + out; two products of Lq Lk C, 1 exponential per score (what else
+    a softmax does is hidden behind it). Backward: + three gradients + that of out; five products,
+    one of them the scores, recomputed because storing them costs more, and so their
+    exponentials."""
     moved = 2 * s.rows * (s.tokens + s.keys) * s.channels * itemsize
     product = 2 * s.rows * s.tokens * s.keys * s.channels
     exps = s.rows * s.heads * s.tokens * s.keys
@@ -206,12 +205,9 @@ def attention(s: Shape, itemsize: int) -> tuple[Work, Work]:
     },
 )
 def depthwise_conv_gelu(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x of 4 C channels, write out; per element 9 multiply-adds and GELU as 1 FLOP
-    and 1 exponential.
-
-    Backward: read x and the gradient, write its own; the convolution again for GELU's derivative
-    (2 exponentials: of the normal distribution and of its density), then both gradients of it.
-    """
+    """Forward: bytes: x + out of 4 C channels; per element 9 multiply-adds, GELU as 1 FLOP and 1
+    exponential. Backward: x + dout + dx; the convolution again for GELU's derivative (2
+    exponentials: the normal distribution and its density), then both gradients of it."""
     n = s.rows * s.tokens * RATIO * s.channels
     return Work(2 * n * itemsize, 0, 19 * n, n), Work(3 * n * itemsize, 0, 56 * n, 2 * n)
 
@@ -229,12 +225,9 @@ def depthwise_conv_gelu(s: Shape, itemsize: int) -> tuple[Work, Work]:
     },
 )
 def mix_ffn(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x, write out, as if hidden features cost nothing; two products of C by 4 C, and
-    between them the depthwise convolution with GELU, 1 exponential per hidden element.
-
-    Backward: read x and the gradient, write its own; two products for each of the forward, two
-    convolutions for the one, GELU's derivative (2 exponentials) and the product with it.
-    """
+    """Forward: bytes: x + out, as if hidden features cost nothing; two products of C by 4 C, and
+    between them the depthwise convolution with GELU. Backward: x + dout + dx; two products for
+    each, two convolutions for the one, GELU's derivative and the product with it."""
     n = s.rows * s.tokens * s.channels
     hidden = RATIO * n
     product = 2 * hidden * s.channels
@@ -255,12 +248,9 @@ def mix_ffn(s: Shape, itemsize: int) -> tuple[Work, Work]:
     fields=lambda s: {"output_names": ("total", "normed")},
 )
 def add_layer_norm(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x and update, write total and normed (statistics are nothing); per element the
-    addition, 4 for mean and variance, and 3 to normalise.
-
-    Backward: read total and both gradients, write the one of x and update; per element 2 for the
-    normalised total, 3 for both gradients of the parameters, and 9 for dx.
-    """
+    """Forward: bytes: x + update + total + normed; per element the addition, 4 for mean and
+    variance, 3 to normalise. Backward: total + both gradients + the one of x and update; per
+    element 2 for the normalised total, 3 for both gradients of the parameters, 9 for dx."""
     n = s.rows * s.tokens * s.channels
     return Work(4 * n * itemsize, vector=8 * n), Work(4 * n * itemsize, vector=14 * n)
 
@@ -278,12 +268,9 @@ def add_layer_norm(s: Shape, itemsize: int) -> tuple[Work, Work]:
     refuses=lambda s: "the hub needs two modalities or more" if s.modalities < 2 else "",
 )
 def query_hub(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x, write all hubs; per element 9 + 1 multiply-adds of the score net, 2 for the
-    gate, 2 comparisons for the two largest, 1 choice; a sigmoid per token.
-
-    Backward: read x and the gradients of the hubs, write its own; the score again, and twice its
-    multiply-adds for the gradients.
-    """
+    """Forward: bytes: x + hubs; per element 9 + 1 multiply-adds of the score net, 2 for the gate, 2
+    comparisons for the two largest, 1 choice; a sigmoid per token. Backward: x + dhubs + dx; the
+    score again, and twice its multiply-adds for the gradients."""
     sigmoids = s.rows * s.tokens
     n = sigmoids * s.channels
     return Work(2 * n * itemsize, 0, 25 * n, sigmoids), Work(3 * n * itemsize, 0, 65 * n, sigmoids)
@@ -299,12 +286,9 @@ def query_hub(s: Shape, itemsize: int) -> tuple[Work, Work]:
     rivals={"baseline_cl": baselines.channels_last(baselines.pooling_mixer)},
 )
 def pooling_mixer(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x, write out; per element 49 multiply-adds and three pools, each as two running
-    sums (4 additions) and one division, added up (3).
-
-    Backward: read x and the gradient, write its own; the pools transposed, then both gradients of
-    the convolution.
-    """
+    """Forward: bytes: x + out; per element 49 multiply-adds and three pools, each as two running
+    sums (4 additions) and one division, added up (3). Backward: x + dout + dx; the pools
+    transposed, then both gradients of the convolution."""
     n = s.rows * s.tokens * s.channels
     return (
         Work(2 * n * itemsize, vector=(98 + 18) * n),
@@ -321,12 +305,9 @@ def pooling_mixer(s: Shape, itemsize: int) -> tuple[Work, Work]:
     fields=lambda s: {"output_names": ("branches", "fused")},
 )
 def guided_gate(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x, write branches and the fused map; per element 1 multiplication and 1
-    multiply-add. The softmax over M B C logits is nothing but their exponentials.
-
-    Backward: read x and both gradients, write its own; per element 2 multiply-adds for x and 2 for
-    the logits.
-    """
+    """Forward: bytes: x + branches + fused; per element 1 multiplication and 1 multiply-add; the
+    softmax over M B C logits is nothing but their exponentials. Backward: x + both gradients + dx;
+    per element 2 multiply-adds for x and 2 for the logits."""
     logits = s.rows * s.channels
     n = logits * s.tokens
     fused = n // s.modalities
@@ -352,12 +333,8 @@ def guided_gate(s: Shape, itemsize: int) -> tuple[Work, Work]:
     },
 )
 def class_prototypes(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read x once and one label (8 bytes) per token, write the prototypes in fp32; one
-    addition per element.
-
-    Backward: read labels and the gradient of the prototypes, write that of x; one multiplication
-    per element.
-    """
+    """Forward: bytes: x + a label (8) per token + prototypes (fp32); 1 addition per element.
+    Backward: labels + dprototypes + dx; 1 multiplication per element."""
     n = s.rows * s.tokens * s.channels
     prototypes = 4 * s.rows * NUM_CLASSES * s.channels
     work = Work(n * itemsize + 8 * s.batch * s.tokens + prototypes, vector=n)
@@ -374,13 +351,10 @@ def class_prototypes(s: Shape, itemsize: int) -> tuple[Work, Work]:
     stages=(1,),
 )
 def upsample_cross_entropy(s: Shape, itemsize: int) -> tuple[Work, Work]:
-    """Forward: read logits and labels (8 bytes), write the fp32 loss; per label pixel and class 3
-    linear interpolations of 3 FLOPs (subtract, multiply, add), then subtract and sum as 2, and an
-    exponential; the logarithm per pixel is nothing.
-
-    Backward: read logits, labels and the gradient, write that of the logits; interpolation and
-    softmax again, then 4 multiply-adds that scatter to the corners.
-    """
+    """Forward: bytes: logits + labels (8) + loss (fp32); per pixel and class 3 linear
+    interpolations of 3 FLOPs, then subtract and sum as 2, and 1 exponential. Backward: logits +
+    labels + both gradients; interpolation and softmax again, then 4 multiply-adds that scatter to
+    the corners."""
     logits = s.batch * NUM_CLASSES * s.tokens * itemsize
     pixels = s.batch * s.height * s.width
     n = NUM_CLASSES * pixels
