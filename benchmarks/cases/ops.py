@@ -17,7 +17,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.cases.common import data
 from benchmarks.cases.common.cost import Cost, Work
-from benchmarks.cases.common.data import IGNORE, NUM_CLASSES
+from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.op import Op
 from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
 from benchmarks.providers import baselines
@@ -135,36 +135,6 @@ def _compiled_flex() -> Callable[..., Tensor]:
     return torch.compile(flex_attention, dynamic=False)
 
 
-def _flash_attn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from flash_attn import flash_attn_func
-
-    return flash_attn_func(q, k, v)
-
-
-def _xformers(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    from xformers.ops import memory_efficient_attention
-
-    return memory_efficient_attention(q, k, v)
-
-
-def _liger_norm(x: Tensor, update: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
-    from liger_kernel.transformers.functional import liger_layer_norm
-
-    total = x + update
-    return total, liger_layer_norm(total, weight, bias, 1e-5)
-
-
-def _liger_loss(logits: Tensor, labels: Tensor) -> Tensor:
-    """Logits upsampled to rows of classes, which Liger overwrites with their gradient."""
-    from liger_kernel.transformers.functional import liger_cross_entropy
-
-    size = tuple(labels.shape[-2:])
-    full = F.interpolate(logits.float(), size=size, mode="bilinear", align_corners=False)
-    rows = full.permute(0, 2, 3, 1).flatten(0, 2)
-    loss = liger_cross_entropy(rows, labels.flatten(), ignore_index=IGNORE, reduction="none")
-    return loss.view(labels.shape)
-
-
 # ---- declarations -------------------------------------------------------------------------------
 
 
@@ -180,8 +150,6 @@ def _liger_loss(logits: Tensor, labels: Tensor) -> Tensor:
         "sdpa_efficient": _sdpa(SDPBackend.EFFICIENT_ATTENTION),
         "sdpa_cudnn": _sdpa(SDPBackend.CUDNN_ATTENTION),
         "flex": _flex,
-        "flash_attn": _flash_attn,
-        "xformers": _xformers,
     },
     fields=lambda s: {"contraction": min(s.tokens, s.keys)},
 )
@@ -244,7 +212,6 @@ def mix_ffn(s: Shape, itemsize: int) -> tuple[Work, Work]:
         "weight": (s.channels,),
         "bias": (s.channels,),
     },
-    rivals={"liger": _liger_norm},
     fields=lambda s: {"output_names": ("total", "normed")},
 )
 def add_layer_norm(s: Shape, itemsize: int) -> tuple[Work, Work]:
@@ -346,8 +313,7 @@ def class_prototypes(s: Shape, itemsize: int) -> tuple[Work, Work]:
         "logits": (s.batch, NUM_CLASSES, s.h, s.w),
         "labels": (s.batch, s.height, s.width),
     },
-    rivals={"liger": _liger_loss},
-    fields=lambda s: {"contraction": 0, "synchronising": frozenset({"liger"})},
+    fields=lambda s: {"contraction": 0},
     stages=(1,),
 )
 def upsample_cross_entropy(s: Shape, itemsize: int) -> tuple[Work, Work]:

@@ -16,9 +16,8 @@ TUNED = "EQUISEG_FAST_TUNED"
 """The environment variable that names a file of `python -m benchmarks tune`."""
 
 KERNELS = "kernels are timed on a GPU only"
-ITS_KERNELS = "its kernels run on a GPU only"
 BACKEND = "PyTorch has this backend on a GPU only"
-FLASH = "FlashAttention takes fp16 and bf16 only"
+HALF = "this backend takes fp16 and bf16 only"
 
 
 @dataclass(frozen=True)
@@ -58,29 +57,12 @@ PROVIDERS = {
         Provider("compile", "#8172b3", "torch.compile of the torch backend"),
         Provider("compile_max", "#b9a7e0", "the same, mode max-autotune-no-cudagraphs"),
         Provider("sdpa_math", "#d9b38c", f"{_SDPA}, written out in matrix products"),
-        Provider("sdpa_flash", "#c44e52", f"{_SDPA}, FlashAttention backend", half_only=FLASH),
-        Provider(
-            "sdpa_efficient", "#937860", f"{_SDPA}, memory-efficient backend", gpu_only=BACKEND
-        ),
-        Provider(
-            "sdpa_cudnn", "#da8bc3", f"{_SDPA}, cuDNN backend", gpu_only=BACKEND,
-            half_only="cuDNN's attention takes fp16 and bf16 only",
-        ),
+        Provider("sdpa_flash", "#c44e52", f"{_SDPA}, FlashAttention backend", "", "", HALF),
+        Provider("sdpa_efficient", "#937860", f"{_SDPA}, memory-efficient backend", "", BACKEND),
+        Provider("sdpa_cudnn", "#da8bc3", f"{_SDPA}, cuDNN backend", "", BACKEND, HALF),
         Provider(
             "flex", "#ccb974", "FlexAttention of PyTorch, compiled",
             gpu_only="FlexAttention has no backward on a CPU",
-        ),
-        Provider(
-            "flash_attn", "#8b1e2b", "flash_attn_func of the package flash_attn", "flash_attn",
-            ITS_KERNELS, FLASH,
-        ),
-        Provider(
-            "xformers", "#1f6f8b", "memory_efficient_attention of xformers", "xformers",
-            ITS_KERNELS,
-        ),
-        Provider(
-            "liger", "#e377c2", "the kernel of liger_kernel, stock operators around it",
-            "liger_kernel", ITS_KERNELS,
         ),
         Provider("transformers", "#64b5cd", "SegformerModel of transformers", "transformers"),
     )
