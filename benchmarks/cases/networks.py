@@ -1,13 +1,13 @@
 """Whole models and parts of them, on the same parameters for everybody.
 
-The weights are random (`enliven`) and nothing else is: no stochastic depth, no dropout, teachers
+The weights are random (`alive`) and nothing else is: no stochastic depth, no dropout, teachers
 drawn from a fixed seed, so that every provider computes the same. Half precision means autocast.
 What of `equiseg_fast` only few of them need is imported there: `against` runs them on revisions
 that may lack it.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from copy import deepcopy
 from dataclasses import replace
 from functools import partial
@@ -59,19 +59,13 @@ def network_problem(
     """
     owner = getattr(network, "__self__", network)  # of a method
 
-    def within(context: Callable[[], AbstractContextManager[Any]], call: Call) -> Call:
-        def inside() -> Outputs:
-            with context():
-                return call()
-
-        return inside
-
     def on(backend: str, made: Callable[..., Any]) -> Call:
-        return within(partial(use_backend, backend), lambda: run(made))
+        return lambda: _within(use_backend(backend), lambda: run(made))
 
     def cast_to(wanted: torch.dtype, call: Call) -> Call:
-        half = partial(torch.autocast, device.type, wanted)
-        return within(nullcontext if wanted == torch.float32 else half, call)
+        if wanted == torch.float32:
+            return call
+        return lambda: _within(torch.autocast(device.type, wanted), call)
 
     reference = on("reference", plain or network)
     calls = {
@@ -95,36 +89,38 @@ def network_problem(
     )
 
 
-def alive(make: Callable[[], Any], seed: int, device: torch.device) -> Any:
-    """A module of random weights that let everything matter, from this seed."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        module = make()
-        enliven(module)
-    return module.to(device)
+def _within(context: AbstractContextManager[Any], call: Call) -> Outputs:
+    with context:
+        return call()
 
 
 @torch.no_grad()
-def enliven(module: nn.Module) -> None:
-    """Give weights a standard deviation of fan-in ** -0.5 and layer scales one around 1, in place.
+def alive(make: Callable[[], Any], seed: int, device: torch.device) -> Any:
+    """A module whose random weights let everything matter: of standard deviation fan-in ** -0.5,
+    layer scales around 1.
 
     Fresh models have branches so weak, and gates so equal, that whatever is wrong in them vanishes
     beside the residual stream: the gate of parity would not see it.
     """
-    for name, weight in module.named_parameters():
-        if "layer_scale" in name:
-            nn.init.normal_(weight, 1.0, 0.1)
-        elif weight.dim() > 1:
-            # The query hub has the depthwise filters of all modalities in one parameter.
-            filter_of_one = weight[0, 0] if name.endswith("dw_weight") else weight[0]
-            nn.init.normal_(weight, std=filter_of_one.numel() ** -0.5)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        module = make()
+        for name, weight in module.named_parameters():
+            if "layer_scale" in name:
+                nn.init.normal_(weight, 1.0, 0.1)
+            elif weight.dim() > 1:
+                # The query hub has the depthwise filters of all modalities in one parameter.
+                filter_of_one = weight[0, 0] if name.endswith("dw_weight") else weight[0]
+                nn.init.normal_(weight, std=filter_of_one.numel() ** -0.5)
+    return module.to(device)
 
 
 def equiseg(shape: Shape, device: torch.device, seed: int) -> EQUISeg:
     """A model without random layers, whose weights let everything matter."""
-    names = data.NAMES if shape.modalities == 3 else [f"m{i}" for i in range(shape.modalities)]
-    still = {"drop_path": 0.0, "head_dropout": 0.0}
-    fields = {"modalities": names, "num_classes": data.NUM_CLASSES, **still}
+    fields = {
+        "modalities": [f"m{i}" for i in range(shape.modalities)], "num_classes": data.NUM_CLASSES,
+        "drop_path": 0.0, "head_dropout": 0.0,
+    }  # fmt: skip
     return alive(lambda: EQUISeg.from_name(shape.variant, **fields), seed, device)
 
 
@@ -147,7 +143,7 @@ def block(
     def theirs() -> Outputs:
         # Public models keep the embedded features as maps.
         maps = [baselines.to_nchw(x, shape.h, shape.w) for x in embedded]
-        tokens = baselines.cross_modal_block(block, maps, list(encoded), shape.h, shape.w)
+        tokens = baselines.cross_modal_block(block, maps, list(encoded))
         return baselines.balance(gate, tokens)
 
     leaves = {}

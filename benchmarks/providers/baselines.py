@@ -5,13 +5,10 @@ loops, softmax attention with the whole score matrix in memory, tokens and NCHW 
 each other around every convolution, score nets evaluated again for every primary modality, a
 channel norm written by hand, the decode head unfolded, and losses that loop over images and classes
 and ask the device whether a class is there. Where a public model gets a view for free (SegFormer's
-`transpose` + `view` in front of the depthwise convolution) so does this one: nothing is made slower
-than it is written elsewhere.
+`transpose` + `view` in front of the depthwise convolution) so does this one.
 
-The operations take and return what `equiseg_fast.ops` takes and returns; conversions to NCHW and
-back are therefore part of those that public models write in NCHW. `channels_last` makes of any of
-them what careful users run: the same calls on maps in channels-last memory. The layers and the
-whole model share the parameters of ours and compute the same, in training too.
+The operations take and return what `equiseg_fast.ops` takes and returns, so conversions to NCHW are
+part of those that public models write in NCHW. Layers and model share the parameters of ours.
 """
 
 from __future__ import annotations
@@ -172,15 +169,12 @@ def class_prototypes(
 ) -> tuple[Tensor, Tensor]:
     """Boolean indexing per modality, image and class; arguments as `ops.class_prototypes`."""
     small = _small_labels(labels, height, width)
-    rows = []
-    for tokens in wide(x):
-        for image, marks in zip(tokens, small, strict=True):
-            for c in range(num_classes):
-                mask = marks == c
-                if mask.sum() > 0:
-                    rows.append(image[mask].mean(dim=0))
-                else:
-                    rows.append(image.new_zeros(image.shape[-1]))
+    rows = [
+        image[mask].mean(dim=0) if mask.sum() > 0 else image.new_zeros(image.shape[-1])
+        for tokens in wide(x)
+        for image, marks in zip(tokens, small, strict=True)
+        for mask in (marks == c for c in range(num_classes))
+    ]
     counts = [(marks == c).sum() for marks in small for c in range(num_classes)]
     prototypes = torch.stack(rows).view(*x.shape[:2], num_classes, -1)
     return prototypes, torch.stack(counts).view(-1, num_classes)

@@ -69,6 +69,8 @@ PROVIDERS = {
 }  # fmt: skip
 OURS = ("reference", "torch", "triton", "tuned")
 """Of this package; everybody else is somebody to be faster than."""
+SDPA = ("sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+"""Backends of PyTorch's attention; a CPU has the first two."""
 COMPILED = {"compile": None, "compile_max": "max-autotune-no-cudagraphs"}
 """Providers that `torch.compile` makes, and its mode."""
 EVERYWHERE = ("baseline", *OURS, *COMPILED)
@@ -94,11 +96,8 @@ def configured(provider: str) -> Iterator[None]:
     if provider not in ("triton", "tuned"):
         yield
         return
-    try:
-        from equiseg_fast.kernels import _tuned
-    except ImportError:  # `against` an older revision, which has its defaults only
-        yield
-        return
+    from equiseg_fast.kernels import _tuned
+
     with _tuned.use(_tuned.from_environment() if provider == "tuned" else {}):
         yield
 

@@ -1,8 +1,5 @@
-"""Inputs of the benchmarks: three real sensors, pseudo-labels, and random data where none exist.
-
-The sensors are `skimage.data.stereo_motorcycle` (the Motorcycle scene of Middlebury 2014, quarter
-size), which scikit-image ships: the left camera, the right camera and the disparity of the left.
-It comes without labels of classes; ours are bands of disparity and are called pseudo-labels.
+"""Inputs of the benchmarks: the Motorcycle scene of Middlebury 2014 (quarter size), which
+scikit-image ships, and random data where no real ones exist.
 
 Random data are drawn where they are used: the host would need seconds for what a GPU draws in
 microseconds. The same seed gives the same values on one kind of device, not across kinds.
@@ -17,7 +14,6 @@ from torch import Tensor
 
 from benchmarks.cases.common.problem import Shape
 
-NAMES = ("left", "right", "disparity")
 SIZE = (480, 736)
 BANDS = 8
 IGNORE = 255
@@ -62,7 +58,7 @@ def motorcycle() -> tuple[Tensor, Tensor]:
 def images(shape: Shape, seed: int, device: torch.device) -> Tensor:
     """`[M, B, 3, H, W]` fp32: the sensors if they have just this size, else random normal."""
     size = (shape.modalities, shape.batch, 3, shape.height, shape.width)
-    if size == (len(NAMES), 1, 3, *SIZE):
+    if size == (3, 1, 3, *SIZE):
         return motorcycle()[0].to(device)
     return random_normal(size, torch.float32, seed, device)
 
