@@ -34,8 +34,7 @@ class Op:
     seed) -> `Problem`. cost: (shape, bytes per element) -> `Cost`, None where it is counted
     (`launches.cost_of`). formula: bytes and FLOPs of the forward, in words. rivals: providers
     besides those that all have. modes, stages: those that make sense. scope: a key of `SCOPES`.
-    refuses: shape -> why no provider can do it, empty if some can. stem: its file in
-    `benchmarks/cases`, which `operations` fills in.
+    refuses: shape -> why no provider can do it, empty if some can.
     """
 
     name: str
@@ -47,7 +46,6 @@ class Op:
     stages: tuple[int, ...] = (1, 2, 3, 4)
     scope: str = "operation"
     refuses: Callable[[Shape], str] = lambda shape: ""
-    stem: str = ""
 
     @property
     def function(self) -> str:

@@ -86,8 +86,8 @@ class Problem:
     leaves: the tensors gradients are taken for, by name.
     cast: dtype -> (reference forward, its leaves) computed in that dtype, the oracle of parity.
     synchronising: providers that wait for the device, which no CUDA graph can capture.
-    inputs: of the public operation, for `explain`. ignored: tensors that exist anyway and are not
-        counted as saved for the backward.
+    inputs: of the public operation. ignored: tensors that exist anyway and are not counted as saved
+        for the backward.
     kinds, contraction, chain: of the results, see `equiseg_fast.testing.assert_parity`; the chain
         is that of the most naive provider, which adds all tokens one after the other.
     agreement: None for the tolerance policy; else the relative RMS error allowed for outputs and
