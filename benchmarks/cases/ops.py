@@ -19,7 +19,7 @@ from benchmarks.cases.common import data
 from benchmarks.cases.common.cost import Cost, Work
 from benchmarks.cases.common.data import NUM_CLASSES
 from benchmarks.cases.common.op import Op
-from benchmarks.cases.common.problem import Outputs, Problem, Shape, Unsupported
+from benchmarks.cases.common.problem import Problem, Shape, Unsupported, op_problem
 from benchmarks.providers import baselines
 from benchmarks.providers.provider import backends
 from equiseg_fast import ops, reference
@@ -51,31 +51,20 @@ def operation(
         name, text = formula.__name__, formula.__doc__ or ""
 
         def build(shape: Shape, dtype: torch.dtype, device: torch.device, seed: int) -> Problem:
-            arguments, leaves = dict(inputs(shape)), {}
+            arguments = dict(inputs(shape))
             for i, (key, value) in enumerate(arguments.items()):
                 if key == "labels":
                     arguments[key] = data.labels(value, seed, device)
                 elif isinstance(value, tuple):
-                    own = torch.float32 if key in logits else dtype
-                    x = data.random_normal(value, own, seed + i, device, _deviation(key, value))
-                    arguments[key] = leaves[key] = x.requires_grad_()
-
-            def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
-                return lambda: _as_tuple(function(**{**arguments, **moved}))
-
-            def cast(wanted: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
-                moved = {key: x.detach().to(wanted).requires_grad_() for key, x in leaves.items()}
-                return bound(getattr(reference, name), **moved), list(moved.values())
-
+                    own, scale = torch.float32 if key in logits else dtype, _deviation(key, value)
+                    arguments[key] = data.random_normal(value, own, seed + i, device, scale)
             functions = backends(getattr(ops, name), getattr(baselines, name)) | rivals
-            calls = {provider: bound(function) for provider, function in functions.items()}
-            tensors = [x for x in arguments.values() if isinstance(x, Tensor)]
             more = dict(fields(shape))
-            summed = [key for key in leaves if key in logits or key.endswith(("weight", "bias"))]
+            summed = [key for key in arguments if key.endswith(("weight", "bias")) or key in logits]
             if summed:  # over all tokens
                 kinds = {f"d{key}": "parameter" for key in summed}
                 more |= {"kinds": kinds, "contraction": 0, "chain": shape.rows * shape.tokens}
-            return Problem(calls, leaves, cast, inputs=arguments, ignored=tensors, **more)
+            return op_problem(arguments, functions, getattr(reference, name), **more)
 
         def cost(shape: Shape, itemsize: int) -> Cost:
             forward, backward = formula(shape, itemsize)
@@ -93,10 +82,6 @@ def _deviation(name: str, size: tuple[int, ...]) -> float:
     """Fan-in ** -0.5 of weights; the filters of all modalities are one `dw_weight`."""
     fan_in = prod(size[2 if name == "dw_weight" else 1 :])
     return fan_in**-0.5 if name.endswith("weight") else 1.0
-
-
-def _as_tuple(outputs: Any) -> Outputs:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
 
 
 def _map_size(s: Shape) -> dict[str, int]:

@@ -107,3 +107,31 @@ class Problem:
     chain: int = 1
     agreement: tuple[float, float] | None = None
     root: nn.Module | None = None
+
+
+def op_problem(
+    inputs: Mapping[str, Any],
+    functions: Mapping[str, Callable[..., Any]],
+    reference: Callable[..., Any],
+    **fields: Any,
+) -> Problem:
+    """A problem from functions of the same keyword arguments, of which floating tensors are
+    differentiated; fields: of `Problem`."""
+    tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
+    leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
+
+    def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
+        arguments = {**inputs, **moved}
+
+        def call() -> Outputs:
+            outputs = function(**arguments)
+            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+        return call
+
+    def cast(dtype: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
+        moved = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
+        return bound(reference, **moved), list(moved.values())
+
+    calls = {name: bound(function) for name, function in functions.items()}
+    return Problem(calls, leaves, cast, inputs=inputs, ignored=list(tensors.values()), **fields)
