@@ -115,6 +115,14 @@ def test_the_quick_suite_is_that_of_the_committed_results() -> None:
     assert today == {row.key for row in committed}
 
 
+def test_the_quick_suite_has_somebody_to_beat_attention() -> None:
+    """On a CPU ours is mostly PyTorch's own attention, so that is who it is compared with."""
+    (case,) = plan(Options(suite="quick", ops=("attention",)))
+    usable = [p for p in case.providers if not unavailable(case.op, p, CPU, case.dtype)]
+    assert usable == ["baseline", "reference", "torch", "sdpa_math", "sdpa_flash"]
+    assert set(case.providers) - set(usable) == {"triton", "sdpa_efficient", "sdpa_cudnn"}
+
+
 # ---- modes and --shape --------------------------------------------------------------------------
 
 
