@@ -14,7 +14,7 @@ from benchmarks.command.options import ROOT
 from benchmarks.measure import kernel_work
 from benchmarks.measure.kernel_work import Kernel
 from benchmarks.measure.launches import H100, META, Call, counting, on_meta
-from benchmarks.providers import baseline_model, baselines
+from benchmarks.providers import baselines
 from equiseg_fast import (
     EQUISeg,
     add_layer_norm,
@@ -118,7 +118,7 @@ class TestCrossModalBlock:
         assert (fused(ours).total(), len(ours)) == (launched, total)
         maps = [tokens.mT.unflatten(-1, (SIZE, SIZE)).contiguous() for tokens in x]
         with torch.no_grad(), counting(H100) as eager:
-            baseline_model.cross_modal_block(module, maps, list(y), SIZE, SIZE)
+            baselines.cross_modal_block(module, maps, list(y))
         assert len(eager) > 4 * total
         whole = EQUISeg.from_name("b0", num_classes=25).fold_()
         with torch.no_grad(), counting(H100) as ours:
@@ -133,7 +133,7 @@ class TestCrossModalBlock:
                 model._balance(s, y, None)
             assert (fused(ours).total(), len(ours)) == (1, 16)
             with torch.no_grad(), counting(H100) as eager:
-                baseline_model.balance(model.gates[s], list(y))
+                baselines.balance(model.gates[s], list(y))
             assert len(eager) > 4 * 16
 
     def test_the_number_of_modalities_does_not_matter(self) -> None:

@@ -25,7 +25,7 @@ from benchmarks.cases.common.problem import Shape
 from benchmarks.command import options, outputs
 from benchmarks.command.table import FittedTable, significant
 from benchmarks.measure.record import read
-from benchmarks.providers import baseline_model as eager
+from benchmarks.providers import baselines as eager
 from equiseg_fast import EQUISeg
 from equiseg_fast import nn as ours
 

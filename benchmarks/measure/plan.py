@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import load, operations
+from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES, MODES, SCOPES, Op, unavailable
 from benchmarks.cases.common.problem import Shape
 from benchmarks.command.options import Pairs, choose_device, names, pairs
@@ -108,13 +108,11 @@ class Case:
         return [Record(*where, m, p, self.dtype) for m in self.modes for p in self.providers]
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # A process that gets it loads the operation's own file and no other: see `against`.
-        own = self.op.stem, self.op.name, self.shape, self.dtype, self.modes, self.providers
-        return _loaded, own
+        return _loaded, (self.op.name, self.shape, self.dtype, self.modes, self.providers)
 
 
-def _loaded(stem: str, name: str, *others: Any) -> Case:
-    return Case(load(stem)[name], *others)
+def _loaded(name: str, *others: Any) -> Case:
+    return Case(operations()[name], *others)
 
 
 def plan(options: Options) -> list[Case]:

@@ -8,7 +8,7 @@ from itertools import product
 from benchmarks.cases.common.op import MODES, Op
 from benchmarks.cases.common.problem import Shape
 from benchmarks.measure.timing import FEWEST
-from benchmarks.providers.provider import PROVIDERS
+from benchmarks.providers.provider import PROVIDERS, SDPA
 
 Sizes = tuple[tuple[int, int], ...]
 
@@ -75,7 +75,8 @@ SUITES = {
     "quick": Suite(
         (Grid(("b0",), ((480, 736),), modalities=(3,), stages=(2,), of=("operation", "model")),),
         dtypes=("fp32",), modes=("fwd", "step"),
-        providers=("baseline", "reference", "torch", "triton"), seconds=0.1, rounds=(FEWEST, 30),
+        providers=("baseline", "reference", "torch", "triton", *SDPA), seconds=0.1,
+        rounds=(FEWEST, 30),
     ),
     # Whole networks on a CPU.
     "cpu": Suite(

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks.cases.common.random_data import random_normal
+from benchmarks.cases.common.data import random_normal
 
 NOISY = 0.10
 GRAPH_CALLS = 8

@@ -16,106 +16,65 @@ TUNED = "EQUISEG_FAST_TUNED"
 """The environment variable that names a file of `python -m benchmarks tune`."""
 
 KERNELS = "kernels are timed on a GPU only"
-ITS_KERNELS = "its kernels run on a GPU only"
-FLASH = "FlashAttention takes fp16 and bf16 only"
+BACKEND = "PyTorch has this backend on a GPU only"
+HALF = "this backend takes fp16 and bf16 only"
 
 
 @dataclass(frozen=True)
 class Provider:
     """One implementation of operations.
 
-    colour: in pictures. everywhere: whether every operation has it; the others are named by the
-    operations that have them. ours: whether it is of this package; everybody else is somebody to be
-    faster than. package: what must be installed. gpu_only, half_only: why not on a CPU, or on a GPU
-    in fp32.
+    colour: in pictures. package: what must be installed. gpu_only, half_only: why not on a CPU, or
+    on a GPU in fp32.
     """
 
     name: str
-    what: str
     colour: str
-    everywhere: bool = False
-    ours: bool = False
+    what: str
     package: str = ""
     gpu_only: str = ""
     half_only: str = ""
 
 
+_SDPA = "scaled_dot_product_attention"
 PROVIDERS = {
     provider.name: provider
     for provider in (
+        Provider("baseline", "#8c8c8c", "eager PyTorch as public models write it (baselines.py)"),
+        Provider("baseline_cl", "#b8b09a", "the baseline with NCHW maps in channels-last memory"),
+        Provider("reference", "#4c72b0", "equiseg_fast.reference, the mathematics in PyTorch"),
+        Provider("torch", "#dd8452", "backend 'torch', the fastest of stock operators"),
         Provider(
-            "baseline", "eager PyTorch as public models write it (providers/baselines.py)",
-            "#8c8c8c", everywhere=True,
-        ),
-        Provider(
-            "baseline_cl", "the baseline with its NCHW maps in channels-last memory", "#b8b09a"
-        ),
-        Provider(
-            "reference", "equiseg_fast.reference, the mathematics in plain PyTorch", "#4c72b0",
-            everywhere=True, ours=True,
-        ),
-        Provider(
-            "torch", "backend 'torch', the fastest composition of stock operators", "#dd8452",
-            everywhere=True, ours=True,
-        ),
-        Provider(
-            "triton",
+            "triton", "#2a9d4e",
             "backend 'triton'; for models the kernels that exist, stock operators elsewhere",
-            "#2a9d4e", everywhere=True, ours=True, package="triton", gpu_only=KERNELS,
+            "triton", KERNELS,
         ),
         Provider(
-            "tuned", f"triton with the launch configurations of a file (--tuned, {TUNED})",
-            "#8bd17c", everywhere=True, ours=True, package="triton", gpu_only=KERNELS,
+            "tuned", "#8bd17c",
+            f"triton with the launch configurations of a file (--tuned, {TUNED})",
+            "triton", KERNELS,
         ),
+        Provider("compile", "#8172b3", "torch.compile of the torch backend"),
+        Provider("compile_max", "#b9a7e0", "the same, mode max-autotune-no-cudagraphs"),
+        Provider("sdpa_math", "#d9b38c", f"{_SDPA}, written out in matrix products"),
+        Provider("sdpa_flash", "#c44e52", f"{_SDPA}, FlashAttention backend", "", "", HALF),
+        Provider("sdpa_efficient", "#937860", f"{_SDPA}, memory-efficient backend", "", BACKEND),
+        Provider("sdpa_cudnn", "#da8bc3", f"{_SDPA}, cuDNN backend", "", BACKEND, HALF),
         Provider(
-            "compile", "torch.compile of the torch backend", "#8172b3", everywhere=True
-        ),
-        Provider(
-            "compile_max", "torch.compile of the torch backend, mode max-autotune-no-cudagraphs",
-            "#b9a7e0", everywhere=True,
-        ),
-        Provider(
-            "sdpa_math", "scaled_dot_product_attention, written out in matrix products", "#d9b38c"
-        ),
-        Provider(
-            "sdpa_flash", "scaled_dot_product_attention, FlashAttention backend", "#c44e52",
-            half_only=FLASH,
-        ),
-        Provider(
-            "sdpa_efficient", "scaled_dot_product_attention, memory-efficient backend", "#937860",
-            gpu_only="PyTorch has this backend on a GPU only",
-        ),
-        Provider(
-            "sdpa_cudnn", "scaled_dot_product_attention, cuDNN backend", "#da8bc3",
-            gpu_only="PyTorch has this backend on a GPU only",
-            half_only="cuDNN's attention takes fp16 and bf16 only",
-        ),
-        Provider(
-            "flex", "FlexAttention of PyTorch, compiled", "#ccb974",
+            "flex", "#ccb974", "FlexAttention of PyTorch, compiled",
             gpu_only="FlexAttention has no backward on a CPU",
         ),
-        Provider(
-            "flash_attn", "flash_attn_func of the package flash_attn", "#8b1e2b",
-            package="flash_attn", gpu_only=ITS_KERNELS, half_only=FLASH,
-        ),
-        Provider(
-            "xformers", "memory_efficient_attention of xformers", "#1f6f8b", package="xformers",
-            gpu_only=ITS_KERNELS,
-        ),
-        Provider(
-            "liger", "the kernel of liger_kernel, stock operators around it", "#e377c2",
-            package="liger_kernel", gpu_only=ITS_KERNELS,
-        ),
-        Provider(
-            "transformers", "SegformerModel of transformers, eager", "#64b5cd",
-            package="transformers",
-        ),
+        Provider("transformers", "#64b5cd", "SegformerModel of transformers", "transformers"),
     )
 }  # fmt: skip
-EVERYWHERE = tuple(p.name for p in PROVIDERS.values() if p.everywhere)
-OURS = tuple(p.name for p in PROVIDERS.values() if p.ours)
+OURS = ("reference", "torch", "triton", "tuned")
+"""Of this package; everybody else is somebody to be faster than."""
+SDPA = ("sdpa_math", "sdpa_flash", "sdpa_efficient", "sdpa_cudnn")
+"""Backends of PyTorch's attention; a CPU has the first two."""
 COMPILED = {"compile": None, "compile_max": "max-autotune-no-cudagraphs"}
 """Providers that `torch.compile` makes, and its mode."""
+EVERYWHERE = ("baseline", *OURS, *COMPILED)
+"""Those that every operation has; it names its others."""
 
 
 def impossible(name: str, device: torch.device, dtype: str = "") -> str:
@@ -137,11 +96,8 @@ def configured(provider: str) -> Iterator[None]:
     if provider not in ("triton", "tuned"):
         yield
         return
-    try:
-        from equiseg_fast.kernels import _tuned
-    except ImportError:  # `against` an older revision, which has its defaults only
-        yield
-        return
+    from equiseg_fast.kernels import _tuned
+
     with _tuned.use(_tuned.from_environment() if provider == "tuned" else {}):
         yield
 

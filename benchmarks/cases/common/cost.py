@@ -8,6 +8,7 @@ floor of a call is the longest of the four times.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,9 +30,10 @@ class Work:
     def flops(self) -> float:
         return self.matrix + self.vector
 
-    def __add__(self, other: Work) -> Work:
-        names = ("bytes", "matrix", "vector", "exps")
-        return Work(*(getattr(self, name) + getattr(other, name) for name in names))
+
+def total(works: Iterable[Work]) -> Work:
+    counts = [(w.bytes, w.matrix, w.vector, w.exps) for w in works]
+    return Work(*map(sum, zip(*counts, strict=True)))
 
 
 @dataclass(frozen=True)
@@ -42,11 +44,6 @@ class Cost:
     forward: tuple[Work, ...]
     backward: tuple[Work, ...]
 
-    @classmethod
-    def of_op(cls, forward: Work, backward: Work) -> Cost:
-        """An operation that is one kernel forward and one kernel backward."""
-        return cls((forward,), (backward,))
-
     @property
     def fwd_bytes(self) -> float:
         return total(self.forward).bytes
@@ -55,13 +52,6 @@ class Cost:
         """The works of one call in this mode."""
         passes = {"bwd": self.backward, "step": self.forward + self.backward}
         return passes.get(mode, self.forward)
-
-    def __add__(self, other: Cost) -> Cost:
-        return Cost(self.forward + other.forward, self.backward + other.backward)
-
-
-def total(works: Iterable[Work]) -> Work:
-    return sum(works, Work())
 
 
 @dataclass(frozen=True)
@@ -86,14 +76,12 @@ class Limits:
             raise ValueError(
                 f"dtype must be among {', '.join(self.peak)}, whose peaks are known; got {name!r}"
             )
-        times = {
+        return {
             "bytes": work.bytes / self.bandwidth,
             "matrix FLOPs": work.matrix / self.peak[dtype],
             "other FLOPs": work.vector / self.peak["fp32"],
+            "exps": work.exps / self.exps if self.exps is not None else 0.0,
         }
-        if self.exps is not None:
-            times["exps"] = work.exps / self.exps
-        return times
 
     def floor(self, works: Iterable[Work], dtype: str) -> float:
         """Seconds that calls one after the other take at least."""
@@ -101,9 +89,9 @@ class Limits:
 
     def bound(self, works: Iterable[Work], dtype: str) -> str:
         """What most of the floor is spent on: a key of `times`."""
-        spent: dict[str, float] = {}
+        spent: Counter[str] = Counter()
         for work in works:
             times = self.times(work, dtype)
-            longest = max(times, key=lambda name: times[name])
-            spent[longest] = spent.get(longest, 0.0) + times[longest]
-        return max(spent, key=lambda name: spent[name])
+            longest = max(times, key=times.__getitem__)
+            spent[longest] += times[longest]
+        return spent.most_common(1)[0][0]

@@ -1,24 +1,19 @@
-"""Inputs of the benchmarks: three real sensors, pseudo-labels, and random data where none exist.
+"""Inputs of the benchmarks: the Motorcycle scene of Middlebury 2014 (quarter size), which
+scikit-image ships, and random data where no real ones exist.
 
-The sensors are `skimage.data.stereo_motorcycle` (the Motorcycle scene of Middlebury 2014, quarter
-size), which scikit-image ships: the left camera, the right camera and the disparity of the left.
-It comes without labels of classes; ours are bands of disparity and are called pseudo-labels.
+Random data are drawn where they are used: the host would need seconds for what a GPU draws in
+microseconds. The same seed gives the same values on one kind of device, not across kinds.
 """
 
-from __future__ import annotations
-
-from dataclasses import dataclass
+from collections.abc import Sequence
 from functools import cache
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases.common.problem import Shape
-from benchmarks.cases.common.random_data import generator, random_normal
 
-NAMES = ("left", "right", "disparity")
 SIZE = (480, 736)
 BANDS = 8
 IGNORE = 255
@@ -35,17 +30,10 @@ WHAT = (
 )
 
 
-@dataclass(frozen=True)
-class Sensors:
-    """images `[3, 1, 3, H, W]` fp32 ready for a model; labels `[1, H, W]` int64, pseudo-labels."""
-
-    images: Tensor
-    labels: Tensor
-
-
 @cache
-def motorcycle() -> Sensors:
-    """The three sensors at their real resolution, cropped at the centre to multiples of 32."""
+def motorcycle() -> tuple[Tensor, Tensor]:
+    """The three sensors at their real resolution, cropped at the centre to multiples of 32: images
+    `[3, 1, 3, H, W]` fp32 ready for a model, and pseudo-labels `[1, H, W]` int64."""
     try:
         from skimage.data import stereo_motorcycle
     except ImportError as error:
@@ -53,51 +41,49 @@ def motorcycle() -> Sensors:
             "the quick suite reads its sensor data from scikit-image: "
             "pip install 'equiseg-fast[bench]'"
         ) from error
-    left, right, disparity = stereo_motorcycle()
-    top, start = ((n - m) // 2 for n, m in zip(disparity.shape, SIZE, strict=True))
+    maps = stereo_motorcycle()
+    top, start = ((n - m) // 2 for n, m in zip(maps[2].shape, SIZE, strict=True))
     window = (slice(top, top + SIZE[0]), slice(start, start + SIZE[1]))
-    left, right = left[window], right[window]
-    disparity = np.where(np.isfinite(disparity), disparity, np.nan)[window]
-
-    known = torch.from_numpy(disparity.copy()).float()
-    depth = (known / known.nan_to_num(0.0).max()).nan_to_num(0.0)
-    maps = [*(_normalised(x) for x in (left, right)), depth.expand(3, -1, -1)]
-    return Sensors(torch.stack(maps)[:, None], _bands(known)[None])
-
-
-def _normalised(image: np.ndarray) -> Tensor:
-    x = torch.from_numpy(image.copy()).permute(2, 0, 1).float() / 255
+    left, right, disparity = (torch.from_numpy(x[window].copy()) for x in maps)
     mean, std = (torch.tensor(v)[:, None, None] for v in (IMAGENET_MEAN, IMAGENET_STD))
-    return (x - mean) / std
+    cameras = [(x.permute(2, 0, 1).float() / 255 - mean) / std for x in (left, right)]
 
-
-def _bands(disparity: Tensor) -> Tensor:
-    measured = disparity.isfinite()
-    edges = disparity[measured].quantile(torch.arange(1, BANDS) / BANDS)
-    labels = torch.bucketize(disparity.nan_to_num(0.0), edges)
-    return labels.masked_fill(~measured, IGNORE)
-
-
-def _is_sensor_size(batch: int, height: int, width: int) -> bool:
-    return batch == 1 and (height, width) == SIZE
+    measured, known = disparity.isfinite(), disparity.float().nan_to_num(0.0, 0.0, 0.0)
+    depth = known / known.max()
+    edges = known[measured].quantile(torch.arange(1, BANDS) / BANDS)
+    bands = torch.bucketize(known, edges).masked_fill(~measured, IGNORE)
+    return torch.stack([*cameras, depth.expand(3, -1, -1)])[:, None], bands[None]
 
 
 def images(shape: Shape, seed: int, device: torch.device) -> Tensor:
     """`[M, B, 3, H, W]` fp32: the sensors if they have just this size, else random normal."""
-    size = (shape.batch, shape.height, shape.width)
-    if shape.modalities == len(NAMES) and _is_sensor_size(*size):
-        return motorcycle().images.to(device)
-    return random_normal((shape.modalities, size[0], 3, *size[1:]), seed=seed, device=device)
+    size = (shape.modalities, shape.batch, 3, shape.height, shape.width)
+    if size == (3, 1, 3, *SIZE):
+        return motorcycle()[0].to(device)
+    return random_normal(size, torch.float32, seed, device)
 
 
-def labels(batch: int, height: int, width: int, seed: int, device: torch.device) -> Tensor:
+def labels(size: Sequence[int], seed: int, device: torch.device) -> Tensor:
     """`[B, H, W]` int64: the pseudo-labels if they have just this size, else patches of random
     classes with 5 % ignored, because labels come in regions and never as noise."""
-    if _is_sensor_size(batch, height, width):
-        return motorcycle().labels.to(device)
-    drawn = {"generator": generator(device, seed), "device": device}
-    size = (batch, 1, max(height // 64, 1), max(width // 64, 1))
-    coarse = torch.randint(0, NUM_CLASSES, size, **drawn)
+    batch, height, width = size
+    if tuple(size) == (1, *SIZE):
+        return motorcycle()[1].to(device)
+    drawn = {"generator": _generator(device, seed), "device": device}
+    patches = (batch, 1, max(height // 64, 1), max(width // 64, 1))
+    coarse = torch.randint(0, NUM_CLASSES, patches, **drawn)
     full = F.interpolate(coarse.float(), size=(height, width), mode="nearest").long()[:, 0]
-    ignored = torch.rand((batch, height, width), **drawn) < 0.05
-    return full.masked_fill(ignored, IGNORE)
+    return full.masked_fill(torch.rand(full.shape, **drawn) < 0.05, IGNORE)
+
+
+def random_normal(
+    size: Sequence[int], dtype: torch.dtype, seed: int, device: torch.device, scale: float = 1.0
+) -> Tensor:
+    """Contiguous normal random numbers, drawn in fp32 and rounded once; scale: their deviation."""
+    values = torch.randn(tuple(size), generator=_generator(device, seed), device=device)
+    return values.mul_(scale).to(dtype)
+
+
+def _generator(device: torch.device, seed: int) -> torch.Generator | None:
+    """A generator of its own on that device; None on "meta", where nothing is drawn."""
+    return None if device.type == "meta" else torch.Generator(device).manual_seed(seed)

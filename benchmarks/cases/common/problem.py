@@ -86,8 +86,8 @@ class Problem:
     leaves: the tensors gradients are taken for, by name.
     cast: dtype -> (reference forward, its leaves) computed in that dtype, the oracle of parity.
     synchronising: providers that wait for the device, which no CUDA graph can capture.
-    inputs: of the public operation, for `explain`. ignored: tensors that exist anyway and are not
-        counted as saved for the backward.
+    inputs: of the public operation. ignored: tensors that exist anyway and are not counted as saved
+        for the backward.
     kinds, contraction, chain: of the results, see `equiseg_fast.testing.assert_parity`; the chain
         is that of the most naive provider, which adds all tokens one after the other.
     agreement: None for the tolerance policy; else the relative RMS error allowed for outputs and
@@ -120,22 +120,18 @@ def op_problem(
     tensors = {name: x for name, x in inputs.items() if isinstance(x, Tensor)}
     leaves = {name: x.requires_grad_() for name, x in tensors.items() if x.is_floating_point()}
 
+    def bound(function: Callable[..., Any], **moved: Tensor) -> Callable[[], Outputs]:
+        arguments = {**inputs, **moved}
+
+        def call() -> Outputs:
+            outputs = function(**arguments)
+            return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+        return call
+
     def cast(dtype: torch.dtype) -> tuple[Callable[[], Outputs], list[Tensor]]:
         moved = {name: x.detach().to(dtype).requires_grad_() for name, x in leaves.items()}
-        return lambda: _as_tuple(reference(**{**inputs, **moved})), list(moved.values())
+        return bound(reference, **moved), list(moved.values())
 
-    def bound(function: Callable[..., Any]) -> Callable[[], Outputs]:
-        return lambda: _as_tuple(function(**inputs))
-
-    return Problem(
-        calls={name: bound(function) for name, function in functions.items()},
-        leaves=leaves,
-        cast=cast,
-        inputs=inputs,
-        ignored=list(tensors.values()),
-        **fields,
-    )
-
-
-def _as_tuple(outputs: Any) -> Outputs:
-    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+    calls = {name: bound(function) for name, function in functions.items()}
+    return Problem(calls, leaves, cast, inputs=inputs, ignored=list(tensors.values()), **fields)
