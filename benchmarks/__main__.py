@@ -14,12 +14,7 @@ import sys
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
-from time import perf_counter
 from typing import Any
-
-# ruff: noqa: E402 (the clock includes the imports below)
-STARTED = perf_counter()
 
 import torch
 from rich.console import Console
@@ -119,8 +114,6 @@ def _parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text, description=module.__doc__)
         module.add_arguments(command)
         command.set_defaults(run=module.main)
-        if name == "run":
-            command.set_defaults(run=partial(run.main, started=STARTED))
         if name == "resources":
             command.set_defaults(run=lambda args, console: resources.main(args))
     env = commands.add_parser("env", help="the environment record of this machine")

@@ -23,7 +23,7 @@ from benchmarks.command import outputs
 from benchmarks.command.options import ROOT
 from benchmarks.command.table import milliseconds, significant, times
 from benchmarks.machines import gpus, roofline
-from benchmarks.measure.record import Record, read_jsonl
+from benchmarks.measure.record import Record, read
 from benchmarks.reporting.analysis import Contest, contests
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -58,7 +58,7 @@ def folders(root: Path) -> list[Folder]:
     """All results of runs below `root`, by name."""
     paths = [path.parent for path in sorted((root / RESULTS).glob("**/results.jsonl"))]
     return [
-        Folder(str(path.relative_to(root)), outputs.read_json(path / "env.json"), read_jsonl(path))
+        Folder(str(path.relative_to(root)), outputs.read_json(path / "env.json"), read(path))
         for path in paths
     ]
 

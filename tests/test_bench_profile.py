@@ -78,7 +78,8 @@ def test_commands_of_the_gpu_profilers_name_the_very_case(
         "--suite",
         "core",
     ]
-    chosen += ["--shape", "stage=3,variant=b0,modalities=4", "--at", "batch=2", "--seed", "7"]
+    at = "batch=2,stage=3,variant=b0,height=512,width=512,modalities=4"
+    chosen += ["--at", at, "--seed", "7"]
     assert main([*chosen, "--device", "cuda", "--dry-run", "--out", str(out)]) == 0
     text = capsys.readouterr().out
     assert not out.exists()

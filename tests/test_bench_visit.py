@@ -22,7 +22,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.measure.plan import Options, plan
-from benchmarks.measure.record import Record, read_jsonl, write_jsonl
+from benchmarks.measure.record import Record, read, write_jsonl
 from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import orphans, summary, tasks, visit
 from benchmarks.visiting.outcomes import Outcomes
@@ -543,8 +543,8 @@ def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stdout + done.stderr
     assert {v["state"] for v in tasks.values()} <= {"done", "not possible"}
     assert all(tasks[name]["attempts"] == 1 for name in before)
-    assert {row.op for row in read_jsonl(folder / "headline")} == {"training", "model", "encoder"}
-    assert {row.op for row in read_jsonl(folder / "operations")} == {"guided_gate", "query_hub"}
+    assert {row.op for row in read(folder / "headline")} == {"training", "model", "encoder"}
+    assert {row.op for row in read(folder / "operations")} == {"guided_gate", "query_hub"}
     assert (folder / "results" / "report.md").is_file()
     with tarfile.open(archive) as tar:
         text = tar.extractfile("visit/summary.md").read().decode()
@@ -626,7 +626,7 @@ def test_all_parity_tests_are_found_without_optional_packages(tmp_path: Path) ->
 def test_benchmarks_run_without_optional_packages(tmp_path: Path) -> None:
     run = ("-m", "benchmarks", "run", "--device", "cpu", "--op", "guided_gate", "--mode", "fwd")
     out = without_optional_packages(tmp_path, *run, "--threads", "1", "--out", str(tmp_path / "r"))
-    assert {row.status for row in read_jsonl(tmp_path / "r")} == {"ok", "unsupported"}
+    assert {row.status for row in read(tmp_path / "r")} == {"ok", "unsupported"}
     arguments = ("-m", "benchmarks", "visit", "--device", "cpu", "--minutes", "0.01")
     out = without_optional_packages(tmp_path, *arguments, "--out", str(tmp_path / "v"), status=1)
     assert "without transformers: no provider transformers" in out
@@ -643,7 +643,7 @@ def test_a_measurement_is_not_lost_to_a_later_failure(tmp_path: Path) -> None:
         write_jsonl(rows, tmp_path / name / "results.jsonl")
         (tmp_path / name / "env.json").write_text("{}")
     assert summary.merge(tmp_path) == [good, other]
-    assert read_jsonl(tmp_path / "results") == [good, other]
+    assert read(tmp_path / "results") == [good, other]
 
 
 def test_commands_need_no_pytest() -> None:

@@ -130,10 +130,8 @@ class Search:
         try:
             with _tuned.use(trial):
                 outputs = self.problems[0].calls["triton"]()
-                gradients = self.gate.gradients(outputs, self.leaves)
-            result = parity.Result(tuple(x.detach() for x in outputs), gradients)
-            for part in ("outputs", "gradients"):
-                self.gate.check(result, part)
+                result = self.gate.result(outputs, self.leaves)
+            self.gate.check(result)
         except Exception as error:  # whatever a compiler, a driver or the gate has against it
             return said(error)
         return ""
@@ -157,8 +155,8 @@ class Search:
             for call in sets:
                 call()
         if self.device.type == "cuda":
-            graphs = {name: timing.captured(sets) for name, sets in timed.items()}
-            return timing.measure_graphs(graphs, seconds=0.3, rounds=(10, 60))
+            graphs = {name: [timing.captured(sets)] for name, sets in timed.items()}
+            return timing.measure_gpu(graphs, "graph", seconds=0.3, rounds=(10, 60))
         single = {name: sets[0] for name, sets in timed.items()}
         return timing.measure_cpu(single, seconds=0.0, rounds=(2, 2))
 

@@ -19,9 +19,9 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.command import outputs
-from benchmarks.command.options import choose_device, device_arguments, to_path
+from benchmarks.command.options import choose_device, device_arguments, pairs, to_path
 from benchmarks.command.table import FittedTable, significant
-from benchmarks.measure.plan import Case, Options, dry_run, plan, shape_arguments
+from benchmarks.measure.plan import Case, Options, dry_run, plan
 from benchmarks.measure.runner import Runner
 from benchmarks.measure.suites import SUITES
 
@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", default="", help="default: the first of the suite's")
     parser.add_argument("--provider", default="", help="default: triton on a GPU, else torch")
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    shape_arguments(parser)
+    parser.add_argument("--at", type=pairs, default=(), metavar="K=V,..", help="its shape")
     device_arguments(parser)
     parser.add_argument("--calls", type=int, default=10, help="how many are profiled")
     parser.add_argument("--top", type=int, default=15, help="rows of the table")
@@ -86,7 +86,7 @@ def _chosen(args: argparse.Namespace, device: torch.device) -> tuple[Case, int]:
     wanted = {"modes": args.mode, "dtypes": args.dtype}
     options = Options(
         suite=args.suite, ops=(args.op,), providers=(provider,), device=str(device),
-        seed=args.seed, shape=args.shape, at=args.at,
+        seed=args.seed, at=args.at,
         **{name: (value,) for name, value in wanted.items() if value},
     )  # fmt: skip
     cases = plan(options)
@@ -97,8 +97,8 @@ def _warm_call(runner: Runner, case: Case) -> Callable[[], Any]:
     (provider,), (mode,) = case.providers, case.modes
     prepared = runner.prepare(case)
     prepared.check(provider)
-    calls = prepared.calls(mode, [provider]) if prepared.ok(provider) else {}
-    row = prepared.record(provider, mode)
+    calls = prepared.calls(mode, [provider])
+    row = prepared.rows[provider, mode]
     if row.status != "ok":
         raise RuntimeError(f"{case.label} {mode} {provider}: {row.status}: {row.reason}")
     call = calls[provider][0]

@@ -149,7 +149,7 @@ def differences(base: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks compare`."""
-    what = "results.jsonl, its folder, or a file of pytest --benchmark-json"
+    what = "results.jsonl or its folder"
     parser.add_argument("base", type=to_path, help=what)
     parser.add_argument("new", type=to_path, help=what)
     verdict_arguments(parser)

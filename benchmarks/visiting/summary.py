@@ -172,7 +172,7 @@ def merge(folder: Path) -> list[Record]:
 
 
 def _measured(folder: Path) -> list[Record]:
-    return record.read_jsonl(folder) if (folder / "results.jsonl").is_file() else []
+    return record.read(folder) if (folder / "results.jsonl").is_file() else []
 
 
 def _environment(folder: Path) -> dict[str, Any]:

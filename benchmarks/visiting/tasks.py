@@ -28,6 +28,8 @@ GPU_ONLY = ("workflows", "testing_memory")
 """Files of tests with the marker gpu."""
 HEADLINE = ("training", "model", "encoder")
 COMPILERS = ("compile", "flex")
+TINY = "stage=4,height=64,width=96,modalities=2"
+"""The shape of a rehearsal."""
 RUNS = ("headline", "operations", "compilers")
 """Tasks that leave records; of one measurement the first that has numbers counts."""
 GIB_PER_TEST_PROCESS = 4
@@ -78,8 +80,8 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
         return Task(
             name,
             bench(
-                "run", "--suite", suite if cuda else "rehearsal", *on, "--op", ",".join(ops),
-                "--calibration", folder / "calibration", "--out", folder / name, "--resume",
+                "run", *(("--suite", suite) if cuda else ("--at", TINY)), *on,
+                "--op", ",".join(ops), "--out", folder / name, "--resume",
                 "--no-report", *more, *(() if cuda else ("--threads", 1)),
             ),
             seconds, restarts=20,
@@ -121,13 +123,13 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
         *parity,
         run(
             "operations", "core", 132, single, "--patience", 60,
-            *(("--largest-first", "--provider", ",".join(eager)) if cuda else ()),
+            *(("--provider", ",".join(eager)) if cuda else ()),
         ),
         *_memcheck(cuda),
         # One shape: compiling takes longer than everything else together.
         run(
             "compilers", "core", 41, ("training", "model", "attention"), "--patience", 200,
-            "--shape", "variant=b0,stage=0,stage=1", "--mode", "fwd,step",
+            "--at", "variant=b0,stage=1,height=512,width=512,modalities=4", "--mode", "fwd,step",
             "--provider", ",".join(("baseline", "triton", *COMPILERS)),
         ),
         Task("report", bench("report", folder / "results"), 10),
