@@ -18,7 +18,7 @@ from benchmarks.cases.common.cost import Limits
 from benchmarks.cases.common.op import MODES, Op, unavailable
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.command.table import significant
-from benchmarks.measure import memory, timing
+from benchmarks.measure import timing
 from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.record import Record, environment, read
 from benchmarks.measure.runner import Runner
@@ -319,7 +319,7 @@ def test_out_of_memory_and_unsupported_are_rows() -> None:
 
     rows = run_case(case_of(replace(operations()["attention"], build=exhausted)))
     assert {(r.status, r.reason) for (p, _), r in rows.items() if p != "triton"} == {
-        ("oom", "inputs or oracle: out of memory")
+        ("oom", "out of memory")
     }
     rows = run_case(case_of(operations()["query_hub"], shape=replace(SMALL, modalities=1)))
     assert {r.status for r in rows.values()} == {"unsupported"}
@@ -335,15 +335,15 @@ def test_memory_of_a_known_pattern() -> None:
         del a
         return torch.empty(2**19) + b  # 2 + 2 + 2
 
-    peak, result = memory.peak_bytes(call, CPU)
-    assert peak == 6 * memory.MIB
+    peak, result = timing.peak_bytes(call, CPU)
+    assert peak == 6 * timing.MIB
     assert result.shape == (2**19,)
 
 
 def test_memory_counts_from_the_state_before() -> None:
     held = torch.empty(2**20)
-    assert memory.peak_bytes(lambda: torch.empty(2**18), CPU)[0] == memory.MIB
-    assert memory.peak_bytes(lambda: held[:10], CPU)[0] == 0
+    assert timing.peak_bytes(lambda: torch.empty(2**18), CPU)[0] == timing.MIB
+    assert timing.peak_bytes(lambda: held[:10], CPU)[0] == 0
 
 
 def test_saved_bytes_counts_storages_once_and_not_the_inputs() -> None:
@@ -354,8 +354,8 @@ def test_saved_bytes_counts_storages_once_and_not_the_inputs() -> None:
         z = y.exp()  # saves z, 1 MiB
         return (z * z,)  # saves z twice more
 
-    saved, (out,) = memory.saved_bytes(forward, [x, w])
-    assert saved == memory.MIB
+    saved, (out,) = timing.saved_bytes(forward, [x, w])
+    assert saved == timing.MIB
     out.sum().backward()
     assert x.grad is not None
 

@@ -15,7 +15,7 @@ import torch._functorch.config
 from benchmarks.cases.common.cost import Cost, Limits, total
 from benchmarks.cases.common.op import DTYPES, unavailable
 from benchmarks.cases.common.problem import Problem, Unsupported
-from benchmarks.measure import launches, memory, parity, timing
+from benchmarks.measure import launches, parity, timing
 from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import Record, Writer
 from benchmarks.measure.resume import Again, is_sticky
@@ -32,11 +32,8 @@ class Prepared:
     What has failed, or is known from an earlier process, is final: nothing more is tried with it.
     """
 
-    problem: Problem
-
     def __init__(self, runner: Runner, case: Case) -> None:
         self.runner, self.case = runner, case
-        self.gate: parity.Gate | None = None
         self.rows: dict[tuple[str, str], Record] = {}
         for row in case.records(runner.options.suite):
             before = runner.writer.known.get(row.key) if runner.writer else None
@@ -45,6 +42,24 @@ class Prepared:
             elif before:
                 row.uncaptured = before.uncaptured
             self.rows[row.provider, row.mode] = row
+        for provider in case.providers:
+            if rows := self.open(provider):
+                with self._attempt(rows):
+                    if why := unavailable(case.op, provider, runner.device, case.dtype):
+                        raise Unsupported(why)
+        if not self.open():
+            return
+        if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
+            # The compiler gives up after a few shapes of one function unless it forgets them.
+            torch._dynamo.reset()
+            # A backward that is called again and again must not reuse what its forward has kept.
+            torch._functorch.config.donated_buffer = "bwd" not in case.modes
+        with self._attempt(self.open()):
+            if why := case.op.refuses(case.shape):
+                raise Unsupported(why)
+            seed, backward = runner.options.seed, case.modes != ("fwd",)
+            self.problem = self._inputs(seed)
+            self.gate: parity.Gate | None = parity.Gate(self.problem, seed, backward=backward)
 
     def open(self, provider: str = "", mode: str = "") -> list[Record]:
         """Records that are not final: of a provider, or in a mode, or all."""
@@ -55,10 +70,9 @@ class Prepared:
         ]
 
     @contextmanager
-    def _attempt(self, rows: Sequence[Record], what: str = "") -> Iterator[None]:
-        """Where all that fails ends: these records get the reason, and the others go on. what:
-        failed, if it was not their provider. After an error of the device nobody can go on in this
-        process (`Again`), and its provider in none and no mode; nor whoever takes it along."""
+    def _attempt(self, rows: Sequence[Record]) -> Iterator[None]:
+        """Where all that fails ends: these records get the reason, and the others go on. After an
+        error of the device nobody can in this process (`Again`), and its provider in no other."""
         writer = self.runner.writer
         who = {row.provider for row in rows}
         all_modes = [row for row in self.open() if row.provider in who]
@@ -73,32 +87,9 @@ class Prepared:
                     traceback.print_exception(error)  # the record has its first line only
                 sticky = is_sticky(str(error))
                 for row in all_modes if sticky else rows:
-                    row.status = status
-                    row.reason = reason if status == "unsupported" else what + reason
+                    row.status, row.reason = status, reason
                 if sticky:
                     raise Again(reason) from error
-
-    def build(self) -> None:
-        """Inputs and oracle, for providers that may be there."""
-        case, options = self.case, self.runner.options
-        for provider in case.providers:
-            if rows := self.open(provider):
-                with self._attempt(rows):
-                    if why := unavailable(case.op, provider, self.runner.device, case.dtype):
-                        raise Unsupported(why)
-        if not self.open():
-            return
-        if COMPILED.keys() & set(case.providers) or "flex" in case.providers:
-            # The compiler gives up after a few shapes of one function unless it forgets them.
-            torch._dynamo.reset()
-            # A backward that is called again and again must not reuse what its forward has kept.
-            torch._functorch.config.donated_buffer = "bwd" not in case.modes
-        with self._attempt(self.open(), "inputs or oracle: "):
-            if why := case.op.refuses(case.shape):
-                raise Unsupported(why)
-            self.problem = self._inputs(options.seed)
-            backward = any(mode != "fwd" for mode in case.modes)
-            self.gate = parity.Gate(self.problem, options.seed, backward=backward)
 
     def _inputs(self, seed: int) -> Problem:
         case = self.case
@@ -115,27 +106,26 @@ class Prepared:
 
     def _first_calls(self, provider: str, rows: Iterable[Record], training: bool) -> None:
         problem, gate, device = self.problem, self.gate, self.runner.device
-        assert gate is not None
         leaves = list(problem.leaves.values()) if training else []
         saved = 0
 
         def step() -> parity.Result:
             nonlocal saved
             with torch.set_grad_enabled(training):
-                saved, outputs = memory.saved_bytes(problem.calls[provider], problem.ignored)
+                saved, outputs = timing.saved_bytes(problem.calls[provider], problem.ignored)
             return gate.result(outputs, leaves)
 
-        peak, result = memory.peak_bytes(step, device)
+        peak, result = timing.peak_bytes(step, device)
         budget = gate.check(result)
         del result
         if device.type == "cuda":
             # A first call needs memory that later ones do not: compilers measure candidates then,
             # and libraries make their workspaces.
-            peak, _ = memory.peak_bytes(step, device)
+            peak, _ = timing.peak_bytes(step, device)
         for row in rows:
             if row.mode in ("fwd", "step"):  # the others are parts of a step
-                row.peak_mib = peak / memory.MIB
-            row.saved_mib = saved / memory.MIB if training else None
+                row.peak_mib = peak / timing.MIB
+            row.saved_mib = saved / timing.MIB if training else None
             row.budget = budget
 
     def _call(self, problem: Problem, row: Record) -> timing.Call:
@@ -262,9 +252,7 @@ class Runner:
 
     def prepare(self, case: Case) -> Prepared:
         """Inputs and oracle of a case; call it, and what follows, inside `stream`."""
-        prepared = Prepared(self, case)
-        prepared.build()
-        return prepared
+        return Prepared(self, case)
 
     def stream(self) -> AbstractContextManager[object]:
         # A backward runs where its forward ran, and a graph cannot be captured on the default one.

@@ -10,15 +10,13 @@ from benchmarks.cases.common.problem import Shape
 from benchmarks.measure.timing import FEWEST
 from benchmarks.providers.provider import PROVIDERS
 
-Sizes = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True)
 class Grid:
     """Every combination of these. of: names or scopes of operations, empty for all."""
 
     variants: tuple[str, ...]
-    sizes: Sizes
+    sizes: tuple[tuple[int, int], ...]
     batches: tuple[int, ...] = (1,)
     modalities: tuple[int, ...] = (4,)
     stages: tuple[int, ...] = (1, 2, 3, 4)
@@ -54,7 +52,7 @@ class Suite:
         return list(dict.fromkeys(shape for grid in grids for shape in grid.shapes(op)))
 
 
-SIZES: Sizes = ((512, 512), (1024, 1024), (480, 640), (1080, 1920))
+SIZES = ((512, 512), (1024, 1024), (480, 640), (1080, 1920))
 STENCILS = ("attention", "depthwise_conv_gelu", "query_hub", "pooling_mixer")
 
 SUITES = {

@@ -1,4 +1,5 @@
-"""How long calls take: providers interleaved round by round, quantiles instead of means.
+"""How long calls take, providers interleaved round by round; and how much memory, which counts
+allocations and not what the process happens to occupy.
 
 On a CPU by wall clock. On a GPU by CUDA events, over rotating input sets that together exceed the
 L2 cache three times, either around replays of one CUDA graph (no cost of launching) or around
@@ -8,7 +9,7 @@ single calls. Inputs are random or real data; zeros would let a GPU clock higher
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, partial
 from time import perf_counter, process_time
@@ -16,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases.common.random_data import random_normal
 
@@ -25,6 +27,7 @@ FILLER_CYCLES = 1_000_000
 SLOW_ROUND = 6.0
 FEWEST, WIDEST = 3, 0.5
 """Samples, and band p20 to p80 over the median, of a number that may stand alone."""
+MIB = 2**20
 Call = Callable[[], Any]
 
 
@@ -231,3 +234,46 @@ def host_us(call: Call, repeats: int = 10) -> float:
         times.append(1e6 * (perf_counter() - begin))
     torch.cuda.synchronize()
     return statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """(peak bytes allocated during the call above the state before it, what the call returned).
+
+    Outputs count while they are held. On a GPU by the statistics of the caching allocator, on the
+    CPU by replaying every allocation and release that PyTorch reports to its profiler, which also
+    sees the scratch memory inside operators, but not the release of what was there before. Both
+    are exact and neither is the resident set.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()  # negative of a release
+        peak = max(peak, held)
+    return peak, result
+
+
+def saved_bytes(
+    forward: Callable[[], tuple[Tensor, ...]], ignored: Iterable[Tensor] = ()
+) -> tuple[int, tuple[Tensor, ...]]:
+    """(bytes kept for the backward, what forward returned): the storages reached by saved tensors,
+    each once, without those of the ignored tensors (parameters and inputs, which exist anyway)."""
+    known = {x.untyped_storage().data_ptr() for x in ignored}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = forward()
+    total = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in known)
+    return total, outputs
