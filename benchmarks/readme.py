@@ -16,7 +16,7 @@ from benchmarks.command import outputs
 from benchmarks.command.options import ROOT
 from benchmarks.command.table import markdown_table, milliseconds
 from benchmarks.machines import gpus, roofline
-from benchmarks.measure.record import Record, read_jsonl
+from benchmarks.measure.record import Record, read
 from benchmarks.reporting.report import contests, overview
 
 PAGES = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
@@ -51,7 +51,7 @@ class Folder(NamedTuple):
 def folders() -> list[Folder]:
     """All results of runs, by name."""
     paths = [path.parent for path in sorted(RESULTS.glob("*/results.jsonl"))]
-    return [Folder(p.name, outputs.read_json(p / "env.json"), read_jsonl(p)) for p in paths]
+    return [Folder(p.name, outputs.read_json(p / "env.json"), read(p)) for p in paths]
 
 
 def rewritten(pages: Mapping[Path, str], found: Sequence[Folder]) -> dict[Path, str]:

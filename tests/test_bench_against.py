@@ -14,7 +14,7 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.measure.plan import Options, plan
-from benchmarks.measure.record import read_jsonl
+from benchmarks.measure.record import read
 from benchmarks.measure.suites import SUITES
 from benchmarks.measure.timing import Timing
 from benchmarks.versions import against as against_module
@@ -104,7 +104,7 @@ def test_a_slower_version_is_caught_and_the_same_is_not(repository: Path, tmp_pa
     assert "as it is; new: the working tree" in done.stdout
     assert f"written to {out}" in done.stdout
 
-    rows = {name: read_jsonl(out / name) for name in ("base", "new")}
+    rows = {name: read(out / name) for name in ("base", "new")}
     for name, found in rows.items():
         env = json.loads((out / name / "env.json").read_text())
         assert {row.env_id for row in found} == {env["env_id"]}
@@ -124,7 +124,7 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     assert "HUGGING_FACE_V5" in done.stdout
     assert "equiseg-base" not in done.stdout + (tmp_path / "base" / "results.jsonl").read_text()
     assert "1 compared" in done.stdout
-    assert [row.status for row in read_jsonl(tmp_path / "new") if row.op == "encoder"] == [
+    assert [row.status for row in read(tmp_path / "new") if row.op == "encoder"] == [
         "ok", "unsupported",
     ]  # fmt: skip
 

@@ -119,22 +119,6 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["compare", base, new + "/results.jsonl", "--fail", "--atol-us", "400"]) == 0
 
 
-def test_files_of_pytest_benchmark_on_either_side(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    base = results(tmp_path / "base", [record(1000.0)])
-    path = tmp_path / "new.json"
-    slow = {"name": "test_case[attention]", "extra_info": asdict(record(2000.0))}
-    env = ENV | {"threads": 1}
-    path.write_text(json.dumps({"machine_info": {"equiseg_fast": env}, "benchmarks": [slow]}))
-    assert main(["compare", base, str(path), "--fail"]) == 1
-    out = capsys.readouterr().out
-    assert "+100.0 %" in out
-    assert "not the same: threads: 2 -> 1" in out
-    assert main(["compare", str(path), base, "--fail"]) == 0
-    assert "1 faster" in capsys.readouterr().out
-
-
 @pytest.mark.parametrize(
     ("rows", "env", "message"),
     [
@@ -169,8 +153,6 @@ def test_refused(
         ({"p80_us": float("inf")}, "line 2: p80_us must be finite and not negative; got inf"),
         ({"p80_us": None}, "attention step b0 s1 64x96 B1 M3 fp32 torch: times must be p20_us <="),
         ({"p20_us": 2000.0}, "times must be p20_us <= p50_us <= p80_us"),
-        ({"p50_us": [1]}, "line 2: p50_us must be a number or null; got [1]"),
-        ({"mode": 3}, "line 2: mode must be a string; got 3"),
     ],
 )
 def test_what_is_no_time_is_no_success(
@@ -199,10 +181,9 @@ def test_half_a_line_is_left_out_with_a_word(
     base, new = (results(tmp_path / name, [record(1000.0)]) for name in ("base", "new"))
     path = tmp_path / "new" / "results.jsonl"
     whole = path.read_text()
-    for end in ("", "\n"):
-        path.write_text(whole + whole[:50] + end)
-        assert main(["compare", base, new, "--fail"]) == 0
-        assert f"{path} line 2: half a line, left out" in capsys.readouterr().err
+    path.write_text(whole + whole[:50])
+    assert main(["compare", base, new, "--fail"]) == 0
+    assert f"{path} line 2: half a line, left out" in capsys.readouterr().err
     (tmp_path / "new" / "env.json").write_text('{"device":')
     with pytest.raises(SystemExit, match="2"):
         main(["compare", base, new])

@@ -14,17 +14,18 @@ from typing import Any
 import pytest
 
 from benchmarks.__main__ import INTERRUPTED, main
+from benchmarks.cases.common.cost import Limits
 from benchmarks.cases.common.problem import Shape
 from benchmarks.command import outputs
+from benchmarks.machines import calibrate
 from benchmarks.measure.plan import Case
-from benchmarks.measure.record import Record, Writer, read_jsonl
-from benchmarks.measure.resume import Journal
+from benchmarks.measure.record import Record, Writer, read
 from benchmarks.measure.runner import Runner
 from benchmarks.versions import against
 from equiseg_fast.ops import _backend
 
 RUN = (
-    "run", "--suite", "rehearsal", "--device", "cpu", "--mode", "fwd",
+    "run", "--at", "stage=4,height=64,width=96,modalities=2", "--device", "cpu", "--mode", "fwd",
     "--op", "add_layer_norm,guided_gate", "--provider", "torch", "--no-report",
 )  # fmt: skip
 COMMANDS: dict[str, Sequence[str]] = {
@@ -43,8 +44,10 @@ if _backend.TRITON_INSTALLED:
 
 
 @pytest.fixture(autouse=True)
-def _no_repository(monkeypatch: pytest.MonkeyPatch) -> None:
+def _no_repository_and_limits_that_need_not_be_measured(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(against, "_git", lambda *_: "0" * 40)
+    limits = Limits(1e9, {"fp32": 1e9}, 1e9)
+    monkeypatch.setattr(calibrate, "device_limits", lambda *_: limits)
 
 
 def refusal(arguments: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
@@ -102,7 +105,7 @@ def test_a_run_goes_on_only_where_it_was_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "env.json").write_text('{"device": "another chip"}')
-    said = refusal([*RUN, "--out", str(tmp_path), "--resume", *limits(tmp_path)], capsys)
+    said = refusal([*RUN, "--out", str(tmp_path), "--resume"], capsys)
     assert "--resume goes on where it was measured, on another chip; this is " in said
 
 
@@ -124,19 +127,12 @@ def test_devices_that_cannot_be_measured(
     assert f"--device must be cpu, cuda or, as in cuda:1, one of them; got {device!r}" in said
 
 
-def limits(folder: Path) -> tuple[str, str]:
-    """Arguments of a run that need not be measured."""
-    path = folder / "limits.json"
-    path.write_text('{"limits": {"bandwidth": 1e9, "peak": {"fp32": 1e9}, "exps": 1e9}}')
-    return "--calibration", str(path)
-
-
 def test_interrupted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     right = Runner.run
     out = tmp_path / "out"
-    command = [*RUN, "--out", str(out), *limits(tmp_path)]
+    command = [*RUN, "--out", str(out)]
 
     def run(self: Runner, case: Case, *others: Any) -> list[Record]:
         if case.op.name == "guided_gate":
@@ -148,11 +144,11 @@ def test_interrupted(
         assert main(command) == INTERRUPTED
     shown = capsys.readouterr().out
     assert f"interrupted; what was measured is in {out}; with --resume --out {out} it" in shown
-    before = read_jsonl(out)
+    before = read(out)
     assert {row.op for row in before} == {"add_layer_norm"}
     assert main([*command, "--resume"]) == 0
     assert f"written to {out}" in capsys.readouterr().out
-    after = read_jsonl(out)
+    after = read(out)
     assert after[: len(before)] == before
     assert {row.op for row in after} == {"add_layer_norm", "guided_gate"}
 
@@ -184,14 +180,6 @@ def test_every_command_can_be_interrupted(
     assert "interrupted; the same command" in capsys.readouterr().out
 
 
-def test_an_attempt_that_is_interrupted_may_be_made_again(tmp_path: Path) -> None:
-    journal = Journal(tmp_path, resume=False)
-    for _ in range(2):
-        with pytest.raises(KeyboardInterrupt), journal.attempt("case", "torch"):
-            raise KeyboardInterrupt
-    assert Journal(tmp_path, resume=True).refused("case", "torch") == ""
-
-
 def test_a_full_disk_ends_a_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -199,16 +187,17 @@ def test_a_full_disk_ends_a_run(
     right, cases = Writer.add, list[str]()
 
     def add(self: Writer, records: list[Record]) -> None:
+        records = list(records)
         cases.extend(record.op for record in records)
-        self.path = Path("/dev/full") if len(cases) > 2 else self.path
+        self.path = Path("/dev/full") if cases[-1] == "guided_gate" else self.path
         right(self, records)
 
     monkeypatch.setattr(Writer, "add", add)
-    said = refusal([*RUN, "--out", str(tmp_path / "out"), *limits(tmp_path)], capsys)
-    assert "/dev/full: No space left on device; what was measured is in" in said
+    said = refusal([*RUN, "--out", str(tmp_path / "out")], capsys)
+    assert "error: No space left on device; what was measured is in" in said
     assert f"with --resume --out {tmp_path}/out it goes on there" in said
-    assert cases == ["add_layer_norm", "add_layer_norm", "guided_gate"]
-    assert {row.op for row in read_jsonl(tmp_path / "out")} == {"add_layer_norm"}
+    assert cases.count("guided_gate") == 1
+    assert {row.op for row in read(tmp_path / "out")} == {"add_layer_norm"}
 
 
 def test_what_is_replaced_is_not_lost_to_a_full_disk(

@@ -23,7 +23,7 @@ from benchmarks.__main__ import main
 from benchmarks.cases import operations
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.measure.plan import Options, plan
-from benchmarks.measure.record import Record, read_jsonl, write_jsonl
+from benchmarks.measure.record import Record, read, write_jsonl
 from benchmarks.measure.resume import AGAIN
 from benchmarks.visiting import visit
 from benchmarks.visiting.visit import States, Task, pack, share, summary
@@ -437,7 +437,7 @@ def test_rehearsal_cut_off_and_continued(tmp_path: Path) -> None:
     assert {(state["state"], state["rc"]) for state in states.values()} == {("done", 0)}
     assert before.items() <= states.items()
     ops = {"training", "model", "encoder", "guided_gate", "query_hub"}
-    assert {row.op for row in read_jsonl(folder / "results")} == ops
+    assert {row.op for row in read(folder / "results")} == ops
     assert (folder / "results" / "report.md").is_file()
     with tarfile.open(archive) as tar:
         text = tar.extractfile("visit/summary.md").read().decode()
@@ -501,4 +501,4 @@ def test_benchmarks_run_without_optional_packages_and_pytest(tmp_path: Path) -> 
     run = ("-m", "benchmarks", "run", "--device", "cpu", "--op", "guided_gate", "--mode", "fwd")
     options = ("--threads", "1", "--out", str(tmp_path / "r"))
     without((*MISSING, "pytest"), tmp_path, *run, *options)
-    assert {row.status for row in read_jsonl(tmp_path / "r")} == {"ok", "unsupported"}
+    assert {row.status for row in read(tmp_path / "r")} == {"ok", "unsupported"}

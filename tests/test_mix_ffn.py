@@ -243,7 +243,7 @@ class TestBands:
     @pytest.mark.skipif(DEVICE == "cuda", reason="memory of the CPU")
     def test_wide_tensors_never_exist(self) -> None:
         """A step needs about two thirds of one of them beside features; eager needs six."""
-        from benchmarks.measure.memory import peak_bytes
+        from benchmarks.measure.timing import peak_bytes
 
         inputs = make(1, 512, 256, (16, 128, 16))
         tensors = leaves(inputs)

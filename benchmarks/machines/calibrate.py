@@ -61,7 +61,8 @@ def measure(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> list[dic
             taken = timing.measure_cpu({name: call}, seconds=SECONDS, rounds=ROUNDS)[name]
         else:
             with torch.cuda.device(device):
-                taken = timing.measure_events({name: [call]}, seconds=SECONDS, rounds=ROUNDS)[name]
+                units = {name: [(call, 1)]}
+                taken = timing.measure_gpu(units, "events", seconds=SECONDS, rounds=ROUNDS)[name]
         best, median = (1e6 * amount / us for us in (taken.min_us, taken.p50_us))
         found.append({"name": name, "unit": unit, "rate": best, "median": median, "n": taken.n})
     return found
@@ -77,15 +78,6 @@ def limits_of(measurements: list[dict[str, Any]]) -> Limits:
 def device_limits(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> Limits:
     """Limits for the roofline of calls in these dtypes; fp32 is always among them."""
     return limits_of(measure(device, {"fp32": torch.float32, **dtypes}))
-
-
-def read(path: Path) -> Limits:
-    """Limits from the `calibration.json` of a folder, or from such a file. Raises FileNotFoundError
-    if there is none, ValueError naming it if it has none."""
-    found = outputs.read_json(path / "calibration.json" if path.is_dir() else path)
-    if "limits" not in found:
-        raise ValueError(f"--calibration: {path.name} has no limits; `calibrate` writes some")
-    return Limits.read(found["limits"])
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

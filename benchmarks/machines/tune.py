@@ -72,8 +72,7 @@ class Search:
         """Why a trial cannot be used; empty if its results are right."""
         try:
             result, _ = self.run(trial)
-            for part in ("outputs", "gradients"):
-                self.gate.check(result, part)
+            self.gate.check(result)
         except Exception as error:  # whatever a compiler, a driver or the gate has against it
             return said(error)
         return ""
@@ -88,9 +87,9 @@ class Search:
 
         calls = {name: partial(under, trial) for name, trial in trials.items()}
         if self.leaves[0].is_cuda:
-            sets = {name: [call] for name, call in calls.items()}
+            units = {name: [(call, 1)] for name, call in calls.items()}
             with torch.cuda.device(self.leaves[0].device):
-                return timing.measure_events(sets, seconds=0.3, rounds=(10, 60))
+                return timing.measure_gpu(units, "events", seconds=0.3, rounds=(10, 60))
         return timing.measure_cpu(calls, seconds=0.0, rounds=(2, 2))
 
     def decide(self, key: _tuned.Key) -> dict[str, Any]:

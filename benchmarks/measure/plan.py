@@ -3,36 +3,28 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import torch
 
 from benchmarks.cases import operations
-from benchmarks.cases.common.op import DTYPES, MODES, SCOPES, Op, unavailable
+from benchmarks.cases.common.op import DTYPES, MODES, Op, unavailable
 from benchmarks.cases.common.problem import Shape
 from benchmarks.command.options import Pairs, choose_device, names, pairs
-from benchmarks.measure.record import Record
-from benchmarks.measure.suites import SUITES, Suite
-from benchmarks.providers.provider import COMPILED, PROVIDERS
+from benchmarks.measure.record import UNTIMED, Record
+from benchmarks.measure.suites import SUITES
+from benchmarks.providers.provider import PROVIDERS
 from equiseg_fast.models.config import VARIANTS
-
-PARTS = tuple(scope for scope in SCOPES if scope != "operation")
-MODEL_COMPILED = "model_compiled"
-"""As a mode: the whole model, its compiled providers beside the baseline."""
-SELECTORS = (*MODES, *PARTS, MODEL_COMPILED)
-SHAPE_FIELDS = tuple(field.name for field in fields(Shape))
 
 
 @dataclass(frozen=True)
 class Options:
     """What to run, by name, empty for the suite's own choice.
 
-    modes: of `MODES`, and parts of the model (`PARTS`, "model_compiled"), which are then all that
-    is run. method: how a GPU is timed, "graph" (replays of a CUDA graph) or "eager" (single calls).
-    shape: (field of `Shape`, value), only cases that have it; several values of one field are
-    alternatives. at: (field of `Shape`, value), which every case then has instead of its own.
+    method: how a GPU is timed, "graph" (replays of a CUDA graph) or "eager" (single calls). at:
+    (field of `Shape`, value), which every case then has instead of its own.
     """
 
     suite: str = "quick"
@@ -43,7 +35,6 @@ class Options:
     device: str = "cpu"
     method: str = "graph"
     seed: int = 0
-    shape: Pairs = ()
     at: Pairs = ()
 
     @classmethod
@@ -53,38 +44,21 @@ class Options:
         device = choose_device(args.device, needed=not args.dry_run)
         return cls(
             args.suite, args.op, args.provider, args.dtype, args.mode, str(device), args.method,
-            args.seed, args.shape, args.at,
+            args.seed, args.at,
         )  # fmt: skip
 
 
 def selection_arguments(parser: argparse.ArgumentParser) -> None:
     """Which cases of which suite, and at which other shape, for `run` and `against`."""
     parser.add_argument("--suite", choices=tuple(SUITES), default="quick")
-    for name, values in (("op", operations()), ("provider", PROVIDERS), ("dtype", DTYPES)):
-        parser.add_argument(
-            f"--{name}", type=names, default=(), metavar="A,B", help=f"only: {', '.join(values)}"
-        )
-    parser.add_argument(
-        "--mode", type=names, default=(), metavar="A,B",
-        help="only: fwd (no graph recorded), fwd_train (graph recorded), bwd, step (forward and "
-        "backward). Or parts of the model, which are then all that runs, in those modes or the "
-        f"suite's: {'; '.join(f'{part} ({SCOPES[part]})' for part in PARTS)}; {MODEL_COMPILED} "
-        "(the model's compiled providers beside the baseline)",
-    )  # fmt: skip
-    shape_arguments(parser)
-
-
-def shape_arguments(parser: argparse.ArgumentParser) -> None:
-    """Only some shapes of the suite, or others."""
-    parser.add_argument(
-        "--shape", type=pairs, default=(), metavar="K=V,..",
-        help="only cases of the suite with these values, as in variant=b2,stage=1,stage=2 "
-        f"(alternatives); of {', '.join(SHAPE_FIELDS)}",
-    )  # fmt: skip
+    choices = {"op": operations(), "provider": PROVIDERS, "dtype": DTYPES, "mode": MODES}
+    for name, values in choices.items():
+        help = f"only: {', '.join(values)}"
+        parser.add_argument(f"--{name}", type=names, default=(), metavar="A,B", help=help)
     parser.add_argument(
         "--at", type=pairs, default=(), metavar="K=V,..",
-        help="every case at a shape of your own, as in batch=4,height=720,width=1280; what is not "
-        f"given stays as the suite has it; of {', '.join(SHAPE_FIELDS)}",
+        help="every case at a shape of your own, as in variant=b2,stage=1,height=720,width=1280,"
+        "batch=4,modalities=3; what is not given stays as the suite has it",
     )  # fmt: skip
 
 
@@ -105,7 +79,8 @@ class Case:
     def records(self, suite: str) -> list[Record]:
         """One per mode and provider, without numbers yet."""
         where = suite, self.op.name, asdict(self.shape)
-        return [Record(*where, m, p, self.dtype) for m in self.modes for p in self.providers]
+        pairs = [(mode, provider) for mode in self.modes for provider in self.providers]
+        return [Record(*where, *pair, self.dtype, reason=UNTIMED) for pair in pairs]
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _loaded, (self.op.name, self.shape, self.dtype, self.modes, self.providers)
@@ -120,122 +95,55 @@ def plan(options: Options) -> list[Case]:
     suite = SUITES[options.suite]
     _check("op", options.ops, operations())
     _check("dtype", options.dtypes, DTYPES)
-    _check("mode", options.modes, SELECTORS)
+    _check("mode", options.modes, MODES)
     _check("provider", options.providers, PROVIDERS)
-    modes = [m for m in options.modes if m in MODES] or suite.modes
-    values = {name: _at(name, value) for name, value in options.at}
-    cases = [
-        Case(op, shape, dtype, own, _providers(op, options, suite))
-        for op, shapes in _chosen(options, suite)
-        for own in [tuple(m for m in modes if m in op.modes)]
-        if own
-        for shape in dict.fromkeys(_moved(s, values) for s in _filtered(shapes, options.shape))
-        for dtype in options.dtypes or suite.dtypes
-    ]
+    own = {name: _at(name, value) for name, value in options.at}
+    cases = []
+    for op in (operations()[name] for name in options.ops or operations()):
+        modes = tuple(mode for mode in options.modes or suite.modes if mode in op.modes)
+        # What was asked for is not left out silently, what the suite would try everywhere is.
+        providers = options.providers or tuple(p for p in suite.providers if p in op.providers)
+        shapes = [_moved(shape, own) for shape in suite.shapes(op, asked=bool(options.ops))]
+        if modes:
+            cases += [
+                Case(op, shape, dtype, modes, providers)
+                for shape in dict.fromkeys(shapes)
+                for dtype in options.dtypes or suite.dtypes
+            ]
     if not cases:
-        raise ValueError(f"nothing to run: {_why_nothing(options, suite)}")
+        raise ValueError(f"nothing to run: no case of suite {options.suite} has what was asked for")
     return cases
 
 
-def _moved(shape: Shape, values: Mapping[str, Any]) -> Shape:
+def _moved(shape: Shape, values: dict[str, Any]) -> Shape:
     # A whole model has no stage, and a single operation is always that of one.
     kept = {n: v for n, v in values.items() if n != "stage" or bool(v) == bool(shape.stage)}
     return replace(shape, **kept)
 
 
 def _at(name: str, value: str) -> str | int:
-    _check("at", [name], SHAPE_FIELDS)
-    if name == "variant":
-        _check("at variant", [value], VARIANTS)
-        return value
-    if name == "stage":
-        _check("at stage", [value], ("0", "1", "2", "3", "4"))
+    _check("at", [name], [field.name for field in fields(Shape)])
+    if name in ("variant", "stage"):
+        _check(f"at {name}", [value], VARIANTS if name == "variant" else "01234")
     elif not value.isdecimal() or not int(value):
         raise ValueError(f"--at {name} must be a positive integer; got {value!r}")
-    return int(value)
+    return value if name == "variant" else int(value)
 
 
-def _check(what: str, wanted: Sequence[str], allowed: Iterable[str]) -> None:
+def _check(what: str, wanted: Iterable[str], allowed: Iterable[str]) -> None:
     if unknown := [name for name in wanted if name not in allowed]:
         raise ValueError(f"--{what} must be among {', '.join(allowed)}; got {unknown[0]!r}")
 
 
-def _chosen(options: Options, suite: Suite) -> list[tuple[Op, list[Shape]]]:
-    """The operations of the run with their shapes."""
-    scopes = {m for m in options.modes if m in PARTS}
-    scopes |= {"model"} if MODEL_COMPILED in options.modes else set()
-    asked = bool(options.ops or scopes)
-    chosen = [operations()[name] for name in options.ops or operations()]
-    return [(op, suite.shapes(op, asked)) for op in chosen if not scopes or op.scope in scopes]
-
-
-def _providers(op: Op, options: Options, suite: Suite) -> tuple[str, ...]:
-    if options.providers:
-        # What was asked for is not left out silently, what the suite would try everywhere is.
-        return options.providers
-    if MODEL_COMPILED in options.modes and op.scope == "model" and "model" not in options.modes:
-        return ("baseline", *COMPILED)
-    return tuple(p for p in suite.providers if p in op.providers)
-
-
-def _filtered(shapes: Sequence[Shape], wanted: Pairs) -> list[Shape]:
-    _check("shape", [name for name, _ in wanted], SHAPE_FIELDS)
-    return [
-        shape
-        for shape in shapes
-        if all((name, str(getattr(shape, name))) in wanted for name in dict(wanted))
-    ]
-
-
-def _why_nothing(options: Options, suite: Suite) -> str:
-    shapes = [shape for _, found in _chosen(options, suite) for shape in found]
-    for name, value in options.shape:
-        known = list(dict.fromkeys(str(getattr(shape, name)) for shape in shapes))
-        if value not in known:
-            return (
-                f"--shape {name} must be among {', '.join(known)} in suite {options.suite}; "
-                f"got {value}. --at {name}={value} puts that value into every case"
-            )
-    return "no operation has all that was asked for"
-
-
-def remaining(cases: Sequence[Case], records: Iterable[Record]) -> list[Case]:
-    """What these records leave to be measured: cases with the modes and providers that lack a final
-    record."""
-    done = {record.key for record in records if record.final}
-    left = []
+def dry_run(cases: Sequence[Case], device: torch.device) -> list[str]:
+    """What a run would do, in lines: cases with modes and providers, and who is left out and why,
+    as far as that is known without the device. Nothing is built."""
+    lines, skipped = [], dict[str, None]()
     for case in cases:
-        where = case.op.name, case.shape.label, case.dtype
-        pairs = [(m, p) for m in case.modes for p in case.providers if (*where, m, p) not in done]
-        if pairs:
-            modes, providers = zip(*pairs, strict=True)
-            own = tuple(p for p in case.providers if p in providers)
-            left.append(replace(case, modes=tuple(dict.fromkeys(modes)), providers=own))
-    return left
-
-
-def dry_run(cases: Sequence[Case], device: torch.device, further: Sequence[str] = ()) -> list[str]:
-    """What a run would do, in lines: cases with modes and providers, who is left out and why, and
-    `further` steps. Nothing is built. For a GPU on a machine without one it says what is known."""
-    lines = []
-    skipped: dict[tuple[str, str, str], set[str]] = {}
-    for case in cases:
-        reasons = {p: unavailable(case.op, p, device, case.dtype) for p in case.providers}
-        usable = [p for p, reason in reasons.items() if not reason]
-        out = [(case.op.name, f" {p}", reason) for p, reason in reasons.items() if reason]
-        if reason := case.op.refuses(case.shape):
-            usable, out = [], [(case.op.name, "", reason)]
-        for key in out:
-            skipped.setdefault(key, set()).add(case.label)
-        lines.append(f"{case.label}: {', '.join(case.modes)}: {', '.join(usable) or 'nobody'}")
-    for (op, provider, reason), labels in skipped.items():
-        total = sum(case.op.name == op for case in cases)
-        where = "" if len(labels) == total else f" ({len(labels)} of {total} cases)"
-        lines.append(f"skipped: {op}{provider}: {reason}{where}")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        lines.append(
-            "torch sees no GPU here: what a GPU's capability or memory would refuse is not known, "
-            "and packages are those of this machine"
-        )
+        refused = case.op.refuses(case.shape)
+        why = {p: refused or unavailable(case.op, p, device, case.dtype) for p in case.providers}
+        usable = ", ".join(p for p, reason in why.items() if not reason) or "nobody"
+        lines.append(f"{case.label}: {', '.join(case.modes)}: {usable}")
+        skipped |= {f"skipped: {case.op.name} {p}: {r}": None for p, r in why.items() if r}
     timings = sum(len(case.modes) for case in cases)
-    return [*lines, *further, f"{len(cases)} cases, {timings} with their modes; nothing was run"]
+    return [*lines, *skipped, f"{len(cases)} cases, {timings} with their modes; nothing was run"]

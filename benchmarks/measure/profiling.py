@@ -88,8 +88,8 @@ def _checked(runner: Runner, case: Case) -> Callable[[], Any]:
     (provider,), (mode,) = case.providers, case.modes
     prepared = runner.prepare(case)
     prepared.check(provider)
-    calls = prepared.calls(mode, [provider]) if prepared.ok(provider) else {}
-    row = prepared.record(provider, mode)
+    calls = prepared.calls(mode, [provider])
+    row = prepared.rows[provider, mode]
     if row.status != "ok":
         raise RuntimeError(f"{case.label} {mode} {provider}: {row.status}: {row.reason}")
     return calls[provider][0]

@@ -7,12 +7,13 @@ import json
 import math
 import os
 import platform
+import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields, replace
 from datetime import datetime, timezone
-from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
@@ -22,41 +23,37 @@ import torch
 
 import equiseg_fast
 from benchmarks.cases.common.problem import Shape
-from benchmarks.command.outputs import NotWritten, read_json, write
+from benchmarks.command.outputs import read_json, write
 from benchmarks.measure.resume import drop_half_a_line
 from benchmarks.measure.timing import FEWEST, WIDEST
 from benchmarks.providers.provider import TUNED
-from equiseg_fast.models.config import VARIANTS
 
+FILE = "results.jsonl"
 SCHEMA = 1
 UNTIMED = "not timed: the run ended before"
-STATUSES = ("ok", "unsupported", "incorrect", "oom", "error")
-ENVIRONMENT_VARIABLES = (
-    "EQUISEG_FAST_BACKEND",
-    "TRITON_INTERPRET",
-    "OMP_NUM_THREADS",
-    "PYTORCH_ALLOC_CONF",
-    "PYTORCH_CUDA_ALLOC_CONF",
-    "CUDA_LAUNCH_BLOCKING",
-)
+DIED = "the process ended while it ran"
+NOISY = 0.10
+VARIABLES = (
+    "EQUISEG_FAST_BACKEND", "TRITON_INTERPRET", "OMP_NUM_THREADS", "PYTORCH_ALLOC_CONF",
+    "PYTORCH_CUDA_ALLOC_CONF", "CUDA_LAUNCH_BLOCKING",
+)  # fmt: skip
 Key = tuple[str, str, str, str, str]
 
 
 @dataclass
 class Record:
-    """One provider on one case in one mode. Without status "ok" there are no numbers; with it there
-    are no times as long as the reason is `UNTIMED`.
+    """One provider on one case in one mode. status: "ok", "unsupported", "incorrect", "oom" or
+    "error"; only with the first there are times, unless the reason is `UNTIMED`.
 
     Times are per call, in microseconds; method is how they were taken. tflops and gbps come from
     the declared minimal FLOPs and bytes, roofline_pct from those and what the device was seen to
     do. For calls timed by wall clock, cpu_us: CPU time of all threads; cpu_share: how much of the
     CPU time of all threads the process got beside them (`timing.cpu_share`). host_us: what the host
     needs to enqueue a call on a GPU. peak_mib: allocated above the state before the call;
-    saved_mib: kept for the backward by the forward, nothing in "fwd". first_call_s: the first
-    forward without a graph, or else the first step, compilation included. graph_us, events_us:
-    medians by replays of a CUDA graph and by events around single calls, of which method is one;
-    uncaptured: why there is no graph.
-    rms_ratio, max_ratio, budget: see `parity.Accuracy`. config: of earlier versions.
+    saved_mib: kept for the backward by the forward, nothing in "fwd". graph_us, events_us: medians
+    by replays of a CUDA graph and by events around single calls, of which method is one;
+    uncaptured: why there is no graph. budget: the largest share of its tolerance that an error of
+    an output or gradient used.
     """
 
     suite: str
@@ -73,25 +70,20 @@ class Record:
     p80_us: float | None = None
     min_us: float | None = None
     n: int = 0
-    noisy: bool = False
     tflops: float | None = None
     gbps: float | None = None
     roofline_pct: float | None = None
     peak_mib: float | None = None
     saved_mib: float | None = None
-    first_call_s: float | None = None
     host_us: float | None = None
     graph_us: float | None = None
     events_us: float | None = None
     uncaptured: str = ""
     cpu_us: float | None = None
     cpu_share: float | None = None
-    rms_ratio: float | None = None
-    max_ratio: float | None = None
     budget: float | None = None
-    config: str = ""
     env_id: str = ""
-    schema: int = field(default=SCHEMA)
+    schema: int = SCHEMA
 
     @property
     def shape(self) -> Shape:
@@ -101,6 +93,15 @@ class Record:
     def final(self) -> bool:
         """Whether nothing more will come: timed, or out."""
         return self.p50_us is not None or self.status != "ok"
+
+    @property
+    def band(self) -> float:
+        """Of p20 to p80, over the median."""
+        return (self.p80_us - self.p20_us) / self.p50_us
+
+    @property
+    def noisy(self) -> bool:
+        return self.band > NOISY
 
     @property
     def contended(self) -> bool:
@@ -113,8 +114,7 @@ class Record:
     @property
     def settled(self) -> bool:
         """Whether its median may stand alone: enough samples that agree, on a quiet machine."""
-        band = self.p80_us - self.p20_us
-        return self.n >= FEWEST and band <= WIDEST * self.p50_us and not self.contended
+        return self.n >= FEWEST and self.band <= WIDEST and not self.contended
 
     @property
     def group(self) -> Key:
@@ -127,42 +127,43 @@ class Record:
         return (self.op, self.shape.label, self.dtype, self.mode, self.provider)
 
 
-FILE = "results.jsonl"
-MACHINE_INFO = "equiseg_fast"
-"""Where a `--benchmark-json` file has the environment record, in its `machine_info`."""
-
-_FIELDS = {f.name: f for f in fields(Record)}
-_REQUIRED = ("suite", "op", "case", "mode", "provider", "dtype", "status")
-_KINDS: dict[Any, tuple[str, tuple[type, ...]]] = {
-    "str": ("a string", (str,)),
-    "int": ("an integer", (int,)),
-    "bool": ("true or false", (bool,)),
-    "float | None": ("a number or null", (int, float, type(None))),
-    "dict[str, Any]": ("an object", (dict,)),
-}
-_TIMES = ("p20_us", "p50_us", "p80_us", "min_us")
-_SHAPE = tuple(f.name for f in fields(Shape))
-
-
 class Writer:
     """`results.jsonl` in a folder, growing as rows come; of one measurement the last line counts.
 
-    resume: keep what is there; else it is gone.
+    resume: keep what is there, which is then `known`; else it is gone. patience: seconds after
+    which an attempt ends the process; 0 for any time.
     """
 
-    def __init__(self, folder: Path, resume: bool = False) -> None:
-        self.path = folder / FILE
+    def __init__(
+        self, folder: Path, resume: bool = False, *, env_id: str = "", patience: int = 0
+    ) -> None:
+        self.path, self.env_id, self.patience = folder / FILE, env_id, patience
         if not resume or not self.path.is_file():
             self.path.write_text("")
         drop_half_a_line(self.path)
+        self.known = {row.key: row for row in read(self.path)}
 
     def add(self, records: Iterable[Record]) -> None:
-        """Raises NotWritten."""
+        """What is not known from before."""
+        new = [row for row in records if self.known.get(row.key) is not row]
+        for row in new:
+            row.env_id = self.env_id
+        with self.path.open("a") as file:
+            file.write(_lines(new))
+
+    @contextmanager
+    def attempt(self, records: Sequence[Record]) -> Iterator[None]:
+        """Around what may take the process along or hang: until it is over these records are
+        errors, so that whoever goes on does not try it again."""
+        self.add(replace(row, status="error", reason=DIED) for row in records)
+        if self.patience:
+            signal.alarm(self.patience)  # SIGALRM ends also what hangs in a driver
         try:
-            with self.path.open("a") as file:
-                file.write(_lines(records))
-        except OSError as error:
-            raise NotWritten(error.errno, error.strerror, str(self.path)) from error
+            yield
+        finally:
+            if self.patience:
+                signal.alarm(0)
+            self.add(records)
 
 
 def _lines(records: Iterable[Record]) -> str:
@@ -174,128 +175,57 @@ def write_jsonl(records: Iterable[Record], path: Path) -> None:
 
 
 def read(path: Path) -> list[Record]:
-    """Records of a `results.jsonl`, of the folder of one, or of a `--benchmark-json` file of the
-    benchmarks under pytest, told apart by what is in it.
+    """Records of a `results.jsonl`, or of the folder of one; of one measurement the last.
 
-    Raises ValueError naming the file, the place in it, and what is wrong there; FileNotFoundError
-    if there is no such file.
+    Raises ValueError naming the file, the line, and what is wrong there; FileNotFoundError.
     """
-    path = _results(path)
-    whole = _benchmark_json(path)
-    if whole is None:
-        return read_jsonl(path, said=partial(print, file=sys.stderr))
-    records = []
-    for i, entry in enumerate(whole["benchmarks"]):
-        entry = entry if isinstance(entry, dict) else {}
-        where = f"{path} benchmark {i + 1} ({entry.get('name')})"
-        values = entry.get("extra_info")
-        if not isinstance(values, dict) or "schema" not in values:
-            raise ValueError(f"{where}: extra_info has no record; was it made by another project?")
-        records.append(_record(values, where))
-    return records
-
-
-def read_jsonl(path: Path, said: Callable[[str], object] = lambda text: None) -> list[Record]:
-    """Records of a `results.jsonl`, or of a folder that holds one, of one measurement the last;
-    raises as `read`. said: is told of half a line at the end, which is left out."""
-    path = _results(path)
+    path = path / FILE if path.is_dir() else path
     records: dict[Key, Record] = {}
-    text = _text(path)
-    lines = text.splitlines()
-    for number, line in enumerate(lines, start=1):
-        where = f"{path} line {number}"
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(True), start=1):
         try:
-            values = json.loads(line)
-        except json.JSONDecodeError as error:
-            # Whoever wrote it is under way or was killed; an editor may have ended the line.
-            half = not text.endswith("\n") or line.startswith('{"suite"')
-            if number == len(lines) and half:
-                said(f"{where}: half a line, left out")
-                break
-            raise ValueError(f"{where}: not JSON: {error}") from error
-        record = _record(values, where)
-        records[record.key] = record
+            record = _record(json.loads(line))
+            records[record.key] = record
+        except (TypeError, ValueError) as error:
+            where = f"{path} line {number}"
+            if line.endswith("\n"):
+                raise ValueError(f"{where}: {error}") from error
+            # Whoever writes it is under way, or was killed.
+            print(f"{where}: half a line, left out", file=sys.stderr)
     return list(records.values())
 
 
+def _record(values: Any) -> Record:
+    schema = values.get("schema") if isinstance(values, dict) else None
+    if schema != SCHEMA:
+        raise ValueError(f"schema must be {SCHEMA}; got {schema!r}")
+    for name in ("p20_us", "p50_us", "p80_us"):
+        us = values.get(name)
+        if us is not None and not 0 <= us < math.inf:
+            raise ValueError(f"{name} must be finite and not negative; got {us}")
+    names = {field.name for field in fields(Record)}  # results of earlier versions have more
+    return Record(**{name: value for name, value in values.items() if name in names})
+
+
 def read_environment(path: Path) -> dict[str, Any]:
-    """The environment that the records of `read(path)` were made in: of the `env.json` beside them,
-    or of a `--benchmark-json` file itself; empty if it is not known."""
-    path = _results(path)
-    if whole := _benchmark_json(path):
-        return whole.get("machine_info", {}).get(MACHINE_INFO, {})
-    beside = path.parent / "env.json"
+    """Of the `env.json` beside the records that `read(path)` reads; empty without one."""
+    beside = (path if path.is_dir() else path.parent) / "env.json"
     return read_json(beside) if beside.is_file() else {}
-
-
-def _results(path: Path) -> Path:
-    return path / FILE if path.is_dir() else path
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text()
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not text: {error}") from error
-
-
-def _benchmark_json(path: Path) -> dict[str, Any] | None:
-    """The content of a file of pytest-benchmark; None for any other."""
-    try:
-        whole = json.loads(_text(path))
-    except json.JSONDecodeError:
-        return None  # lines of JSON, or none at all
-    return whole if isinstance(whole, dict) and isinstance(whole.get("benchmarks"), list) else None
-
-
-def _record(values: Any, where: str) -> Record:
-    if not isinstance(values, dict):
-        raise ValueError(f"{where}: must be an object; got {type(values).__name__}")
-    if wrong := _wrong(values):
-        raise ValueError(f"{where}: {wrong}")
-    return Record(**values)
-
-
-def _wrong(values: dict[str, Any]) -> str:
-    """What is wrong with the fields of a record; empty if nothing is."""
-    if values.get("schema") != SCHEMA:
-        return f"schema must be {SCHEMA}; got {values.get('schema')!r}"
-    if missing := [name for name in _REQUIRED if name not in values]:
-        return f"field {missing[0]!r} is missing"
-    if unknown := sorted(set(values) - set(_FIELDS)):
-        return f"unknown field {unknown[0]!r}"
-    for name, value in values.items():
-        allowed, kinds = _KINDS[_FIELDS[name].type]
-        if type(value) not in kinds:
-            return f"{name} must be {allowed}; got {value!r}"
-        if type(value) in (int, float) and not 0 <= value < math.inf:
-            return f"{name} must be finite and not negative; got {value}"
-        if name in _TIMES and value == 0:
-            return f"{name} must be positive; got {value}"
-    case = values["case"]
-    if values["status"] not in STATUSES:
-        return f"status must be one of {', '.join(STATUSES)}; got {values['status']!r}"
-    if set(case) != set(_SHAPE):
-        return f"case must have {', '.join(_SHAPE)}; got {case!r}"
-    if case["variant"] not in VARIANTS:
-        return f"variant must be one of {', '.join(VARIANTS)}; got {case['variant']!r}"
-    for name in _SHAPE[1:]:
-        if not (type(case[name]) is int and case[name] >= (name != "stage")):
-            return f"{name} must be a positive integer; got {case[name]!r}"
-    return ""
 
 
 def environment(device: torch.device, limits: dict[str, Any] | None = None) -> dict[str, Any]:
     """Everything a number depends on, without names of hosts, users or folders.
 
-    limits: what `calibrate.device_limits` measured. load: average number of runnable processes in
-    the last minute. `env_id` is a hash of what does not change from run to run.
+    limits: what `calibrate.device_limits` measured. `env_id` is a hash of what does not change from
+    run to run.
     """
+    git = ("git", "-C", str(Path(__file__).resolve().parent))
+    sha = _output(*git, "rev-parse", "HEAD")
+    tuned = os.environ.get(TUNED)  # the name of a file, which would name folders
     env: dict[str, Any] = {
         "package": equiseg_fast.__version__,
-        "git_sha": (sha := _git("rev-parse", "HEAD")),
+        "git_sha": sha,
         # Without a repository nobody knows.
-        "git_dirty": bool(_git("status", "--porcelain")) if sha else None,
+        "git_dirty": bool(_output(*git, "status", "--porcelain")) if sha else None,
         "python": platform.python_version(),
         "torch": torch.__version__,
         "triton": version("triton") if find_spec("triton") else "",
@@ -303,35 +233,26 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "load": round(os.getloadavg()[0], 1) if hasattr(os, "getloadavg") else None,
         "tf32": torch.backends.cuda.matmul.allow_tf32 or torch.backends.cudnn.allow_tf32,
-        "variables": {v: os.environ[v] for v in ENVIRONMENT_VARIABLES if v in os.environ},
-        "tuned": _tuned_hash(),
+        "variables": {name: os.environ[name] for name in VARIABLES if name in os.environ},
+        "tuned": hashlib.sha256(Path(tuned).read_bytes()).hexdigest()[:12] if tuned else "",
         "device": _cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
+        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,mig.mode.current"
+        index = torch.cuda.current_device() if device.index is None else device.index
         env |= {
-            "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
+            "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),
             "cuda": torch.version.cuda,
             "cudnn": torch.backends.cudnn.version(),
-            "nvidia_smi": _nvidia_smi(device),
+            "nvidia_smi": _output(
+                "nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={index}"
+            ),
         }
+    env["env_id"] = hashlib.sha256(json.dumps(env, sort_keys=True).encode()).hexdigest()[:12]
     if limits:
         env["limits"] = limits
-    stable = {key: value for key, value in env.items() if key not in ("limits", "load")}
-    env["env_id"] = hashlib.sha256(json.dumps(stable, sort_keys=True).encode()).hexdigest()[:12]
-    env["utc"] = datetime.now(timezone.utc).isoformat(timespec="seconds")
-    return env
-
-
-def _tuned_hash() -> str:
-    """Of the file of launch configurations; its name would name folders."""
-    path = os.environ.get(TUNED)
-    return hashlib.sha256(Path(path).read_bytes()).hexdigest()[:12] if path else ""
+    return env | {"utc": datetime.now(timezone.utc).isoformat(timespec="seconds")}
 
 
 def _output(*command: str) -> str:
@@ -340,17 +261,6 @@ def _output(*command: str) -> str:
     except (OSError, subprocess.SubprocessError):
         return ""
     return done.stdout.strip()
-
-
-def _git(*arguments: str) -> str:
-    return _output("git", "-C", str(Path(__file__).resolve().parent), *arguments)
-
-
-def _nvidia_smi(device: torch.device) -> str:
-    """Driver, clocks, power limit and MIG mode, as the driver's tool prints them."""
-    query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,mig.mode.current"
-    index = str(torch.cuda.current_device() if device.index is None else device.index)
-    return _output("nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader", f"--id={index}")
 
 
 def _cpu_model() -> str:

@@ -10,15 +10,13 @@ from benchmarks.cases.common.problem import Shape
 from benchmarks.measure.timing import FEWEST
 from benchmarks.providers.provider import PROVIDERS, SDPA
 
-Sizes = tuple[tuple[int, int], ...]
-
 
 @dataclass(frozen=True)
 class Grid:
     """Every combination of these. of: names or scopes of operations, empty for all."""
 
     variants: tuple[str, ...]
-    sizes: Sizes
+    sizes: tuple[tuple[int, int], ...]
     batches: tuple[int, ...] = (1,)
     modalities: tuple[int, ...] = (4,)
     stages: tuple[int, ...] = (1, 2, 3, 4)
@@ -54,21 +52,8 @@ class Suite:
         return list(dict.fromkeys(shape for grid in grids for shape in grid.shapes(op)))
 
 
-SIZES: Sizes = ((512, 512), (1024, 1024), (480, 640), (1080, 1920))
-SQUARES: Sizes = tuple((n, n) for n in (128, 256, 384, 512, 768, 1024, 1536, 2048))
-# b1 to b5 have the same channels and differ in the number of blocks only.
-WIDTHS = ("b0", "b2")
-DEPTHS = ("b0", "b1", "b2", "b3", "b4", "b5")
-PARTS = ("operation", "block")
-NETWORKS = ("stage", "encoder", "accelerated", "model")
+SIZES = ((512, 512), (1024, 1024), (480, 640), (1080, 1920))
 STENCILS = ("attention", "depthwise_conv_gelu", "query_hub", "pooling_mixer")
-# Maps of 64 x 64 tokens with 32, 64, 128, 160, 256, 320 and 512 channels.
-CHANNELS = tuple(
-    Grid((variant,), ((64 * 2 ** (stage + 1),) * 2,), stages=(stage,), of=PARTS)
-    for variant, stage in (
-        ("b0", 1), ("b0", 2), ("b2", 2), ("b0", 3), ("b0", 4), ("b2", 3), ("b2", 4),
-    )
-)  # fmt: skip
 
 SUITES = {
     # About a minute on two CPU cores. All but the encoder, which is most of the model.
@@ -83,18 +68,6 @@ SUITES = {
         (Grid(("b0",), ((512, 512),), modalities=(1, 4), of=("encoder", "model")),),
         dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "transformers", "torch"),
         seconds=20.0, rounds=(7, 30),
-    ),
-    # What acceleration does to models of others on a CPU, from small inputs to large ones.
-    "accelerated": Suite(
-        (
-            Grid(
-                ("b0",), tuple((n, n) for n in (128, 224, 256, 512)), (1, 2, 4, 8), (1,),
-                of=("accelerated",),
-            ),
-            Grid(("b0",), ((1024, 1024),), (1, 2), (1,), of=("accelerated",)),
-        ),
-        dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "torch"), seconds=4.0,
-        rounds=(7, 100),
     ),
     # Meant for ten minutes on one GPU (a prediction), most of it spent in compilers: all stages at
     # the size of training, the largest at that of evaluation, one with odd maps, and networks.
@@ -121,22 +94,9 @@ SUITES = {
         dtypes=("bf16",), modes=("fwd", "step"),
         providers=("baseline", "transformers", "torch", "triton"), seconds=0.2, rounds=(10, 100),
     ),
-    # Whatever a machine can do, on next to nothing: whether commands work, not how fast.
-    "rehearsal": Suite(
-        (Grid(("b0",), ((64, 96),), modalities=(2,), stages=(4,)),),
-        dtypes=("fp32",), modes=("fwd", "step"), providers=("baseline", "torch", "triton"),
-        seconds=0.0, rounds=(2, 2),
-    ),
-    # Everything: days, if nothing narrows it down (--op, --shape, --dtype, --mode, --provider).
+    # Everything: days, if nothing narrows it down (--op, --at, --dtype, --mode, --provider).
     "full": Suite(
-        (
-            Grid(WIDTHS, SIZES, (1, 4, 8), (1, 2, 3, 4), of=PARTS),
-            Grid(DEPTHS, SIZES, (1, 4, 8), (1, 2, 3, 4), of=NETWORKS),
-            # For plots against one of them: tokens, modalities, channels.
-            Grid(WIDTHS, SQUARES, stages=(1,), of=PARTS),
-            Grid(("b0",), ((512, 512),), modalities=tuple(range(1, 9)), stages=(1, 2), of=PARTS),
-            *CHANNELS,
-        ),
+        (Grid(("b0", "b2"), SIZES, (1, 4, 8), (1, 2, 3, 4)),),
         dtypes=("fp16", "bf16", "fp32"), modes=MODES, providers=tuple(PROVIDERS), seconds=0.4,
         rounds=(10, 200),
     ),

@@ -1,4 +1,5 @@
-"""How long calls take: providers interleaved round by round, quantiles instead of means.
+"""How long calls take, providers interleaved round by round; and how much memory, which counts
+allocations and not what the process happens to occupy.
 
 On a CPU by wall clock. On a GPU by CUDA events, over rotating input sets that together exceed the
 L2 cache three times, either around replays of one CUDA graph (no cost of launching) or around
@@ -8,24 +9,25 @@ single calls. Inputs are random or real data; zeros would let a GPU clock higher
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cache
+from functools import cache, partial
 from time import perf_counter, process_time
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.cases.common.data import random_normal
 
-NOISY = 0.10
 GRAPH_CALLS = 8
-SETTLE_MS, RESUME_MS = 200, 20
+SETTLE_SECONDS = 0.05
 FILLER_CYCLES = 1_000_000
 SLOW_ROUND = 6.0
 FEWEST, WIDEST = 3, 0.5
 """Samples, and band p20 to p80 over the median, of a number that may stand alone."""
+MIB = 2**20
 Call = Callable[[], Any]
 
 
@@ -45,11 +47,6 @@ class Timing:
     cpu_us: float | None = None
     cpu_share: float | None = None
 
-    @property
-    def noisy(self) -> bool:
-        """Whether the p20 to p80 band is wider than 10 % of the median."""
-        return self.p80_us - self.p20_us > NOISY * self.p50_us
-
     @classmethod
     def of(cls, seconds: Sequence[float], method: str) -> Timing:
         us = sorted(1e6 * s for s in seconds)
@@ -60,47 +57,31 @@ class Timing:
 
 
 def call_in_mode(
-    forward: Callable[[], tuple[Tensor, ...]],
-    leaves: Sequence[Tensor],
-    mode: str,
-    seed: int = 0,
-    known: dict[Any, Tensor] | None = None,
+    forward: Callable[[], tuple[Tensor, ...]], leaves: Sequence[Tensor], mode: str, seed: int = 0
 ) -> Call:
     """What is timed in a mode, from a forward computation and the leaves of its graph.
 
     "fwd" records no graph, "fwd_train" does, "bwd" is the backward of a graph built here and kept,
     "step" is both. Cotangents are random normal; a scalar gets 1. Gradients are returned, not
-    accumulated. known: cotangents that were drawn for other calls, to be used again.
+    accumulated.
     """
     if mode == "fwd":
-
-        def inference() -> Any:
-            with torch.no_grad():
-                return forward()
-
-        return inference
+        return torch.no_grad()(forward)
     if mode == "fwd_train":
         return forward
     graph = forward()
-    known = {} if known is None else known
-    differentiable = [i for i, x in enumerate(graph) if x.requires_grad]
-    cotangents = []
-    for i in differentiable:
-        key = (graph[i].shape, graph[i].dtype, graph[i].device, seed + i)
-        if key not in known:
-            known[key] = cotangent(graph[i], seed + i)
-        cotangents.append(known[key])
+    cotangents = {i: cotangent(x, seed + i) for i, x in enumerate(graph) if x.requires_grad}
 
     def backward(outputs: tuple[Tensor, ...], keep: bool = False) -> tuple[Tensor, ...]:
-        chosen = [outputs[i] for i in differentiable]
-        return torch.autograd.grad(chosen, leaves, cotangents, retain_graph=keep)
+        differentiable = [outputs[i] for i in cotangents]
+        return torch.autograd.grad(
+            differentiable, leaves, list(cotangents.values()), retain_graph=keep
+        )
 
     if mode == "bwd":
-        return lambda: backward(graph, keep=True)
-    if mode == "step":
-        del graph
-        return lambda: backward(forward())
-    raise ValueError(f"mode must be one of fwd, fwd_train, bwd, step; got {mode!r}")
+        return partial(backward, graph, keep=True)
+    del graph
+    return lambda: backward(forward())
 
 
 def cotangent(x: Tensor, seed: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -173,42 +154,26 @@ def input_sets(bytes_per_set: float, device: torch.device) -> int:
     return max(1, min(wanted, int(free // 4 // max(bytes_per_set, 1)), 64))
 
 
-def measure_events(
-    calls: Mapping[str, Sequence[Call]], *, seconds: float, rounds: tuple[int, int]
-) -> dict[str, Timing]:
-    """Device time of single calls by CUDA events, already warm; one call per rotating input set.
-
-    A write over L2 and a queued filler come before each, so that the stream never waits for the
-    host unless launching takes longer than the work. Must run on the stream the calls were warmed
-    up on.
-    """
-    units = {name: [(call, 1) for call in sets] for name, sets in calls.items()}
-    flush = _flush_buffer(torch.cuda.current_device())
-    return _by_events(units, "events", flush.zero_, seconds, rounds)
-
-
-def measure_graphs(
-    graphs: Mapping[str, tuple[Call, int]], *, seconds: float, rounds: tuple[int, int]
-) -> dict[str, Timing]:
-    """Device time per call by CUDA events around replays of what `captured` returned."""
-    units = {name: [graph] for name, graph in graphs.items()}
-    return _by_events(units, "graph", lambda: None, seconds, rounds)
-
-
-def _by_events(
+def measure_gpu(
     units: Mapping[str, Sequence[tuple[Call, int]]],
     method: str,
-    before: Call,
+    *,
     seconds: float,
     rounds: tuple[int, int],
 ) -> dict[str, Timing]:
-    """units: name -> (call, how many calls of the provider that is), taken in turn."""
-    _settle(torch.cuda.current_device())
+    """Device time per call by CUDA events, already warm and on the stream of the warm-up.
+
+    units: name -> (unit, how many calls that is), taken in turn: with method "graph" replays, with
+    "events" single calls, before each of which L2 is written over.
+    """
+    device = torch.cuda.current_device()
+    _settle(device)
     samples: dict[str, list[float]] = {name: [] for name in units}
     for i, name in in_turn(list(units), seconds, rounds):
         unit, number = units[name][i % len(units[name])]
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        before()
+        if method == "events":
+            _flush_buffer(device).zero_()
         # The first event would fire on an idle stream, and the launch would count.
         torch.cuda._sleep(FILLER_CYCLES)
         begin.record()
@@ -222,25 +187,20 @@ def _by_events(
 def captured(sets: Sequence[Call]) -> tuple[Call, int]:
     """All sets, several times if they are few, as one CUDA graph; and how many calls that is.
 
-    A capture that fails raises RuntimeError, after which no other may be tried in this process:
-    PyTorch's allocator can keep the broken one for under way.
+    After a capture that failed no other may be tried in this process: PyTorch's allocator can keep
+    the broken one for under way.
     """
     repeats = max(1, GRAPH_CALLS // len(sets))
     graph = torch.cuda.CUDAGraph()
     torch.cuda.synchronize()
-    cause: Exception | None = None
     try:
         with torch.cuda.graph(graph, stream=torch.cuda.current_stream()):
-            try:
-                for _ in range(repeats):
-                    for call in sets:
-                        call()
-            except Exception as error:
-                cause = error
-                raise
+            for _ in range(repeats):
+                for call in sets:
+                    call()
     except Exception as error:
-        # Ending the capture fails too, and would say no more than that it had failed.
-        raise cause or error from error
+        # Ending a broken capture fails, too, and says less than what broke it.
+        raise error.__context__ or error from None
     return graph.replay, repeats * len(sets)
 
 
@@ -256,16 +216,10 @@ def _load(device: int) -> Tensor:
     return torch.randn(4096, 4096, device=f"cuda:{device}", dtype=torch.bfloat16)
 
 
-_settled: set[int] = set()
-
-
 def _settle(device: int) -> None:
-    """Matrix products until the clocks are where load puts them: long the first time, later only
-    as long as bridges a pause."""
-    x = _load(device)
-    until = perf_counter() + (RESUME_MS if device in _settled else SETTLE_MS) / 1e3
-    _settled.add(device)
-    while perf_counter() < until:
+    """Matrix products until the clocks are where load puts them."""
+    x, started = _load(device), perf_counter()
+    while perf_counter() - started < SETTLE_SECONDS:
         x @ x
         torch.cuda.synchronize()
 
@@ -280,3 +234,46 @@ def host_us(call: Call, repeats: int = 10) -> float:
         times.append(1e6 * (perf_counter() - begin))
     torch.cuda.synchronize()
     return statistics.median(times)
+
+
+def peak_bytes(call: Callable[[], Any], device: torch.device) -> tuple[int, Any]:
+    """(peak bytes allocated during the call above the state before it, what the call returned).
+
+    Outputs count while they are held. On a GPU by the statistics of the caching allocator, on the
+    CPU by replaying every allocation and release that PyTorch reports to its profiler, which also
+    sees the scratch memory inside operators, but not the release of what was there before. Both
+    are exact and neither is the resident set.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        result = call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before, result
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        result = call()
+    events = [e for e in prof.profiler.kineto_results.events() if e.name() == "[memory]"]
+    held = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()  # negative of a release
+        peak = max(peak, held)
+    return peak, result
+
+
+def saved_bytes(
+    forward: Callable[[], tuple[Tensor, ...]], ignored: Iterable[Tensor] = ()
+) -> tuple[int, tuple[Tensor, ...]]:
+    """(bytes kept for the backward, what forward returned): the storages reached by saved tensors,
+    each once, without those of the ignored tensors (parameters and inputs, which exist anyway)."""
+    known = {x.untyped_storage().data_ptr() for x in ignored}
+    kept: dict[int, Tensor] = {}
+
+    def pack(x: Tensor) -> Tensor:
+        kept.setdefault(x.untyped_storage().data_ptr(), x)
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+        outputs = forward()
+    total = sum(x.untyped_storage().nbytes() for pointer, x in kept.items() if pointer not in known)
+    return total, outputs

@@ -103,7 +103,7 @@ def verdict_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `python -m benchmarks compare`."""
-    what = "results.jsonl, its folder, or a file of pytest --benchmark-json"
+    what = "results.jsonl or its folder"
     parser.add_argument("base", type=to_path, help=what)
     parser.add_argument("new", type=to_path, help=what)
     verdict_arguments(parser)

@@ -35,6 +35,7 @@ from benchmarks.measure import record
 from benchmarks.measure.resume import AGAIN
 from benchmarks.measure.suites import SUITES
 
+TINY = "--at stage=4,height=64,width=96,modalities=2"
 HEADLINE = "training,model,encoder"
 PARTS = ("operation", "block", "stage")
 COMPILERS = ("compile", "flex")
@@ -95,7 +96,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
 
     def run(name: str, seconds: float, words: str) -> Task:
         """One process for many cases, another only after an error that no process survives."""
-        results = f"--calibration {out}/calibration --out {out}/results --resume --no-report"
+        results = f"--out {out}/results --resume --no-report"
         return task(name, seconds, f"benchmarks run {on} {results} {words}")
 
     def tests(name: str, seconds: float, stems: Sequence[str], words: str) -> Task:
@@ -109,7 +110,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
     exercise = f"benchmarks exercise {on}"
     # One core is left to what is measured meanwhile, the limits of the device.
     fill = f"{'visit' if cuda else 'core'} {few} {gpu} --processes {max(1, cores - 1)}"
-    calibrate = f"benchmarks calibrate {on} --rounds 10 --out {out}/calibration"
+    calibrate = f"benchmarks calibrate {on} --out {out}/calibration"
     groups = [
         [
             task("prepare/environment", 40, "equiseg_fast.env"),
@@ -128,7 +129,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
         eager = ",".join(p for p in SUITES["core"].providers if p not in (*COMPILERS, "tuned"))
         some = f"--op {parts} --provider {eager}"
         # One shape: compiling takes longer than everything else together.
-        one = "--op training,model,attention --shape variant=b0,stage=0,stage=1 --mode fwd,step"
+        one = "--op training,model,attention --at variant=b0,stage=1 --mode fwd,step"
         compilers = f"{one} --provider {','.join(COMPILERS)}"
         # All kernels once: under the tool compiling takes most of the time.
         small = f"{exercise} --dtype bf16"
@@ -137,7 +138,7 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
             [tests("kernels", 92, hottest, f"-n {at_once} -m 'not large_memory'")],
             [tests("large", 15, hottest, "-n 1 -m large_memory")],
             [tests("workflows", 21, ("workflows", "testing_memory"), "-n 1 -m gpu")],
-            [run("operations", 132, f"--suite core {some} --patience 60 --largest-first")],
+            [run("operations", 132, f"--suite core {some} --patience 60")],
             [task("memcheck", 41, small, f"{sanitizer} memcheck")],
             [task("racecheck", 14, small, f"{sanitizer} racecheck")],
             [run("compilers", 41, f"--suite core {compilers} --patience 200")],
@@ -145,9 +146,9 @@ def tasks(folder: Path, device: torch.device, cache: Path) -> Plan:
     else:
         some = "-n 2 -k 'test_rho or test_rounds_once'"
         groups += [
-            [run("headline", 90, f"--suite rehearsal --op {HEADLINE}")],
+            [run("headline", 90, f"{TINY} --op {HEADLINE}")],
             [tests("kernels", 60, ("guided_gate", "add_layer_norm"), some)],
-            [run("operations", 60, "--suite rehearsal --op guided_gate,query_hub")],
+            [run("operations", 60, f"{TINY} --op guided_gate,query_hub")],
         ]
     return [
         *groups,
@@ -257,7 +258,7 @@ def summary(plan: Plan, states: States, folder: Path) -> str:
     lines = ["# Visit", "", markdown_table(columns, rows, words=2)]
     results, wrong = folder / "results", []
     if (results / record.FILE).is_file():
-        records = record.read_jsonl(results)
+        records = record.read(results)
         device = record.read_environment(results)["device"]
         lines += ["", "## Predicted and measured", ""]
         lines += judgement.markdown(judgement.compare(records, device))
