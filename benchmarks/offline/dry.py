@@ -1,254 +1,287 @@
 """Drive everything on a GPU that is not there: what it compiles, what that costs, what would fail.
 
-    python -m benchmarks dry --what model --arch 90
     python -m benchmarks dry --what visit --cache build/triton-cache --processes 16
 
 The programs run on meta tensors, with the real launchers and Triton's own binder; then every
-binary that they asked for is compiled once, down to machine code, in as many processes as wanted.
-`--count` leaves that out and takes seconds. The exit status is 1 if something does not compile,
-spills, has a grid over the limits, or would be refused by Triton's launcher.
+binary that they asked for is compiled once, down to machine code. The exit status is 1 if something
+does not compile, spills, does not fit, has a grid over the limits, or takes a tensor of the CPU.
 
 `--cache` keeps what is compiled, to be found under TRITON_CACHE_DIR by the same Triton of the same
-Python, on this machine or on one with a GPU: the key of a binary is made of Triton's own files
-(libtriton.so is built per Python), the version of ptxas, the source of the kernel and of what it
-calls with its line numbers, types, constants and alignment of the arguments, options and target;
-not of the machine or the folder. Only what is launched is kept: the cubin and its metadata.
+Python, on this machine or on one with a GPU, in any folder.
 """
 
 from __future__ import annotations
 
 import argparse
-import concurrent.futures
-import functools
-import hashlib
 import importlib
+import inspect
 import json
 import os
-import subprocess
-import sysconfig
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from math import prod
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
+from itertools import product, repeat
 from pathlib import Path
 from time import perf_counter
+from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
+import torch
 from rich.console import Console
 from rich.progress import track
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.cases import operations
+from benchmarks.cases.common.op import DTYPES, Op
+from benchmarks.cases.common.problem import Problem, Shape, op_problem
 from benchmarks.command import outputs
 from benchmarks.command.options import names, to_path
-from benchmarks.command.table import FittedTable
+from benchmarks.measure import launches
+from benchmarks.measure.plan import Case, Options, plan
 from benchmarks.measure.resume import said
-from benchmarks.offline import resources
-from benchmarks.offline.dry_device import Binary, DryDevice, active_driver, dry_device, finish
-from benchmarks.offline.dry_programs import WHAT, Model, programs
-from equiseg_fast.models.config import VARIANTS
+from benchmarks.offline import exercise, resources
+from benchmarks.offline.resources import Resources
+from equiseg_fast import ops
+from equiseg_fast.ops._registry import LAUNCHERS
 
-
-@dataclass(frozen=True)
-class Order:
-    """What to drive on which device; picklable.
-
-    what: keys of `WHAT`. base: what its "model" starts from. only: names of operations, and names:
-    of programs; empty for all.
-    """
-
-    what: tuple[str, ...]
-    arch: int = 90
-    num_sms: int = 132
-    base: Model = field(default_factory=Model)
-    only: tuple[str, ...] = ()
-    names: tuple[str, ...] = ()
-
-    def programs(self) -> dict[tuple[str, str], Callable[[], None]]:
-        """By part and name."""
-        return {
-            (what, name): program
-            for what in self.what
-            for name, program in programs(what, self.base, self.only).items()
-            if not self.names or name in self.names
-        }
+GRID_LIMITS = (2**31 - 1, 2**16 - 1, 2**16 - 1)
 
 
 @dataclass
-class Traced:
-    """What one program asks for."""
+class Binary:
+    """One specialisation of a kernel: what Triton compiles, as plain data. unaligned: pointers and
+    integers that are no multiples of 16, where Triton asks."""
 
-    what: str
-    name: str
-    binaries: list[Binary]
-    launches: int
-    errors: list[str]
+    module: str
+    function: str
+    signature: dict[str, str]
+    constexprs: dict[tuple[int, ...], Any]
+    attrs: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+    unaligned: tuple[str, ...]
+
+    @property
+    def kernel(self) -> str:
+        return self.function.strip("_").removesuffix("_kernel")
+
+    @property
+    def label(self) -> str:
+        kinds = dict(self.signature)
+        parameters = list(kinds)
+        kinds |= {parameters[path[0]]: str(value) for path, value in self.constexprs.items()}
+        words = [self.kernel, *(f"{name}={kind}" for name, kind in kinds.items())]
+        words += [f"{name} unaligned" for name in self.unaligned]
+        return " ".join([*words, f"w{self.options['num_warps']}"])
 
 
 @dataclass
-class Survey:
-    """What an order came to on one architecture. binaries: each once, by key; `errors` in words."""
+class Bound:
+    """What one program asks for: binaries by their `repr`, and in words what would not work."""
 
-    order: Order
-    programs: list[Traced] = field(default_factory=list)
+    launches: int = 0
     binaries: dict[str, Binary] = field(default_factory=dict)
     errors: list[str] = field(default_factory=list)
 
-    @property
-    def hits(self) -> int:
-        return sum(b.hit for b in self.binaries.values())
+
+def _pointer(x: torch.Tensor) -> SimpleNamespace:
+    """A tensor as Triton sees it: a type and an address, which those on "meta" do not have."""
+    address = 2**40 + x.storage_offset() * x.element_size()
+    return SimpleNamespace(dtype=x.dtype, data_ptr=lambda: address)
 
 
-def survey(
-    order: Order, cache: Path | None = None, processes: int = 1, *, compiling: bool = True,
-    console: Console | None = None,
-) -> Survey:  # fmt: skip
-    """Drive the programs of `order` in `processes` children, then compile each binary once.
-    console: shows how far it is."""
-    found = Survey(order)
+@contextmanager
+def dry_device(arch: int = 90, num_sms: int = 132) -> Iterator[Bound]:
+    """Inside, kernels are bound and specialised for a GPU that is not there, and neither compiled
+    nor launched. Only in a process that does not interpret."""
+    from triton.backends.compiler import GPUTarget
+    from triton.runtime import driver
+    from triton.runtime.jit import JITFunction
 
-    def results(jobs: Sequence[Any], doing: str) -> Iterator[Any]:
-        ended = concurrent.futures.as_completed(jobs)
-        how = {"console": console, "disable": console is None, "transient": True}
-        for job in track(ended, f"sm_{order.arch}: {doing}", len(jobs), **how):
-            yield job.result()
+    bound = Bound()
 
-    with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(cache or temporary).absolute()
-        folder.mkdir(parents=True, exist_ok=True)
-        adopt(folder)
-        with resources.children(processes, str(folder)) as pool:
-            wanted = list(order.programs())
-            # Networks come last and take longest, so they start first.
-            jobs = [pool.submit(trace, order, key) for key in reversed(wanted)]
-            traced = {(one.what, one.name): one for one in results(jobs, "binding")}
-            found.programs = [traced[key] for key in wanted]
-            for program in found.programs:
-                found.binaries |= {b.key: b for b in program.binaries}
-                found.errors += [f"{program.name}: {error}" for error in program.errors]
-            if compiling:
-                # Those with the largest tiles take longest, so they start first.
-                todo = sorted(found.binaries.values(), key=_tile, reverse=True)
-                jobs = [pool.submit(compile_binary, b, order, str(folder)) for b in todo]
-                for binary, error in results(jobs, "compiling"):
-                    found.binaries[binary.key] = binary
-                    found.errors += [f"{binary.kernel} {binary.case}: {error}"] if error else []
-        adopt(folder)
-    return found
-
-
-def _tile(binary: Binary) -> int:
-    return prod(value for name, value in binary.constants.items() if name.startswith("BLOCK"))
-
-
-@functools.cache
-def _programs(order: Order) -> dict[tuple[str, str], Callable[[], None]]:
-    return order.programs()
-
-
-def trace(order: Order, key: tuple[str, str]) -> Traced:
-    """Bind and specialise what one program launches. In a child of `resources.children`."""
-    with dry_device(order.arch, order.num_sms, compiling=False) as device:
+    def run(self: Any, *args: Any, grid: Any, **options: Any) -> None:
+        name = self.fn.__name__
+        bound.launches += 1
+        if not all(0 < n <= limit for n, limit in zip(grid, GRID_LIMITS, strict=False)):
+            bound.errors.append(f"{name}: the grid {grid} is outside 1 to {GRID_LIMITS}")
+        if any(isinstance(x, torch.Tensor) and x.device.type == "cpu" for x in args):
+            bound.errors.append(f"{name}: an argument is a tensor on the CPU")
+        pointers = (_pointer(x) if isinstance(x, torch.Tensor) else x for x in args)
         try:
-            _programs(order)[key]()
+            run_(self, *pointers, grid=grid, **options | {"warmup": True})
         except Exception as error:
-            device.error(said(error))
-    return Traced(*key, device.binaries, device.launches.total(), device.errors)
+            bound.errors.append(f"{name}: {said(error)}")
+
+    def do_compile(self: Any, key: str, signature: Any, *given: Any) -> None:
+        _, constexprs, options, attrs, _ = given
+        aligned = {self.params[path[0]].name for path, facts in attrs.items() if facts}
+        aligned |= {p.name for p in self.params if p.do_not_specialize}
+        binary = Binary(
+            self.fn.__module__, self.fn.__name__, dict(signature), constexprs, attrs,
+            dict(options.__dict__),
+            tuple(n for n, kind in signature.items() if kind[0] in "*iu" and n not in aligned),
+        )  # fmt: skip
+        bound.binaries[repr(binary)] = binary
+
+    run_ = JITFunction.run
+    active = SimpleNamespace(
+        # An index of its own: nobody finds these kernels in the caches of another device.
+        get_current_device=lambda: -arch,
+        get_current_stream=lambda index: 0,
+        get_current_target=lambda: GPUTarget("cuda", arch, 32),
+    )
+    with (
+        patch.object(driver, "_active", active),
+        patch.object(JITFunction, "run", run),
+        patch.object(JITFunction, "_do_compile", do_compile),
+        launches.launching(lambda launch: launch, (arch, num_sms)),
+    ):
+        yield bound
 
 
-def compile_binary(binary: Binary, order: Order, cache: str) -> tuple[Binary, str]:
-    """The binary with its costs, and why it does not compile or fit, empty if it does.
+class _LookInside(TorchDispatchMode):
+    """Our registered operations run their launchers, whatever the device of the tensors."""
 
-    In a child of `resources.children`: as a first launch would, but for the launch.
-    """
-    import triton
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "equiseg_fast":
+            func = LAUNCHERS[func.overloadpacket.__name__]
+        return func(*args, **(kwargs or {}))
+
+
+def bind(what: str, label: str, arch: int = 90, num_sms: int = 132) -> Bound:
+    """What a case launches. In a child of `resources.children`."""
+    case = cases(what)[label]
+    dtype = DTYPES[case.dtype]
+    autocast = None if case.op.scope == "operation" else dtype
+    with dry_device(arch, num_sms) as bound:
+        try:
+            with launches.on_meta(autocast), launches.as_on_gpu("auto"), _LookInside():
+                for mode in case.modes:
+                    graph = mode in ("bwd", "step")
+                    with torch.set_grad_enabled(mode != "fwd"):
+                        launches.run_case(case.op, case.shape, dtype, "triton", graph)
+        except Exception as error:
+            bound.errors.append(said(error))
+    return bound
+
+
+def _model() -> Iterator[Case]:
+    training, usual = operations()["training"], Shape("b0", 0, 512, 512, 1, 4)
+    yield Case(training, usual, "bf16", ("step",), ())
+    yield Case(operations()["model"], usual, "bf16", ("fwd",), ())
+    for height, width, batch, modalities in (
+        (512, 512, 2, 4), (512, 512, 8, 4), (1024, 1024, 1, 4), (480, 640, 3, 4),
+        (1080, 1920, 1, 4), (65, 33, 1, 4), (512, 512, 1, 3), (512, 512, 1, 2), (512, 512, 1, 1),
+    ):  # fmt: skip
+        other = Shape("b0", 0, height, width, batch, modalities)
+        yield Case(training, other, "bf16", ("step",), ())
+    for dtype in ("fp16", "fp32"):
+        yield Case(training, usual, dtype, ("step",), ())
+
+
+def _visit() -> Iterator[Case]:
+    yield from cases("core").values()
+    for name, modes in (("training", ("step",)), ("model", ("fwd",))):
+        yield Case(operations()[name], Shape("b2", 0, 1024, 1024, 1, 4), "bf16", modes, ())
+    for op in (op for op in operations().values() if op.function):
+        for dtype, shape in product(("fp32", "bf16"), exercise.SHAPES):
+            yield Case(op, shape, dtype, ("fwd", "step"), ())
+
+
+MAPS = (Shape("b0", 4, 32, 32, 1, 8), Shape("b0", 4, 544, 288, 2, 3), Shape("b0", 4, 96, 96, 2, 2))
+"""Of 1 x 1, 17 x 9 and 3 x 3 tokens."""
+WIDTHS = (
+    (1, 1, torch.int64), (33, 150, torch.int32), (48, 256, torch.uint8), (64, 25, torch.int64),
+    (127, 19, torch.int32), (128, 150, torch.uint8),
+)  # fmt: skip
+"""Channels or head dimensions, classes, and what labels are stored as."""
+
+
+def _awkward() -> Iterator[Case]:
+    for op in (op for op in operations().values() if op.function):
+        for shape, widths, how in product(MAPS, WIDTHS, ("", " x[1:]", " far apart")):
+            if not op.refuses(shape):
+                name = f"{op.name} C{widths[0]}{how}"
+                awkward = replace(op, name=name, build=partial(_awkward_problem, op, widths, how))
+                yield from (Case(awkward, shape, dtype, ("step",), ()) for dtype in DTYPES)
+
+
+def _awkward_problem(
+    op: Op, widths: tuple[int, int, torch.dtype], how: str, shape: Shape, *like: Any
+) -> Problem:
+    """That of an operation, but for so many channels and classes; "x[1:]": no address is a multiple
+    of 16; "far apart": the first dimension of the first input has a stride over 2^31."""
+    width, classes, labels = widths
+    # Channels, hidden channels, head dimension and classes of the cases at stage 4 of B0.
+    sizes = {shape.channels: width, 4 * shape.channels: width, 32: width, 25: classes}
+    inputs = dict(op.build(shape, *like).inputs)
+    first = next(iter(inputs))
+    for name, x in inputs.items():
+        if isinstance(x, int):
+            inputs[name] = sizes.get(x, x)
+            continue
+        size = torch.Size(sizes.get(n, n) for n in x.shape)
+        dtype = x.dtype if x.is_floating_point() else labels
+        offset = 1 if how == " x[1:]" and x.is_floating_point() else 0
+        inputs[name] = x = torch.empty(offset + size.numel(), dtype=dtype)[offset:].view(size)
+        if how == " far apart" and name == first:
+            inputs[name] = torch.empty_strided(size, (2**31 + 16, *x.stride()[1:]), dtype=dtype)
+    function = getattr(ops, op.name)
+    if shape.modalities == 3 and "present" in inspect.signature(function).parameters:
+        inputs["present"] = torch.ones(3, shape.batch, dtype=torch.bool)
+    return op_problem(inputs, {"triton": partial(function, backend="triton")}, function)
+
+
+WHAT = {
+    "model": (_model, "a training step of EQUISeg-B0, and what differs in one respect"),
+    "core": (lambda: plan(Options(suite="core", device="cuda")), "the suite core"),
+    "awkward": (_awkward, "odd, unaligned and far apart inputs of every operation"),
+    "visit": (_visit, "what `visit` runs"),
+}
+
+
+@cache
+def cases(what: str) -> dict[str, Case]:
+    """The cases of a key of `WHAT`, by label, whose first word is the operation."""
+    return {case.label: case for case in WHAT[what][0]()}
+
+
+def compile_binary(binary: Binary, arch: int = 90) -> Resources:
+    """In a child of `resources.children`: as a first launch would, but for the launch."""
     from triton.compiler import ASTSource
 
     kernel = getattr(importlib.import_module(binary.module), binary.function)
     source = ASTSource(kernel, binary.signature, binary.constexprs, binary.attrs)
-    with active_driver(DryDevice(order.arch, order.num_sms), cache) as active:
-        target = active.get_current_target()
-        try:
-            finish(
-                binary, active,
-                lambda: triton.compile(source, target=target, options=binary.options),
-            )  # fmt: skip
-            _build_launcher(source)
-        except Exception as error:
-            return binary, said(error)
-    return binary, f"spills {binary.spills} bytes" if binary.spills else ""
+    return resources.compile_source(source, binary.options, Resources(arch, binary.label))[0]
 
 
-def adopt(cache: Path) -> None:
-    """Make a cache that lay somewhere else usable: Triton lists the files of a binary by absolute
-    paths, and compiles again what it does not find there. Drops the source, which nobody reads."""
+@contextmanager
+def compilers(processes: int, cache: Path) -> Iterator[Executor]:
+    """Processes that compile into a cache, which may have lain somewhere else: Triton lists the
+    files of a binary by absolute paths, and compiles again what it does not find there."""
+    cache = cache.absolute()
     for path in cache.glob("*/__grp__*.json"):
         listed = json.loads(path.read_text())["child_paths"]
-        here = {n: str(path.parent / n) for n in listed if not n.endswith(".source")}
-        if here != listed:
-            path.write_text(json.dumps({"child_paths": here}))
-            for name in listed.keys() - here.keys():
-                (path.parent / name).unlink(missing_ok=True)
-
-
-def _build_launcher(source: Any) -> None:
-    """The C launcher of a signature into Triton's cache.
-
-    Triton 3.6 compiles one for every signature, on the first launch, which takes a third of a
-    second; later ones have one for all.
-    """
-    from triton.backends.nvidia import driver
-
-    if hasattr(driver, "make_launcher"):
-        launcher = driver.make_launcher(source.constants, source.signature, None)
-        _build_module("__triton_launcher", launcher)
-        _build_module("cuda_utils", (Path(driver.dirname) / "driver.c").read_text())
-
-
-def _build_module(name: str, text: str) -> None:
-    """As Triton's `compile_module_from_src`, but not loaded: there may be no libcuda."""
-    from triton.backends.nvidia import driver
-    from triton.runtime import build
-    from triton.runtime.cache import get_cache_manager
-
-    cache = get_cache_manager(hashlib.sha256((text + build.platform_key()).encode()).hexdigest())
-    file = name + sysconfig.get_config_var("EXT_SUFFIX")
-    if cache.get_file(file):
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / f"{name}.c"
-        source.write_text(text)
-        # A stand-in of the same name to link with; on a GPU machine the loader finds the real one.
-        stub = ["gcc", "-shared", "-x", "c", os.devnull, "-Wl,-soname,libcuda.so.1"]
-        subprocess.run([*stub, "-o", f"{folder}/libcuda.so.1"], check=True)
-        flags = ["-Wl,--no-as-needed", "-l:libcuda.so.1"]
-        built = build._build(name, str(source), folder, [folder], driver.include_dirs, [], flags)
-        cache.put(Path(built).read_bytes(), file, binary=True)
+        here = {name: str(path.parent / name) for name in listed}
+        path.write_text(json.dumps({"child_paths": here}))
+    with resources.children(processes, cache, TRITON_STORE_BINARY_ONLY="1") as pool:
+        yield pool
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m benchmarks dry`."""
-    parser.add_argument(
-        "--what", type=names, default=("model", "core"), metavar="A,B",
-        help="; ".join(f"{name}: {text}" for name, text in WHAT.items()) + "; default: model,core",
-    )  # fmt: skip
-    parser.add_argument(
-        "--arch", type=resources.architectures, default=(90,), metavar="A,B",
-        help=f"of {', '.join(map(str, resources.known_archs()))}; default: 90",
-    )  # fmt: skip
+    known = "; ".join(f"{name}: {text}" for name, (_, text) in WHAT.items())
+    parser.add_argument("--what", type=names, default=("model", "core"), metavar="A,B", help=known)
+    archs = resources.known_archs()
+    parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=[90])
     parser.add_argument("--num-sms", type=int, default=132, help="of the GPU; default: 132")
-    parser.add_argument("--op", type=names, default=(), metavar="A,B", help="not for model: only")
-    parser.add_argument("--variant", choices=tuple(VARIANTS), default="b0", help="of the model")
-    parser.add_argument(
-        "--size", type=int, nargs="+", default=[512], help="height and width of its images"
-    )
-    parser.add_argument("--modalities", type=int, default=4)
-    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--op", type=names, default=(), metavar="A,B", help="only these")
     parser.add_argument("--count", action="store_true", help="do not compile")
-    parser.add_argument(
-        "--cache", type=to_path, metavar="FOLDER", help="keep what is compiled here"
-    )
-    parser.add_argument(
-        "--processes", type=int, default=len(os.sched_getaffinity(0)), help="default: one per CPU"
-    )
+    parser.add_argument("--cache", type=to_path, help="a folder that keeps what is compiled")
+    parser.add_argument("--processes", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--dry-run", action="store_true", help="only list what would be driven")
 
 
@@ -256,66 +289,44 @@ def main(args: argparse.Namespace, console: Console) -> int:
     """1 if anything would fail or spills."""
     if unknown := [w for w in args.what if w not in WHAT]:
         raise ValueError(f"--what must be among {', '.join(WHAT)}; got {unknown[0]!r}")
-    base = Model(args.variant, args.size[0], args.size[-1], args.modalities, args.batch)
-    orders = [Order(args.what, arch, args.num_sms, base, args.op) for arch in args.arch]
+    known = [(what, label) for what in args.what for label in cases(what)]
+    wanted = [key for key in known if not args.op or key[1].split()[0] in args.op]
+    if not wanted:
+        raise ValueError(f"--op must be of {', '.join(args.what)}; got {', '.join(args.op)}")
     if args.dry_run:
-        for what, name in orders[0].programs():
+        for what, name in wanted:
             console.print(f"{what}: {name}", markup=False)
         console.print("nothing was driven")
         return 0
     if args.cache:
         outputs.writable(args.cache, option="--cache")
         args.kept = f"what was compiled is in {args.cache}; the same command goes on"
-    wrong = 0
-    for order in orders:
-        start = perf_counter()
-        compiling = not args.count
-        found = survey(order, args.cache, args.processes, compiling=compiling, console=console)
-        _show(found, console, compiled=compiling, seconds=perf_counter() - start)
-        wrong += len(found.errors)
-    return 1 if wrong else 0
-
-
-def _show(found: Survey, console: Console, *, compiled: bool, seconds: float) -> None:
-    arch, binaries = found.order.arch, found.binaries.values()
-    console.print(_programs_table(found))
-    kernels = {b.kernel: [x for x in binaries if x.kernel == b.kernel] for b in binaries}
-    if compiled:
-        columns = ("binaries", "most registers", "most spilled", "most shared KiB", "seconds")
-        table = FittedTable(("kernel", *columns), words=("kernel",), spare=("seconds",))
-        for name, own in sorted(kernels.items()):
-            numbers = (
-                len(own), max(b.registers for b in own), max(b.spills for b in own),
-                f"{max(b.shared for b in own) / resources.KIB:.1f}",
-                f"{sum(b.seconds for b in own):.1f}",
-            )  # fmt: skip
-            table.add_row(name, *map(str, numbers))
-        console.print(table)
-    for error in found.errors:
-        console.print(f"sm_{arch}: {error}", markup=False, soft_wrap=True)
-    text = (
-        f"sm_{arch}: {len(found.programs)} programs, {len(binaries)} binaries of "
-        f"{len(kernels)} kernels, {len(found.errors)} problems"
-    )
-    if compiled:
-        spent = sum(b.seconds for b in binaries if not b.hit)
-        text += f"; {found.hits} in the cache, {len(binaries) - found.hits} compiled"
-        text += f" in {spent:.1f} s of CPU time"
-    console.print(f"{text}; {seconds:.1f} s in all")
-
-
-def _programs_table(found: Survey) -> FittedTable:
-    columns = ("part", "program", "launches", "binaries", "new", "of kernels")
-    table = FittedTable(columns, words=("part", "program", "of kernels"), spare=("launches",))
-    seen: dict[str, set[str]] = {}
-    for program in found.programs:
-        # A model is compared with the first of its part, the others with all before them.
-        known = seen.setdefault(program.what, set())
-        new = [b for b in program.binaries if b.key not in known]
-        if program.what != "model" or not known:
-            known |= {b.key for b in new}
-        if program.what != "awkward" or program.errors:
-            numbers = map(str, (program.launches, len(program.binaries), len(new)))
-            kernels = ", ".join(sorted({b.kernel for b in new}))
-            table.add_row(program.what, program.name, *numbers, kernels)
-    return table
+    problems = 0
+    with (
+        tempfile.TemporaryDirectory() as temporary,
+        compilers(args.processes, args.cache or Path(temporary)) as pool,
+    ):
+        for arch in args.arch:
+            start, errors = perf_counter(), []
+            binaries: dict[str, Binary] = {}
+            found = pool.map(bind, *zip(*wanted, strict=True), repeat(arch), repeat(args.num_sms))
+            for (what, label), bound in zip(wanted, found, strict=True):
+                new = bound.binaries.keys() - binaries.keys()
+                binaries |= bound.binaries
+                errors += [f"{label}: {error}" for error in dict.fromkeys(bound.errors)]
+                counts = f"{bound.launches} launches, {len(bound.binaries)} binaries"
+                kernels = ", ".join(sorted({binaries[key].kernel for key in new}))
+                text = f"{what}: {label}: {counts}, {len(new)} of them new: {kernels}"
+                console.print(text.removesuffix(": "), markup=False, soft_wrap=True)
+            if not args.count:
+                costs = pool.map(compile_binary, binaries.values(), repeat(arch))
+                for r in track(costs, f"sm_{arch}: compiling", len(binaries), console=console):
+                    errors += [f"{r.label}: {problem}" for problem in r.problems()]
+            for error in errors:
+                console.print(f"sm_{arch}: {error}", markup=False, soft_wrap=True)
+            console.print(
+                f"sm_{arch}: {len(wanted)} cases, {len(binaries)} binaries, "
+                f"{len(errors)} problems; {perf_counter() - start:.1f} s"
+            )
+            problems += len(errors)
+    return 1 if problems else 0

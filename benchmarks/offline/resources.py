@@ -1,18 +1,11 @@
-"""Compile every kernel specialisation for several architectures, without a GPU, and read what it
-costs.
+"""Compile what every launcher can choose (`offline_entries` of each kernel file) without a GPU, and
+read what it costs.
 
-    python -m benchmarks resources --arch 80,89,90,100,120 --kernel attention --out build/resources
+    python -m benchmarks resources --arch 80 90 --kernel attention --out build/resources
 
-Registers, stack (spilled bytes), shared memory, the tensor-core instruction and, on sm_80 and
-sm_90, the machine instructions per score in the hot loop, for everything that a launcher can choose
-(`offline_entries` of each kernel file). Writes `resources.json`; what a table of the same Triton in
-that folder has of today's code is kept, not compiled again. The exit status is 1 if an entry does
-not compile, spills, needs more shared memory than the architecture has, or misses the tensor-core
-instruction of the architecture.
-
-Triton either interprets or compiles for the life of a process, so compiling happens in child
-processes that never inherit `TRITON_INTERPRET`, with a cache of their own that is deleted at the
-end.
+Writes `resources.json`; what a table of the same Triton in that folder has of today's code is kept,
+not compiled again. The exit status is 1 if an entry does not compile, spills, does not fit, or
+misses the tensor-core instruction of the architecture.
 """
 
 from __future__ import annotations
@@ -23,7 +16,6 @@ import concurrent.futures
 import functools
 import hashlib
 import importlib
-import importlib.metadata
 import inspect
 import json
 import multiprocessing
@@ -35,15 +27,20 @@ import tempfile
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
+from rich.progress import track
+
 from benchmarks.command import outputs
 from benchmarks.command.options import kernel_stems
+from benchmarks.measure.resume import said
 
 KIB = 1024
+TENSOR_MEMORY = 512
 _PTX_NAMES = {"wgmma": "wgmma.mma_async", "tcgen05": "tcgen05.mma", "mma.sync": "mma.sync"}
 _ISSUE_ARCHS = (80, 90)
 
@@ -61,10 +58,8 @@ def known_archs() -> tuple[int, ...]:
 class Resources:
     """What one entry costs on one architecture; `error` is empty unless it did not compile.
 
-    `path` is the instruction family of the matrix products and `products` how many of them there
-    are in the program text; `slots` the machine instructions per thread and score in the hot loop,
-    None where it was not found. `fingerprint` stands for the code and the options: with the same
-    Triton the same fingerprint compiles to the same code.
+    `path` is the instruction family of the matrix products; `slots` see `slots_per_score`. With the
+    same Triton the same `fingerprint` compiles to the same machine code.
     """
 
     arch: int
@@ -74,14 +69,9 @@ class Resources:
     stack: int = 0
     shared: int = 0
     path: str = "none"
-    products: int = 0
     slots: float | None = None
     error: str = ""
     fingerprint: str = ""
-
-    @property
-    def kernel(self) -> str:
-        return self.label.split()[0]
 
     def problems(self) -> list[str]:
         """Why this entry must not be shipped; empty if it may."""
@@ -94,10 +84,8 @@ class Resources:
         if self.stack > 0:
             found.append(f"spills {self.stack} bytes")
         if self.shared > gpu.shared_limit:
-            found.append(
-                f"needs {self.shared / KIB:.1f} KiB of shared memory, "
-                f"sm_{self.arch} has {gpu.shared_limit // KIB}"
-            )
+            needed, there = self.shared / KIB, gpu.shared_limit // KIB
+            found.append(f"needs {needed:.1f} KiB of shared memory, sm_{self.arch} has {there}")
         own = {"ieee": "fma", "none": "none", "mma.sync": "mma.sync"}
         expected = own.get(self.dots, gpu.tensor_core)
         if self.path != expected:
@@ -112,35 +100,13 @@ def _tool_output(cubin: bytes, *options: str) -> str:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        return subprocess.run(
-            [tool, *options, path], capture_output=True, text=True, check=True
-        ).stdout
-
-
-def usage(cubin: bytes) -> tuple[int, int]:
-    """(registers per thread, bytes of stack) of a kernel."""
-    found = re.search(r"REG:(\d+) STACK:(\d+)", _tool_output(cubin, "--dump-resource-usage"))
-    if not found:
-        raise RuntimeError("cuobjdump says nothing about registers")
-    return int(found[1]), int(found[2])
-
-
-def _tensor_core_path(ptx: str, dots: str) -> tuple[str, int]:
-    """The instruction family and its count; mixed families are named together: both would show."""
-    counts = {family: len(re.findall(re.escape(name), ptx)) for family, name in _PTX_NAMES.items()}
-    used = [family for family, count in counts.items() if count]
-    if not used:
-        return ("none", 0) if dots == "none" else ("fma", len(re.findall(r"\bfma\.rn\.f32", ptx)))
-    return "+".join(used), sum(counts.values())
+        command = [tool, *options, path]
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def slots_per_score(sass: str, scores_per_thread: float) -> float | None:
-    """Instructions per score of the shortest loop with at least half an exponential per score (the
-    hot loop).
-
-    `sass` is the output of `cuobjdump -sass`. An exponential outside means the loop was split: then
-    there is no answer.
-    """
+    """Instructions per score of the hot loop, the shortest with at least half an exponential per
+    score, in the output of `cuobjdump -sass`; None if the loop was split."""
     code = re.findall(r"/\*([0-9a-f]{4,})\*/\s+(.*?);\s*/\*", sass)
     place = {int(address, 16): i for i, (address, _) in enumerate(code)}
     lengths = []
@@ -152,12 +118,7 @@ def slots_per_score(sass: str, scores_per_thread: float) -> float | None:
         body = [text for _, text in code[place[target] : i + 1]]
         if sum("MUFU.EX2" in text for text in body) >= 0.5 * scores_per_thread:
             lengths.append(len(body))
-    return min(lengths) / scores_per_thread if lengths else None
-
-
-def cpu_seconds() -> float:
-    """Time of this process and the tools it has called; unlike the clock, fair on a busy host."""
-    return sum(os.times()[:4])
+    return round(min(lengths) / scores_per_thread, 2) if lengths else None
 
 
 _CONSTANTS = (bool, int, float, str, tuple, list)
@@ -198,74 +159,82 @@ def code(kernel: Any) -> tuple[str, ...]:
 
 
 def fingerprint(entry: Any) -> str:
-    """A hash of all that the machine code of an `OfflineEntry` depends on, but for the version of
-    Triton."""
+    """A hash of all that an `OfflineEntry` compiles to, but for the version of Triton."""
     parts = (
-        code(entry.kernel),
-        sorted(entry.types.items()),
-        sorted(entry.aligned),
-        sorted(entry.constexprs.items()),
-        entry.num_warps,
-        entry.num_stages,
-        entry.max_registers,
-    )
+        code(entry.kernel), sorted(entry.types.items()), sorted(entry.aligned),
+        sorted(entry.constexprs.items()), entry.num_warps, entry.num_stages, entry.max_registers,
+    )  # fmt: skip
     return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
 
-def compile_entry(entry: Any, arch: int) -> Resources:
-    """Compile one `OfflineEntry` for `sm_<arch>` and read its resources.
-
-    Only in a process that does not interpret.
-    """
+def compile_source(source: Any, options: dict[str, Any], what: Resources) -> tuple[Resources, Any]:
+    """`what` with the costs of a Triton source or the reason why it does not compile, and the code
+    by its kinds. Only in a process that does not interpret."""
     import triton
     from triton.backends.compiler import GPUTarget
+
+    try:
+        compiled = triton.compile(source, GPUTarget("cuda", what.arch, 32), options)
+        said_of_it = _tool_output(compiled.asm["cubin"], "--dump-resource-usage")
+        registers, stack = map(int, re.findall(r"REG:(\d+) STACK:(\d+)", said_of_it)[0])
+        columns = getattr(compiled.metadata, "tmem_size", None) or 0
+        if columns > TENSOR_MEMORY:
+            raise RuntimeError(f"needs {columns} columns of tensor memory")
+    except Exception as error:
+        # The message may quote files of this machine.
+        first = re.sub(r"\S*[/\\]\S*", "...", said(error))
+        return replace(what, error=first[:300]), {}
+    shared = compiled.metadata.shared
+    return replace(what, registers=registers, stack=stack, shared=shared), compiled.asm
+
+
+def compile_entry(stem: str, label: str, arch: int) -> Resources:
+    """Compile an entry of a kernel file and read what it costs."""
     from triton.compiler import ASTSource
 
-    known = {"arch": arch, "label": entry.label, "dots": entry.dots}
-    known["fingerprint"] = fingerprint(entry)
+    entry = _entries(stem, arch)[label]
     position = {name: i for i, name in enumerate(entry.types)}
     source = ASTSource(
-        entry.kernel,
-        entry.types,
+        entry.kernel, entry.types,
         constexprs={(position[name],): value for name, value in entry.constexprs.items()},
         attrs={(position[name],): [["tt.divisibility", 16]] for name in entry.aligned},
-    )
-    options = {
-        "num_warps": entry.num_warps,
-        "num_stages": entry.num_stages,
-        "enable_fp_fusion": True,
-    }
-    if entry.max_registers is not None:
-        options["maxnreg"] = entry.max_registers
-    try:
-        compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-        registers, stack = usage(compiled.asm["cubin"])
-    except Exception as error:
-        # The message may quote files of this machine; its type and first line without paths say
-        # enough.
-        first = re.sub(r"\S*[/\\]\S*", "...", (str(error).strip().splitlines() or [""])[0])
-        return Resources(**known, error=f"{type(error).__name__}: {first}"[:300])
-    path, products = _tensor_core_path(compiled.asm["ptx"], entry.dots)
+    )  # fmt: skip
+    options = {"num_warps": entry.num_warps, "num_stages": entry.num_stages}
+    options |= {"enable_fp_fusion": True, "maxnreg": entry.max_registers}
+    what = Resources(arch, label, entry.dots, fingerprint=fingerprint(entry))
+    found, asm = compile_source(source, options, what)
+    if found.error:
+        return found
+    # Mixed families are named together: both would show.
+    used = [family for family, name in _PTX_NAMES.items() if name in asm["ptx"]]
+    path = "+".join(used) or ("none" if entry.dots == "none" else "fma")
     slots = None
     if entry.scores and arch in _ISSUE_ARCHS:
-        slots = slots_per_score(
-            _tool_output(compiled.asm["cubin"], "-sass"), entry.scores / (32 * entry.num_warps)
-        )
-    return Resources(
-        **known,
-        registers=registers,
-        stack=stack,
-        shared=compiled.metadata.shared,
-        path=path,
-        products=products,
-        slots=None if slots is None else round(slots, 2),
-    )
+        sass = _tool_output(asm["cubin"], "-sass")
+        slots = slots_per_score(sass, entry.scores / (32 * entry.num_warps))
+    return replace(found, path=path, slots=slots)
 
 
-def _start_child(cache: str) -> None:
+def _start_child(variables: dict[str, str]) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who has started this process
     os.environ.pop("TRITON_INTERPRET", None)
-    os.environ["TRITON_CACHE_DIR"] = cache
+    os.environ |= variables
+
+
+@contextmanager
+def children(
+    workers: int, cache: str | Path, **variables: str
+) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
+    """Processes that compile, into the folder `cache`, whatever this one does. What waits for one
+    when the block is left, interrupted perhaps, is not begun."""
+    pool = concurrent.futures.ProcessPoolExecutor(
+        workers, multiprocessing.get_context("spawn"), _start_child,
+        ({"TRITON_CACHE_DIR": str(cache), **variables},),
+    )  # fmt: skip
+    try:
+        yield pool
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def _entries(stem: str, arch: int) -> dict[str, Any]:
@@ -273,163 +242,78 @@ def _entries(stem: str, arch: int) -> dict[str, Any]:
     return {entry.label: entry for entry in module.offline_entries(arch)}
 
 
-def _fingerprints(stem: str, arch: int) -> dict[str, str]:
-    return {label: fingerprint(entry) for label, entry in _entries(stem, arch).items()}
+def _fingerprints(archs: Iterable[int]) -> list[tuple[str, str, int, str]]:
+    return [
+        (stem, label, arch, fingerprint(entry))
+        for arch in archs
+        for stem in kernel_stems()
+        for label, entry in _entries(stem, arch).items()
+    ]
 
 
-def _compile_by_label(stem: str, label: str, arch: int) -> Resources:
-    return compile_entry(_entries(stem, arch)[label], arch)
-
-
-@contextmanager
-def children(workers: int, cache: str) -> Iterator[concurrent.futures.ProcessPoolExecutor]:
-    """Processes that compile, into the folder `cache`, whatever this one does. What waits for one
-    when the block is left, interrupted perhaps, is not begun."""
-    pool = concurrent.futures.ProcessPoolExecutor(
-        workers, multiprocessing.get_context("spawn"), _start_child, (cache,)
-    )
-    try:
-        yield pool
-    finally:
-        pool.shutdown(cancel_futures=True)
-
-
-def read(table: str | Path) -> list[Resources]:
-    """The entries of a `resources.json`."""
-    return [Resources(**entry) for entry in json.loads(Path(table).read_text())["entries"]]
+def read(table: Path) -> dict[tuple[int, str, str], Resources]:
+    """The entries of a `resources.json`, by architecture, label and fingerprint."""
+    entries = (Resources(**entry) for entry in json.loads(table.read_text())["entries"])
+    return {(r.arch, r.label, r.fingerprint): r for r in entries}
 
 
 def not_in_table(table: Path) -> list[str]:
     """Entries of today's sources that `table` (a resources.json) does not have as they are, and
     those of the table that no longer exist."""
-    known = {(r.arch, r.label, r.fingerprint) for r in read(table)}
     with children(1, "") as pool:
-        today = {
-            (arch, label, now)
-            for stem in kernel_stems()
-            for arch in known_archs()
-            for label, now in pool.submit(_fingerprints, stem, arch).result().items()
-        }
-    return [f"sm_{arch} {label}" for arch, label, _ in sorted(known ^ today)]
+        today = pool.submit(_fingerprints, known_archs()).result()
+    differing = read(table).keys() ^ {(arch, label, now) for _, label, arch, now in today}
+    return [f"sm_{arch} {label}" for arch, label, _ in sorted(differing)]
 
 
-def entries(archs: Iterable[int], kernel: str) -> list[tuple[int, str]]:
-    """(architecture, label) of every entry whose label matches the regular expression."""
-    with tempfile.TemporaryDirectory() as cache, children(1, cache) as pool:
-        return [
-            (arch, label)
-            for arch in archs
-            for stem in kernel_stems()
-            for label in pool.submit(_fingerprints, stem, arch).result()
-            if re.search(kernel, label)
-        ]
-
-
-def run(
-    archs: Iterable[int] | None = None,
-    kernel: str = "",
-    out: str | Path | None = None,
-    stems: Sequence[str] | None = None,
-    workers: int = 2,
-    progress: bool = True,
-) -> list[Resources]:
+def run(archs: Iterable[int], kernel: str, out: Path | None = None) -> list[Resources]:
     """Compile every entry whose label matches the regular expression `kernel`.
 
-    `archs` are all that are known by default, `stems` (the kernel files) too. Writes tables to the
-    folder `out` if there is one, without compiling what they have already.
+    Writes a table to the folder `out` if there is one, without compiling what that has already.
     """
-    known = {} if out is None else _known(Path(out))
+    known, table = {}, None if out is None else out / "resources.json"
+    if table and table.exists() and json.loads(table.read_text())["triton"] == version("triton"):
+        known = {key: r for key, r in read(table).items() if not r.error}
     results = []
-    with tempfile.TemporaryDirectory() as cache, children(workers, cache) as pool:
+    with tempfile.TemporaryDirectory() as cache, children(2, cache) as pool:
         jobs = []
-        for arch in archs or known_archs():
-            for stem in stems or kernel_stems():
-                for label, now in pool.submit(_fingerprints, stem, arch).result().items():
-                    if (arch, label, now) in known:
-                        results.append(known[arch, label, now])
-                    elif re.search(kernel, label):
-                        jobs.append(pool.submit(_compile_by_label, stem, label, arch))
+        for stem, label, arch, now in pool.submit(_fingerprints, archs).result():
+            if (arch, label, now) in known:
+                results.append(known[arch, label, now])
+            elif re.search(kernel, label):
+                jobs.append(pool.submit(compile_entry, stem, label, arch))
         try:
-            for job in _with_progress(concurrent.futures.as_completed(jobs), len(jobs), progress):
+            ended = concurrent.futures.as_completed(jobs)
+            for job in track(ended, "compiling", len(jobs)):
                 results.append(job.result())
         finally:  # an interrupted run has compiled something, too
             results.sort(key=lambda r: (r.arch, r.label))
-            if out is not None:
-                write(results, Path(out))
+            if table:
+                write(results, table)
     return results
 
 
-def _known(folder: Path) -> dict[tuple[int, str, str], Resources]:
-    """What the tables in `folder` hold, if the installed Triton has written them."""
-    table = folder / "resources.json"
-    if not table.exists() or json.loads(table.read_text())["triton"] != _triton_version():
-        return {}
-    return {(r.arch, r.label, r.fingerprint): r for r in read(table) if not r.error}
-
-
-def _triton_version() -> str:
-    return importlib.metadata.version("triton")
-
-
-def _with_progress(jobs: Iterable[Any], total: int, show: bool) -> Iterable[Any]:
-    if not show:
-        return jobs
-    from rich.progress import track
-
-    return track(jobs, description="compiling", total=total)
-
-
-def write(results: Sequence[Resources], folder: Path) -> None:
-    """`resources.json` in `folder`, which is created if missing: one entry a line, without what has
-    its default."""
-    lines = ",\n".join(json.dumps(_unusual(r)) for r in results)
-    text = f'{{"triton": "{_triton_version()}", "entries": [\n{lines}\n]}}\n'
-    outputs.write(folder / "resources.json", text)
-
-
-def _unusual(r: Resources) -> dict[str, Any]:
-    return {f.name: v for f in fields(r) if (v := getattr(r, f.name)) != f.default}
-
-
-def architectures(text: str) -> tuple[int, ...]:
-    """`80,90` as numbers of `known_archs`."""
-    wanted = text.split(",")
-    if unknown := [a for a in wanted if a not in map(str, known_archs())]:
-        raise argparse.ArgumentTypeError(
-            f"must be among {', '.join(map(str, known_archs()))}; got {unknown[0]}"
-        )
-    return tuple(map(int, wanted))
+def write(results: Sequence[Resources], table: Path) -> None:
+    """A `resources.json`: one entry a line, without what has its default."""
+    default = asdict(Resources(0, ""))
+    unusual = ({k: v for k, v in asdict(r).items() if v != default[k]} for r in results)
+    lines = ",\n".join(map(json.dumps, unusual))
+    outputs.write(table, f'{{"triton": "{version("triton")}", "entries": [\n{lines}\n]}}\n')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Arguments of `python -m benchmarks resources`."""
-    parser.add_argument(
-        "--arch",
-        type=architectures,
-        default=known_archs(),
-        help=f"architectures, comma separated, of {', '.join(map(str, known_archs()))} (default: "
-        "all)",
-    )
-    parser.add_argument(
-        "--kernel", default="", help="only entries whose label matches this regular expression"
-    )
-    parser.add_argument("--out", default="build/resources", help="folder for resources.json")
-    parser.add_argument("--dry-run", action="store_true", help="only list what would be compiled")
+    archs = known_archs()
+    parser.add_argument("--arch", type=int, nargs="+", choices=archs, default=archs)
+    parser.add_argument("--kernel", default="", help="only labels with this regular expression")
+    parser.add_argument("--out", type=Path, default=Path("build/resources"), help="a folder")
     parser.set_defaults(kept="the same command goes on with what is not compiled yet")
 
 
 def main(args: argparse.Namespace, console: object = None) -> int:
-    """Compile, write the tables, print what is wrong; 1 if anything is."""
-    if args.dry_run:
-        labels = entries(args.arch, args.kernel)
-        for arch, label in labels:
-            print(f"sm_{arch} {label}")
-        print(f"{len(labels)} entries; nothing was compiled")
-        return 0
-    outputs.writable(Path(args.out))
-    results = run(args.arch, args.kernel, args.out)
+    """Compile, write the table, print what is wrong; 1 if anything is."""
+    results = run(args.arch, args.kernel, outputs.writable(args.out))
     if not results:
-        raise ValueError(f"--kernel must match an entry, see --dry-run; got {args.kernel!r}")
+        raise ValueError(f"--kernel must match an entry; got {args.kernel!r}")
     bad = [r for r in results if r.problems()]
     for r in bad:
         print(f"sm_{r.arch} {r.label}: {'; '.join(r.problems())}")
