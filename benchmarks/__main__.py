@@ -13,12 +13,9 @@ import signal
 import sys
 import traceback
 from collections.abc import Sequence
-from functools import partial
 from importlib import import_module
 
 from rich.console import Console
-
-from benchmarks import STARTED
 
 INTERRUPTED = 128 + signal.SIGINT
 COMMANDS = {
@@ -89,8 +86,7 @@ def _parser(chosen: str) -> argparse.ArgumentParser:
             module = import_module(f"benchmarks.{path}")
             command.description = module.__doc__
             module.add_arguments(command)
-            started = {"started": STARTED} if name == "run" else {}
-            command.set_defaults(run=partial(module.main, **started))
+            command.set_defaults(run=module.main)
     return parser
 
 

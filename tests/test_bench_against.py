@@ -120,7 +120,7 @@ def test_what_base_lacks_is_named_and_the_rest_compared(repository: Path, tmp_pa
     arguments = ("--base", "at-older", "--op", "encoder,add_layer_norm", *TINY, "--threads", "1")
     done = against(repository, *arguments, "--blocks", "3", "--out", str(tmp_path))
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "base has no encoder b0 64x64 B1 M2 fp32: ImportError" in done.stdout
+    assert "base has no encoder fwd b0 64x64 B1 M2 fp32 torch: error, ImportError" in done.stdout
     assert "HUGGING_FACE_V5" in done.stdout
     assert "equiseg-base" not in done.stdout + (tmp_path / "base" / "results.jsonl").read_text()
     assert "1 compared" in done.stdout

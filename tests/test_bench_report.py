@@ -150,8 +150,9 @@ def test_every_row_is_written_with_its_pictures(tmp_path: Path) -> None:
     rows = [line.replace("**", "").split(" | ") for line in text.splitlines() if line[:1] == "|"]
     assert sum(row[1:3] == ["torch", "1.00"] for row in rows) == 1
     assert any("oom" in row for row in rows)
-    assert "![latency](plots/latency.png)" in text
-    assert (tmp_path / "plots" / "latency.png").stat().st_size > 10_000
+    for name in ("latency", "memory"):
+        assert f"![{name}](plots/{name}.png)" in text
+        assert (tmp_path / "plots" / f"{name}.png").stat().st_size > 10_000
     assert str(tmp_path) not in text
     assert '"device": "a chip"' in text
 
@@ -162,7 +163,7 @@ def test_every_provider_has_a_colour_of_its_own() -> None:
 
 def test_of_many_cases_the_first_have_bars(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn = []
-    monkeypatch.setattr(plots, "_bars", lambda axis, y, group: drawn.append(group))
+    monkeypatch.setattr(plots, "_bars", lambda axis, y, group, field: drawn.append(group))
     rows = [record(i + 1, op=f"op{i % 2}", case={"height": 32 * (i // 2 + 1)}) for i in range(50)]
     plots.draw_times(report.grouped(rows), tmp_path / "latency.png")
     first = rows[: 2 * plots.GROUPS]

@@ -17,11 +17,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 pytest.importorskip("triton", reason="triton not installed")
 
 from benchmarks.measure.launches import on_meta
+from benchmarks.offline.dry import LookInside
 from equiseg_fast.ops import _backend, _registry
 from equiseg_fast.ops._registry import LAUNCHERS
 from tests.every_operation import OPERATIONS
@@ -182,15 +182,6 @@ SHAPES = {
 }
 
 
-class Launching(TorchDispatchMode):
-    """On "meta" registered operations would have their fakes called: calls their launchers."""
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "equiseg_fast":
-            return LAUNCHERS[func.overloadpacket.__name__](*args)
-        return func(*args, **(kwargs or {}))
-
-
 @pytest.mark.parametrize("sizes", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("name", sorted({name.rpartition("_")[0] for name in LAUNCHERS}))
 def test_addresses(name: str, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -205,7 +196,7 @@ def test_addresses(name: str, sizes: Sizes, monkeypatch: pytest.MonkeyPatch) -> 
     with monkeypatch.context() as patch:
         patch.setattr(_backend, "resolve", lambda *_, **__: "triton")
         patch.setattr(_registry, "has_values", lambda x: True)
-        with Launching(), recording(monkeypatch, num_sms=132) as launches:
+        with LookInside(), recording(monkeypatch, num_sms=132) as launches:
             out = operation.function(**{n: x.requires_grad_() for n, x in leaves.items()}, **others)
             outputs = [x for x in ((out,) if isinstance(out, Tensor) else out) if x.requires_grad]
             cotangents = [torch.empty_like(x) for x in outputs]

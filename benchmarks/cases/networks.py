@@ -57,7 +57,6 @@ def network_problem(
     network that the reference and the oracle run, if it is another. others: further providers.
     ignored, fields: of `Problem`; leaves are ignored anyway.
     """
-    owner = getattr(network, "__self__", network)  # of a method
 
     def on(backend: str, made: Callable[..., Any]) -> Call:
         return lambda: _within(use_backend(backend), lambda: run(made))
@@ -84,7 +83,6 @@ def network_problem(
         cast=lambda wanted: (cast_to(wanted, reference), list(leaves.values())),
         agreement=AGREEMENT.get(dtype, HALF_AGREEMENT),
         ignored=(*ignored, *leaves.values()),
-        root=owner if isinstance(owner, nn.Module) else None,
         **fields,
     )
 

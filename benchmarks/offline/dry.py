@@ -101,6 +101,8 @@ def dry_device(arch: int = 90, num_sms: int = 132) -> Iterator[Bound]:
     from triton.runtime import driver
     from triton.runtime.jit import JITFunction
 
+    from equiseg_fast.kernels import _common
+
     bound = Bound()
 
     def run(self: Any, *args: Any, grid: Any, **options: Any) -> None:
@@ -138,12 +140,12 @@ def dry_device(arch: int = 90, num_sms: int = 132) -> Iterator[Bound]:
         patch.object(driver, "_active", active),
         patch.object(JITFunction, "run", run),
         patch.object(JITFunction, "_do_compile", do_compile),
-        launches.launching(lambda launch: launch, (arch, num_sms)),
+        launches.launching(_common.launch, (arch, num_sms)),
     ):
         yield bound
 
 
-class _LookInside(TorchDispatchMode):
+class LookInside(TorchDispatchMode):
     """Our registered operations run their launchers, whatever the device of the tensors."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -159,7 +161,7 @@ def bind(what: str, label: str, arch: int = 90, num_sms: int = 132) -> Bound:
     autocast = None if case.op.scope == "operation" else dtype
     with dry_device(arch, num_sms) as bound:
         try:
-            with launches.on_meta(autocast), launches.as_on_gpu("auto"), _LookInside():
+            with launches.on_meta(autocast), launches.as_on_gpu("auto"), LookInside():
                 for mode in case.modes:
                     graph = mode in ("bwd", "step")
                     with torch.set_grad_enabled(mode != "fwd"):

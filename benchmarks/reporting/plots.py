@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.command.table import milliseconds
+from benchmarks.command.table import milliseconds, significant
 from benchmarks.measure.record import Record
 from benchmarks.providers.provider import PROVIDERS
 
@@ -16,11 +16,23 @@ GAP = 0.6
 
 
 def draw_times(groups: Sequence[Sequence[Record]], path: Path) -> None:
+    """Medians with whiskers from p20 to p80; see `_draw`."""
+    _draw(groups, "p50_us", "Time per call (ms)", "whiskers: p20 to p80; ", path)
+
+
+def draw_memory(groups: Sequence[Sequence[Record]], path: Path) -> None:
+    """Peaks of what a call allocates; see `_draw`."""
+    _draw(groups, "peak_mib", "Peak memory allocated by a call (MiB)", "", path)
+
+
+def _draw(
+    groups: Sequence[Sequence[Record]], field: str, title: str, note: str, path: Path
+) -> None:
     """A panel per operation; of each group, whose records are compared, a bar per provider relative
-    to the eager baseline, with its median in ms."""
+    to the eager baseline, with its value."""
     by_op: dict[str, list[list[Record]]] = {}
     for group in groups:
-        rows = [r for r in group if r.p50_us is not None]
+        rows = [r for r in group if getattr(r, field)]
         if rows:
             by_op.setdefault(rows[0].op, []).append(rows)
     shown = {op: own[:GROUPS] for op, own in by_op.items()}
@@ -34,7 +46,7 @@ def draw_times(groups: Sequence[Sequence[Record]], path: Path) -> None:
         for group in own:
             r = group[0]
             ticks[y + (len(group) - 1) / 2] = f"{r.shape.label}\n{r.dtype} {r.mode}"
-            _bars(axis, y, group)
+            _bars(axis, y, group, field)
             y += len(group) + GAP
         axis.set_yticks(list(ticks), list(ticks.values()))
         axis.tick_params(axis="y", length=0)
@@ -48,20 +60,20 @@ def draw_times(groups: Sequence[Sequence[Record]], path: Path) -> None:
     handles = [pyplot().Rectangle((0, 0), 1, 1, color=PROVIDERS[name].colour) for name in names]
     figure.legend(handles, names, loc="outside lower center", ncols=6, frameon=False)
     cut = f"; the first {GROUPS} cases of each" if shown != by_op else ""
-    figure.suptitle(
-        "Time per call (ms), relative to the eager baseline\n"
-        f"whiskers: p20 to p80; shorter is better{cut}"
-    )
+    figure.suptitle(f"{title}, relative to the eager baseline\n{note}shorter is better{cut}")
     save(figure, path)
 
 
-def _bars(axis: Any, y: float, group: Sequence[Record]) -> None:
-    scale = next((r for r in group if r.provider == "baseline"), group[0]).p50_us
+def _bars(axis: Any, y: float, group: Sequence[Record], field: str) -> None:
+    scale = getattr(next((r for r in group if r.provider == "baseline"), group[0]), field)
     for i, r in enumerate(group):
-        low, middle, high = (us / scale for us in (r.p20_us, r.p50_us, r.p80_us))
-        axis.barh(y + i, middle, height=0.85, color=PROVIDERS[r.provider].colour)
-        axis.hlines(y + i, low, high, color="#333333", lw=0.8)
-        axis.text(high, y + i, f"  {milliseconds(r.p50_us)}", va="center", fontsize=9)
+        end = getattr(r, field) / scale
+        axis.barh(y + i, end, height=0.85, color=PROVIDERS[r.provider].colour)
+        shown = significant(getattr(r, field))
+        if field == "p50_us":
+            shown, end = milliseconds(r.p50_us), r.p80_us / scale
+            axis.hlines(y + i, r.p20_us / scale, end, color="#333333", lw=0.8)
+        axis.text(end, y + i, f"  {shown}", va="center", fontsize=9)
 
 
 def pyplot() -> Any:

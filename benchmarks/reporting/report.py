@@ -173,6 +173,9 @@ def write(records: Sequence[Record], env: Mapping[str, Any], folder: Path) -> No
         (folder / "plots").mkdir(parents=True, exist_ok=True)
         plots.draw_times(grouped(records), folder / "plots" / "latency.png")
         more.append("![latency](plots/latency.png)")
+    if any(r.peak_mib for r in records):
+        plots.draw_memory(grouped(records), folder / "plots" / "memory.png")
+        more.append("![memory](plots/memory.png)")
     if (path := folder / breakdown.FILE).is_file():
         parts = outputs.read_json(path)
         more += [f"## Time of {parts['label']} by part", _breakdown(parts["providers"])]

@@ -143,20 +143,21 @@ def serve(connection: Connection, package: Path, out: Path) -> None:
     env = environment(torch.device(device)) | known
     env["env_id"] += f"-{out.name}"
     outputs.write(out / "env.json", json.dumps(env, indent=1) + "\n")
-    writer = Writer(out)
+    writer = Writer(out, env_id=env["env_id"])
     why = ""
     while True:
         connection.send(why)
         try:
             case, options, suite = connection.recv()
+        except EOFError:  # that was all
+            return
         except (ImportError, AttributeError) as error:
             # A version that lacks what this operation's benchmark imports.
             why = f"{type(error).__name__}: {error}".partition(" (/")[0]  # a file of the checkout
             continue
         runner = BlockRunner(options, suite=suite)
         runner.connection = connection
-        rows = [replace(row, env_id=env["env_id"]) for row in runner.run(case)]
-        writer.add(rows)  # as it goes: an interrupted run keeps what it has
+        writer.add(runner.run(case))  # as it goes: an interrupted run keeps what it has
         why = ""
 
 

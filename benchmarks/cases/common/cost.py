@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -18,13 +18,12 @@ from typing import Any
 class Work:
     """Of one call. bytes: read or written once each, as if intermediate results cost nothing.
     matrix: FLOPs in matrix products; vector: all other FLOPs (a multiply-add is 2 in both).
-    exps: exponentials; an erf or a sigmoid counts as one. part: of a network, which does it."""
+    exps: exponentials; an erf or a sigmoid counts as one."""
 
     bytes: float = 0.0
     matrix: float = 0.0
     vector: float = 0.0
     exps: float = 0.0
-    part: str = field(default="", compare=False)
 
     @property
     def flops(self) -> float:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from equiseg_fast.models.config import HEADS, SR_RATIOS, VARIANTS
 
@@ -92,7 +92,6 @@ class Problem:
         is that of the most naive provider, which adds all tokens one after the other.
     agreement: None for the tolerance policy; else the relative RMS error allowed for outputs and
         for gradients, against `cast` (whole models, which have no rounding floor of their own).
-    root: the module of our network, after whose parts costs are named; None where there is none.
     """
 
     calls: dict[str, Callable[[], Outputs]]
@@ -106,7 +105,6 @@ class Problem:
     contraction: int | None = None
     chain: int = 1
     agreement: tuple[float, float] | None = None
-    root: nn.Module | None = None
 
 
 def op_problem(
