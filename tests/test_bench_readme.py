@@ -7,6 +7,7 @@ import re
 import shlex
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -46,24 +47,30 @@ def test_headline_by_hand() -> None:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
     found = {(r["op"], r["mode"], r["provider"]): r for r in rows}
     text = " ".join((ROOT / "README.md").read_text().split())
-    ours, eager = (found["training", "step", p] for p in ("torch", "baseline"))
-    share = round(100 * ours["peak_mib"] / eager["peak_mib"])
+
+    def pair(op: str, mode: str) -> list[dict[str, Any]]:
+        """The faster of two ways to write it in plain PyTorch, and ours."""
+        plain = [found[op, mode, provider] for provider in ("baseline", "reference")]
+        return [min(plain, key=lambda row: row["p50_us"]), found[op, mode, "torch"]]
+
+    plain, ours = pair("training", "step")
+    share = round(100 * ours["peak_mib"] / plain["peak_mib"])
     for op, mode, format_ in (
-        ("model", "fwd", "takes {:.0f} ms as public code writes it and {:.0f} ms here"),
+        ("model", "fwd", "takes {:.0f} ms in plain PyTorch and {:.0f} ms here"),
         (
             "training",
             "step",
             "a training step takes {:.0f} ms and {:.0f} ms, with " + f"{share} % of the memory",
         ),
     ):
-        ms = [found[op, mode, p]["p50_us"] / 1e3 for p in ("baseline", "torch")]
+        ms = [row["p50_us"] / 1e3 for row in pair(op, mode)]
         assert format_.format(*ms) in text
 
 
 def test_table() -> None:
     rows = [
         record("baseline", 4.0), record("sdpa_flash", 1.5), record("triton", 1.0),
-        record("torch", 2.0), record("reference", 0.5),
+        record("torch", 2.0), record("reference", 2.5),
         record("baseline", 9.0, 1.0, mode="step"), record("triton", 10.0, 1.0, mode="step"),
         record("baseline", 8.0, op="training", mode="step", case=CASE | {"stage": 0}),
         record("triton", 2.0, op="training", mode="step", case=CASE | {"stage": 0}, n=2),

@@ -8,10 +8,6 @@ from tempfile import TemporaryFile
 from typing import Any
 
 
-class NotWritten(OSError):
-    """A result that could not be written: nothing that is measured after it would be kept."""
-
-
 def writable(path: Path, *holds: str, hint: str = "", option: str = "--out") -> Path:
     """The path, if files can be written into this folder, or into a new one of that name. Raises
     ValueError if not, or if it has any of `holds`, which an earlier run leaves behind."""

@@ -1,6 +1,6 @@
 """Where the time of the model goes: its forward split into parts, for the baseline and for ours.
 
-For the first whole model in the results of a run; written beside them, for `report` to draw. A GPU
+For the first whole model in the results of a run; written beside them, for `report`. A GPU
 is waited for before and behind every part, so that the whole takes longer than the run says.
 """
 
@@ -146,5 +146,5 @@ def main(args: argparse.Namespace, console: Console) -> int:
         seconds = [parts.get(part) for parts in times.values()]
         table.add_row(part, *(significant(s and 1e3 * s) for s in seconds))
     console.print(table)
-    console.print(f"written to {folder / FILE}; `report {folder}` draws it", soft_wrap=True)
+    console.print(f"written to {folder / FILE}; `report {folder}` shows it", soft_wrap=True)
     return 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,8 +22,6 @@ from benchmarks.measure.timing import FEWEST, WIDEST
 from benchmarks.providers.provider import OURS, PROVIDERS
 from benchmarks.reporting import plots
 
-BACKENDS = tuple(name for name in OURS if name != "reference")
-"""What a user of the package gets; `OURS` are all that are no competitors of ours."""
 COLUMNS = (
     "case", "provider", "median ms", "vs eager", "vs best other", "p20 to p80", "% roofline",
     "peak MiB", "saved MiB", "floor ms", "CPU ms", "budget", "n",
@@ -87,23 +85,23 @@ class Contest(NamedTuple):
         return label(self.ours)
 
 
-def contests(records: Iterable[Record], own: Collection[str] = OURS) -> list[Contest]:
-    """One per group in which one of ours and somebody not in `own` were measured."""
+def contests(records: Iterable[Record]) -> list[Contest]:
+    """One per group in which one of ours and somebody else were measured."""
     found = []
     for group in grouped(records):
-        ours = fastest(r for r in group if r.provider in BACKENDS)
-        other = fastest(r for r in group if r.provider not in own)
+        ours = fastest(r for r in group if r.provider in OURS)
+        other = fastest(r for r in group if r.provider not in OURS)
         if ours and other:
             found.append(Contest(ours, other))
     return found
 
 
 def losses(records: Iterable[Record]) -> list[str]:
-    """Where the best of ours is slower than somebody else or the reference, worst first."""
+    """Where the best of ours is slower than somebody else, worst first."""
     return [
         f"{c.label}: {c.ours.provider} takes {times(1 / c.ratio)} the time of {c.other.provider}"
         + ("" if c.clear else " (their p20 to p80 bands overlap)")
-        for c in sorted(contests(records, BACKENDS), key=lambda c: c.ratio)
+        for c in sorted(contests(records), key=lambda c: c.ratio)
         if c.ratio < 1
     ]
 
