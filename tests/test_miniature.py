@@ -13,8 +13,8 @@ import pytest
 
 from benchmarks.__main__ import main
 from benchmarks.command.options import ROOT
-from benchmarks.miniature import report
-from benchmarks.miniature import run as miniature
+from benchmarks.miniature import experiment as miniature
+from benchmarks.miniature import report, run
 
 from .processes import alive, started
 
@@ -60,7 +60,7 @@ def test_it_is_stopped_and_goes_on(
 
 def instead(monkeypatch: pytest.MonkeyPatch, *command: str) -> None:
     """Of every run."""
-    monkeypatch.setattr(miniature, "commands", lambda run, device: {"train": [*command]})
+    monkeypatch.setattr(run, "commands", lambda run, device: {"train": [*command]})
 
 
 def test_a_run_that_fails_is_named(

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from benchmarks.command import outputs
-from benchmarks.miniature import run as miniature
+from benchmarks.miniature import experiment as miniature
 from benchmarks.reporting.plots import panels, save
 from equiseg_fast.data import collate
 from equiseg_fast.data.samples import Cached
