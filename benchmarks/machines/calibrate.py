@@ -21,7 +21,7 @@ from rich.console import Console
 from benchmarks.cases.common.cost import Limits
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.command import outputs
-from benchmarks.command.options import choose_device, to_path
+from benchmarks.command.options import choose_device, full_fp32, to_path
 from benchmarks.machines import gpus
 from benchmarks.measure import timing
 from benchmarks.measure.record import environment
@@ -56,11 +56,12 @@ def measure(device: torch.device, dtypes: Mapping[str, torch.dtype]) -> list[dic
     calls["launch"] = "launches/s", LAUNCHES, lambda: [one.add_(1.0) for _ in range(LAUNCHES)]
     found = []
     for name, (unit, amount, call) in calls.items():
-        call()  # what the first one has to load is not its time
         if cpu:
+            call()  # what the first one has to load is not its time
             taken = timing.measure_cpu({name: call}, seconds=SECONDS, rounds=ROUNDS)[name]
         else:
             with torch.cuda.device(device):
+                call()
                 units = {name: [(call, 1)]}
                 taken = timing.measure_gpu(units, "events", seconds=SECONDS, rounds=ROUNDS)[name]
         best, median = (1e6 * amount / us for us in (taken.min_us, taken.p50_us))
@@ -93,6 +94,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     if args.dry_run:
         console.print(f"copy, {', '.join(DTYPES)}, exps, launch on {device}; nothing was run")
         return 0
+    full_fp32()
     folder = args.out or outputs.fresh(Path("benchmark-results/calibration"))
     outputs.writable(folder)
     found = measure(device, DTYPES)

@@ -30,7 +30,7 @@ from benchmarks.cases import operations
 from benchmarks.cases.common.op import DTYPES
 from benchmarks.cases.common.problem import Problem, Shape
 from benchmarks.command import outputs
-from benchmarks.command.options import choose_device, names, to_path
+from benchmarks.command.options import choose_device, full_fp32, names, to_path
 from benchmarks.measure import parity, timing
 from benchmarks.measure.record import environment
 from benchmarks.measure.resume import AGAIN, is_sticky, said
@@ -107,7 +107,10 @@ class Search:
                 return entry | {"broken": f"{name}: {reason}"}
             else:
                 refused[name] = reason
-        timings = self.time(trials)
+        try:
+            timings = self.time(trials)
+        except Exception as error:
+            return entry | {"broken": said(error)}
         best = min(timings, key=lambda name: timings[name].p50_us)
         before, after = timings["default"], timings[best]
         won = after.p50_us < (1 - GAIN) * before.p50_us and after.p80_us < before.p20_us
@@ -153,12 +156,18 @@ def main(args: argparse.Namespace, console: Console) -> int:
     outputs.writable(args.out, *(() if entries else (FILE,)), hint=" or of another source")
     table = _tuned.read(path) if entries else {}
     args.kept = f"what was decided is in {path}; the same command goes on"
+    full_fp32()
     until = monotonic() + 60 * args.minutes
     for op, at in cases:
         if monotonic() >= until:
             break
-        search = Search(op.build(at, DTYPES[dtype], device, 0), table)
-        for key in search.run(table)[1]:
+        try:
+            search = Search(op.build(at, DTYPES[dtype], device, 0), table)
+            keys = search.run(table)[1]
+        except Exception as error:  # with the default configurations: the other cases go on
+            console.print(f"{op.name} {at.label} {dtype}: {said(error)}", markup=False)
+            continue
+        for key in keys:
             if key in table or monotonic() >= until:
                 continue
             entry = search.decide(key) | {"case": f"{op.name} {at.label} {dtype}"}

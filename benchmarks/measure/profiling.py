@@ -17,7 +17,7 @@ from rich.console import Console
 from torch.profiler import profile
 
 from benchmarks.command import outputs
-from benchmarks.command.options import device_arguments, to_path, use_threads
+from benchmarks.command.options import device_arguments, full_fp32, to_path, use_threads
 from benchmarks.measure.plan import Case, Options, dry_run, plan, selection_arguments
 from benchmarks.measure.runner import Runner
 
@@ -39,6 +39,7 @@ def main(args: argparse.Namespace, console: Console) -> int:
     """Raises RuntimeError if the case cannot be computed here, or comes out wrong."""
     options = Options.of(args)
     use_threads(args.threads)
+    full_fp32()
     cuda = options.device.startswith("cuda")
     if args.only_calls and not cuda:
         raise ValueError(f"--only-calls is for profilers of a GPU; the device is {options.device}")

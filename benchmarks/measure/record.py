@@ -239,7 +239,7 @@ def environment(device: torch.device, limits: dict[str, Any] | None = None) -> d
         "device": _cpu_model() if device.type == "cpu" else torch.cuda.get_device_name(device),
     }
     if device.type == "cuda":
-        query = "driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,mig.mode.current"
+        query = "driver_version,clocks.max.sm,clocks.max.mem,power.limit,mig.mode.current"
         index = torch.cuda.current_device() if device.index is None else device.index
         env |= {
             "capability": ".".join(map(str, torch.cuda.get_device_capability(device))),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from benchmarks.measure.plan import Case, Options
 from benchmarks.measure.record import Record, Writer
 from benchmarks.measure.resume import Again, is_sticky
 from benchmarks.measure.suites import SUITES, Suite
-from benchmarks.providers.provider import COMPILED, configured
+from benchmarks.providers.provider import COMPILED, TUNED, configured
 
 Timings = dict[str, dict[str, timing.Timing]]
 """Method -> provider -> its times."""
@@ -137,7 +138,8 @@ class Prepared:
             with configured(row.provider):
                 return call()
 
-        return run if row.provider in ("triton", "tuned") else call
+        tuned = os.environ.get(TUNED) and row.provider in ("triton", "tuned")
+        return run if tuned else call
 
     @cached_property
     def problems(self) -> list[Problem]:
@@ -169,7 +171,7 @@ class Prepared:
         graphs = self._graphs(mode, calls)
         if calls:
             with self._attempt([self.rows[provider, mode] for provider in calls]):
-                both = self.case.op.scope != "operation"
+                both = self.case.op.scope != "operation" or bool(self.problem.synchronising)
                 self._fill(mode, self.runner._measure(calls, graphs, both))
 
     def _graphs(
@@ -193,7 +195,8 @@ class Prepared:
                 try:
                     found[provider] = timing.captured(sets)
                 except Exception as error:
-                    if is_sticky(str(error)):
+                    # A broken capture is a "CUDA error", too, and none of the device.
+                    if is_sticky(str(error)) and "captur" not in str(error):
                         raise
                     row.uncaptured = _explained(error)[1]
                     if self.runner.writer:
@@ -204,8 +207,10 @@ class Prepared:
     def _fill(self, mode: str, timings: Timings) -> None:
         """The records get their times, and what follows from them."""
         names = {name for measured in timings.values() for name in measured}
-        # One method for all of a case: a replay hides launches that events show.
+        # One method for all of a case, in whichever run: a replay hides launches that events show.
         common = next(found for found in timings.values() if found.keys() == names)
+        if self.problem.synchronising:
+            common = timings.get("events", common)
         works = self._cost().of(mode)
         work, limits = total(works), self.runner.limits
         for name, measured in common.items():

@@ -42,6 +42,8 @@ COMPILERS = ("compile", "flex")
 GIB_PER_TEST_PROCESS = 4
 """Of the GPU: the context, what the kernels' tests hold at once, and what the allocator keeps."""
 GRACE_SECONDS, KILL_SECONDS, POLL_SECONDS = 3.0, 10.0, 0.05
+MOST_STARTS = 20
+"""Of a command that wants to be started again, or died and can go on."""
 LEAST_SECONDS = 2.0
 """With less left nothing is started any more."""
 
@@ -176,11 +178,17 @@ def carry_out(
         states[task.name] = {"state": state, "rc": rc, "seconds": seconds}
         said(f"{task.name}: {state} in {seconds:.0f} s{f', exit status {rc}' if rc else ''}")
         outputs.write(path, json.dumps(states, indent=1) + "\n")
-        try:  # nothing that goes wrong here may end the visit
-            outputs.write(folder / "summary.md", summary(plan, states, folder))
-            pack(folder, archive)
-        except Exception as error:
-            said(f"no summary or no archive: {type(error).__name__}: {error}")
+        for what, make in (
+            (
+                "summary",
+                lambda: outputs.write(folder / "summary.md", summary(plan, states, folder)),
+            ),
+            ("archive", lambda: pack(folder, archive)),
+        ):
+            try:  # nothing that goes wrong here may end the visit
+                make()
+            except Exception as error:
+                said(f"no {what}: {type(error).__name__}: {error}")
 
     left = [[task for task in group if not done(task, states)] for group in plan]
     left = [group for group in left if group]
@@ -191,6 +199,7 @@ def carry_out(
             break
         said(f"{', '.join(task.name for task in group)}: at most {seconds:.0f} s")
         running: dict[Task, subprocess.Popen[bytes]] = {}
+        starts: Counter[Task] = Counter()
         try:
             for task in group:
                 running[task] = _start(task, folder, "w")
@@ -199,7 +208,10 @@ def carry_out(
                     rc = process.poll()
                     if rc is None:
                         continue
-                    if rc == AGAIN or (rc < 0 and "--resume" in task.command):
+                    again = rc == AGAIN or (rc < 0 and "--resume" in task.command)
+                    if again and starts[task] < MOST_STARTS:
+                        starts[task] += 1
+                        _kill([process])
                         running[task] = _start(task, folder, "a")
                     else:
                         del running[task]
@@ -276,6 +288,10 @@ def summary(plan: Plan, states: States, folder: Path) -> str:
     return "\n".join(lines).replace(f"{folder}/", "") + "\n"
 
 
+def write_summary(plan: Plan, states: States, folder: Path) -> None:
+    outputs.write(folder / "summary.md", summary(plan, states, folder))
+
+
 def _last_words(log: Path) -> str:
     text = log.read_text(errors="replace") if log.is_file() else ""
     # Said by a sanitizer that has watched nothing.
@@ -288,8 +304,14 @@ def pack(folder: Path, archive: Path) -> None:
     new = archive.with_name(f".{archive.name}.new")
     left_out = [f"visit/{name}" for name in ("triton-cache", archive.name, new.name)]
     archive.parent.mkdir(parents=True, exist_ok=True)
+
+    def kept(member: tarfile.TarInfo) -> tarfile.TarInfo | None:
+        # What ends so is on its way to another name.
+        out = member.name in left_out or member.name.endswith(".new")
+        return None if out else member
+
     with tarfile.open(new, "w:gz", compresslevel=6) as tar:
-        tar.add(folder, "visit", filter=lambda x: None if x.name in left_out else x)
+        tar.add(folder, "visit", filter=kept)
     new.replace(archive)
 
 
