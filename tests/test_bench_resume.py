@@ -282,9 +282,7 @@ def test_a_failed_capture_is_on_record_and_ends_the_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     gpu = Gpu(monkeypatch, fails=(2,))
-    with pytest.raises(
-        Again, match="torch fwd: no graph: RuntimeError: CUDA error: operation not"
-    ):
+    with pytest.raises(Again, match="torch fwd: no graph: RuntimeError: CUDA error: operation not"):
         timed(CASE, Writer(tmp_path))
     assert len(gpu.captures) == 2
     # Another process knows, tries it no more, and changes the method of that mode alone.
