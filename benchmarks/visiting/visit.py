@@ -288,10 +288,6 @@ def summary(plan: Plan, states: States, folder: Path) -> str:
     return "\n".join(lines).replace(f"{folder}/", "") + "\n"
 
 
-def write_summary(plan: Plan, states: States, folder: Path) -> None:
-    outputs.write(folder / "summary.md", summary(plan, states, folder))
-
-
 def _last_words(log: Path) -> str:
     text = log.read_text(errors="replace") if log.is_file() else ""
     # Said by a sanitizer that has watched nothing.
